@@ -1,0 +1,210 @@
+"""Quality at equal data, batch and steps: shared models against dense ones, each at its own best learning rate.
+
+    python -m benchmarks.quality rates morphs confirm budgets [--jobs 2]     # resumable: measured cells are not run again
+    python -m benchmarks.quality --table
+
+Every cell is one run of `dist_ssn.train` on one thread; its line in `results/quality/` holds the recipe's overrides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .results import ResultFile
+
+Cell = dict[str, Any]
+
+TASKS: dict[str, dict[str, Any]] = {
+    "gpt": {
+        "model": "gpt",
+        "model_args": {"layers": 4, "width": 128, "heads": 4, "context": 128},
+        "data.name": "text",
+        "steps": 500,
+        "batch_size": 16,
+        "optimizer.name": "adamw",
+        "optimizer.weight_decay": 0.1,
+        "schedule.warmup": 50,
+        "evaluate_every": 250,
+        "evaluate_batches": 20,
+    },
+    "wrn": {
+        "model": "wide_resnet",
+        "model_args": {"depth": 16, "width": 2, "stem_stride": 2},
+        "data.name": "fashion_mnist",
+        "data.limit": 10_000,
+        "steps": 312,
+        "batch_size": 128,
+        "optimizer.name": "sgd",
+        "optimizer.weight_decay": 5e-4,
+        "schedule.warmup": 20,
+        "clip_norm": None,
+        "evaluate_every": 312,
+        "evaluate_batches": 78,
+    },
+    # Small enough to try many rates: what a budget does to the best rate.
+    "gpt-small": {
+        "model": "gpt",
+        "model_args": {"layers": 2, "width": 64, "heads": 4, "context": 64},
+        "data.name": "text",
+        "steps": 250,
+        "batch_size": 16,
+        "optimizer.weight_decay": 0.0,
+        "schedule.warmup": 25,
+        "evaluate_every": 250,
+        "evaluate_batches": 20,
+    },
+}
+EQUAL: dict[str, dict[str, Any]] = {
+    "gpt": {"layers": 4, "width": 40, "heads": 4, "context": 128},
+    "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
+}
+"""Dense models with at least as many parameters as the 10 % budget leaves."""
+RATES: dict[str, dict[str, tuple[float, ...]]] = {
+    "gpt": {"dense": (1.5e-3, 3e-3, 6e-3), "equal": (3e-3, 6e-3, 1.2e-2), "shared": (1.5e-3, 3e-3, 6e-3)},
+    "wrn": {"dense": (0.05, 0.1, 0.2), "equal": (0.05, 0.1, 0.2, 0.4), "shared": (0.05, 0.1, 0.2)},
+}
+MORPHS = (
+    "offset:rank=0",
+    "offset:chunk=64",
+    "offset:chunk=64,rank=0",
+    "offset:chunk=64,templates=2,rank=0",
+    "offset:chunk=64,gains=false,rank=0",
+    "hash",
+    "inter",
+    "wavg",
+    "mask",
+    "repeat",
+)
+SEEDS = (0, 1, 2)
+
+
+def cell(task: str, kind: str, lr: float, seed: int = 0, **more: Any) -> Cell:
+    """One run: `kind` is dense, equal or shared; `more` are overrides of the recipe."""
+    model = {"model_args": EQUAL[task]} if kind == "equal" else {}
+    budget = {"share.budget": 0.1} if kind == "shared" else {}
+    return {"task": task, "kind": kind, "seed": seed, "overrides": {**model, **budget, "optimizer.lr": lr, **more}}
+
+
+def rates() -> Iterator[Cell]:
+    """Each method's learning rate over a grid of factor 2, one seed."""
+    for task, kinds in RATES.items():
+        for kind, grid in kinds.items():
+            for lr in grid:
+                yield cell(task, kind, lr)
+
+
+def morphs() -> Iterator[Cell]:
+    """Every morph at 10 % and the dense model's rate; the first two over mapping seeds too."""
+    for morph in MORPHS:
+        yield cell("gpt", "shared", 3e-3, **{"share.morph": morph})
+    for seed in SEEDS[1:]:
+        for morph in ("auto", "offset:chunk=64"):
+            yield cell("gpt", "shared", 3e-3, **{"share.morph": morph, "share.seed": seed})
+    for morph in ("offset:chunk=64", "offset:rank=0", "hash", "inter"):
+        yield cell("wrn", "shared", 0.1, **{"share.morph": morph})
+
+
+def confirm() -> Iterator[Cell]:
+    """More seeds (of weights, data and mapping together) at each method's best rate of `rates`."""
+    best = best_rates(ResultFile("quality").lines())
+    for task, kinds in RATES.items():
+        for kind in kinds:
+            if (task, kind) not in best:
+                raise SystemExit(f"run the suite 'rates' first: there is no rate of {kind} for {task}")
+            for seed in SEEDS[1:]:
+                more = {"share.seed": seed} if kind == "shared" else {}
+                yield cell(task, kind, best[task, kind], seed, **more)
+
+
+def budgets() -> Iterator[Cell]:
+    """Where the best rate lies at each budget, for AdamW and SGD."""
+    for optimizer, grid in {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "sgd": (0.1, 0.2, 0.4, 0.8)}.items():
+        for budget in (None, 0.02, 0.1, 0.5, 1.0):
+            for lr in grid:
+                more = {"optimizer.name": optimizer} | ({"share.budget": budget} if budget else {})
+                yield cell("gpt-small", "budgets", lr, **more)
+
+
+SUITES: dict[str, Callable[[], Iterator[Cell]]] = {"rates": rates, "morphs": morphs, "confirm": confirm, "budgets": budgets}
+
+
+def run(wanted: Cell) -> Cell:
+    """Trains one cell in this process; returns it with its measurements."""
+    from dist_ssn.train.loop import train
+    from dist_ssn.train.recipe import load_recipe
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {**TASKS[wanted["task"]], **wanted["overrides"], "seed": wanted["seed"], "output": folder, "threads": 1}
+        recipe = load_recipe(None, [f"--{key}={json.dumps(value)}" for key, value in settings.items()])
+        row = train(recipe, progress=False).row
+    row.pop("name")
+    history = [{key: point[key] for key in ("step", "validation_loss")} for point in row.pop("history")]
+    return {**wanted, **row, "history": history}
+
+
+def identity(measured: Cell) -> str:
+    return json.dumps({key: measured[key] for key in ("task", "kind", "seed", "overrides")}, sort_keys=True)
+
+
+def best_rates(lines: Iterator[Cell]) -> dict[tuple[str, str], float]:
+    """(task, kind) → the rate of the lowest validation loss among the cells of `rates`."""
+    grid = {identity(wanted) for wanted in rates()}
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for line in lines:
+        if identity(line) in grid:
+            found = (line["validation_loss"], line["overrides"]["optimizer.lr"])
+            key = line["task"], line["kind"]
+            best[key] = min(best.get(key, found), found)
+    return {key: lr for key, (_, lr) in best.items()}
+
+
+def table(lines: list[Cell]) -> Table:
+    """Mean, spread and number of seeds of each method, best first within its task."""
+    methods: dict[tuple[str, str, str], list[Cell]] = {}
+    for line in lines:
+        shown = {k: v for k, v in line["overrides"].items() if k not in ("model_args", "share.seed")}
+        methods.setdefault((line["task"], line["kind"], json.dumps(shown)), []).append(line)
+    result = Table("task", "kind", "settings", "parameters", "validation loss", "spread", "accuracy", "runs")
+    for (task, kind, shown), runs in sorted(methods.items(), key=lambda item: (item[0][0], _mean(item[1], "validation_loss"))):
+        losses = [run["validation_loss"] for run in runs]
+        accuracy = f"{_mean(runs, 'validation_accuracy'):.4f}" if "validation_accuracy" in runs[0] else ""
+        spread = f"{max(losses) - min(losses):.4f}" if len(runs) > 1 else ""
+        mean = f"{statistics.mean(losses):.4f}"
+        result.add_row(task, kind, shown, f"{runs[0]['parameters']:,}", mean, spread, accuracy, str(len(runs)))
+    return result
+
+
+def _mean(runs: list[Cell], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="what to measure")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--table", action="store_true", help="print what is measured so far")
+    arguments = parser.parse_args()
+    results = ResultFile("quality")
+    for suite in arguments.suites:
+        done = {identity(line) for line in results.lines()}
+        wanted = [one for one in SUITES[suite]() if identity(one) not in done]
+        print(f"{suite}: {len(wanted)} cells to measure", flush=True)
+        with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+            for measured in pool.imap_unordered(run, wanted):
+                results.add({"suite": suite, **measured})
+                print(f"  {measured['validation_loss']:.4f}  {identity(measured)}", flush=True)
+    if arguments.table or not arguments.suites:
+        Console(width=200).print(table(list(results.lines())))
+
+
+if __name__ == "__main__":
+    main()

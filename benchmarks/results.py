@@ -1,0 +1,53 @@
+"""Results as files: one measurement per line, with everything that is needed to make it again."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance() -> dict[str, Any]:
+    """Command, commit, versions and hardware of this process."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    cpu = Path("/proc/cpuinfo")
+    models = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
+    return {
+        "command": " ".join(["python", "-m", *sys.orig_argv[2:]]) if "-m" in sys.orig_argv else " ".join(sys.orig_argv),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hardware": f"{len(models)} × {models[0].split(':')[1].strip()}" if models else platform.processor(),
+    }
+
+
+class ResultFile:
+    """Appends measurements to `results/<benchmark>/<date>-<commit>.jsonl`; knows those of earlier runs."""
+
+    def __init__(self, benchmark: str):
+        self.folder = RESULTS / benchmark
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.provenance = provenance()
+        self.path = self.folder / f"{self.provenance['date']}-{self.provenance['commit']}.jsonl"
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Every measurement of this benchmark so far, oldest file first."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for line in path.read_text().splitlines():
+                yield json.loads(line)
+
+    def add(self, measurement: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({**measurement, **self.provenance}) + "\n")

@@ -1,0 +1,295 @@
+"""`Bank`: the few flat parameters of a group of weights, and the generation of its weights from them.
+
+The fast path keeps no generated weight and does work of O(K·n) for a weight of n numbers, whatever the bank's size:
+
+- A read joins the graph through an *anchor*, an empty tensor that depends on the bank's parameters, and remembers only which
+  weight was read. The weight's backward adds its part in place to one sum per parameter; the anchor's backward, which
+  autograd runs after the last of them, hands the sums to the parameters as ordinary gradients. So hooks, DDP's reducer,
+  `autograd.grad` and accumulation see exactly what they would see without us. (Slicing a flat parameter instead costs a
+  bank-sized tensor of zeros per read in backward.)
+- `layers.py` has whatever saved the weight for backward keep a recipe instead, and asks here for the weight again.
+
+The pure path is `mix` and `finish` under plain autograd. It is the twin that tests hold the fast path against, and what
+`torch.compile` and `torch.func` trace.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fused
+from .morphs import ELEMENTWISE, MORPHS, Mixture, finish, readings
+from .plan.rules import EMBEDDING_SIZE
+from .plan.types import Group, Slot
+
+PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
+"""Names of a bank's flat parameters; those that the plan has no numbers for are None."""
+_OWN = {"coefficients": "coefficients", "gains": "gains", "differences": "differences"}
+
+
+class Bank(nn.Module):
+    """One group's parameters, each flat; weights are made by calling the bank with the number of a slot.
+
+    Generation runs inside `forward`, also when backward asks for a weight again, so that the module hooks of an engine
+    (ZeRO-3's gather, FSDP2's unshard) fire around every read.
+
+    Args:
+        group: the group of the plan; `group.slots[i]` is made by `bank(i)`.
+        seed: the plan's.
+    """
+
+    bank: nn.Parameter
+    coefficients: nn.Parameter | None
+    projections: nn.Parameter | None
+    gains: nn.Parameter | None
+    differences: nn.Parameter | None
+
+    def __init__(self, group: Group, seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.group, self.seed = group, seed
+        self.pure = False
+        """Whether weights are made by the pure path always."""
+        sizes = {"bank": group.size, "projections": group.projection_numbers}
+        self._ranges: list[dict[str, tuple[int, int]]] = []
+        for slot in group.slots:
+            self._ranges.append({name: (sizes.get(name, 0), getattr(slot, name)) for name in _OWN})
+            for name in _OWN:
+                sizes[name] = sizes.get(name, 0) + getattr(slot, name)
+        for name in PARAMETERS:
+            values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
+            self.register_parameter(name, nn.Parameter(values) if values is not None else None)
+        self._readings = [readings(slot, seed, group.size) for slot in group.slots]
+        self._anchored: _Anchored | None = None
+
+    def forward(self, index: int, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight of slot `index` in its shape, or only its `rows` [m] as [m, C].
+
+        Args:
+            dtype: of the result, where it differs from the bank's (under autocast).
+        """
+        if self.pure or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return self._make(index, rows, self._parameters, dtype)
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
+            return self._fast(index, rows, dtype)
+        anchored = self._anchor()
+        return _Generate.apply(anchored.tensor, anchored.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def _fast(self, index: int, rows: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+        """A weight without a graph, with as few passes over its numbers as its morph allows."""
+        slot = self.group.slots[index]
+        if rows is not None or not fused.can_fuse(slot):
+            return self._make(index, rows, self._parameters, dtype)
+        with _exact(self.bank.device.type):
+            pieces = [reading.take(self.bank) for reading in self._readings[index]]
+            own = {name: self._own(self._parameters[name], index, name) for name in _OWN}
+            weight = fused.generate(slot, self.seed, pieces, own)
+            return weight if dtype is None else weight.to(dtype)
+
+    def _make(self, index: int, rows: Tensor | None, values: dict[str, Tensor | None], dtype: torch.dtype | None) -> Tensor:
+        """A weight from whole flat parameters: the pure path, differentiable."""
+        with _exact(self.bank.device.type):
+            return self._make_exactly(index, rows, values, dtype)
+
+    def _make_exactly(
+        self, index: int, rows: Tensor | None, values: dict[str, Tensor | None], dtype: torch.dtype | None
+    ) -> Tensor:
+        slot, bank = self.group.slots[index], values["bank"]
+        assert bank is not None
+        own = {name: self._own(values[name], index, name) for name in _OWN}
+        elements = None if rows is None or slot.morph not in ELEMENTWISE else _elements(slot, rows)
+        if elements is None:
+            pieces = tuple(reading.take(bank) for reading in self._readings[index])
+        else:
+            pieces = tuple(bank[reading.at(elements, bank.numel())] for reading in self._readings[index])
+        projection = self._projection(values["projections"], slot)
+        mixture = Mixture(slot, self.seed, bank.numel(), pieces, own["coefficients"], projection, elements)
+        return self._finish(mixture, own, rows, dtype)
+
+    def _finish(self, mixture: Mixture, own: dict[str, Tensor], rows: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+        slot, base = mixture.slot, MORPHS[mixture.slot.morph](mixture)
+        if rows is not None and mixture.index is None:
+            base = base.view(slot.rows, slot.columns)[rows]
+        weight = finish(slot, base, own["gains"], own["differences"], rows)
+        return weight if dtype is None else weight.to(dtype)
+
+    def _own(self, values: Tensor | None, index: int, name: str) -> Tensor:
+        start, length = self._ranges[index][name]
+        return values[start : start + length] if values is not None else self.bank.new_empty(0)
+
+    def _projection(self, values: Tensor | None, slot: Slot) -> Tensor | None:
+        if slot.morph != "emb":
+            return None
+        assert values is not None
+        start, end = self.projection_range(slot.templates)
+        return values[start:end].view(EMBEDDING_SIZE, slot.templates)
+
+    def projection_range(self, templates: int) -> tuple[int, int]:
+        """Where the projection to `templates` coefficients lies in `projections`."""
+        start = EMBEDDING_SIZE * sum(k for k in self.group.projections if k < templates)
+        return start, start + EMBEDDING_SIZE * templates
+
+    def _pull_back(self, gradient: Tensor, index: int, rows: Tensor | None, sums: dict[str, Tensor]) -> None:
+        """Adds the gradient of slot `index` to `sums`, given that of the weight: O(K·n).
+
+        The slot's own numbers and the pieces it reads become leaves of a small graph that ends here.
+        """
+        slot, parameters = self.group.slots[index], self._parameters
+        bank = parameters["bank"]
+        assert bank is not None
+        elements = None if rows is None or slot.morph not in ELEMENTWISE else _elements(slot, rows)
+        with torch.no_grad():
+            if elements is None:
+                pieces = [reading.take(bank) for reading in self._readings[index]]
+            else:
+                pieces = [bank[reading.at(elements, bank.numel())] for reading in self._readings[index]]
+            own = {name: self._own(parameters[name], index, name) for name in _OWN}
+            projection = self._projection(parameters["projections"], slot)
+            if rows is None and fused.can_fuse(slot):
+                with _exact(bank.device.type):
+                    piece_parts, own_parts = fused.pull_back(slot, self.seed, pieces, own, gradient.to(bank.dtype))
+                if "bank" in sums:
+                    for reading, part in zip(self._readings[index], piece_parts, strict=True):
+                        reading.give(sums["bank"], part)
+                self._add_own(index, own_parts, sums)
+                return
+        leaves = {("bank", k): piece for k, piece in enumerate(pieces)}
+        leaves |= {(name, 0): value for name, value in own.items() if value.numel()}
+        leaves |= {("projections", 0): projection} if projection is not None else {}
+        leaves = {key: value.detach().requires_grad_() for key, value in leaves.items() if key[0] in sums}
+        with torch.enable_grad(), _exact(bank.device.type):
+            mixture = Mixture(
+                slot,
+                self.seed,
+                bank.numel(),
+                tuple(leaves.get(("bank", k), piece) for k, piece in enumerate(pieces)),
+                leaves.get(("coefficients", 0), own["coefficients"]),
+                leaves.get(("projections", 0), projection),
+                elements,
+            )
+            own |= {name: leaves[name, 0] for name in _OWN if (name, 0) in leaves}
+            weight = self._finish(mixture, own, rows, None)
+        parts = torch.autograd.grad(weight, list(leaves.values()), gradient.to(weight.dtype), allow_unused=True)
+        for (name, k), part in zip(leaves, parts, strict=True):
+            if part is None:
+                continue
+            if name == "bank" and elements is None:
+                self._readings[index][k].give(sums[name], part)
+            elif name == "bank":
+                sums[name].index_add_(0, self._readings[index][k].at(elements, bank.numel()), part)
+            elif name == "projections":
+                start, end = self.projection_range(slot.templates)
+                sums[name][start:end] += part.view(-1)
+            else:
+                self._add_own(index, {name: part}, sums)
+
+    def _add_own(self, index: int, parts: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+        for name in parts.keys() & sums.keys():
+            start, length = self._ranges[index][name]
+            sums[name][start : start + length] += parts[name]
+
+    def _anchor(self) -> _Anchored:
+        """The anchor of the present forward; a new one when a backward has used it or the parameters are not the same."""
+        parameters = tuple((name, p) for name, p in self._parameters.items() if p is not None and p.requires_grad)
+        anchored = self._anchored
+        if anchored is None or not anchored.holds(parameters):
+            anchored = self._anchored = _Anchored(self, parameters)
+        return anchored
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Bank:
+        self._anchored = None  # its node knows the parameters' former dtype and device
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_anchored": None}  # a graph is neither copied nor pickled
+
+    def extra_repr(self) -> str:
+        return f"{self.group.size} numbers for {self.group.numel} in {len(self.group.slots)} weights"
+
+
+def _exact(device: str) -> AbstractContextManager[object]:
+    """Weights are generated in the bank's own precision, also under autocast."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _elements(slot: Slot, rows: Tensor) -> Tensor:
+    """Flat elements [m · C] of the rows [m]."""
+    return (rows.unsqueeze(1) * slot.columns + torch.arange(slot.columns, device=rows.device)).view(-1)
+
+
+class _Sums:
+    """One sum per parameter for each backward pass that is under way.
+
+    Passes are told apart by autograd's own number, since a reentrant checkpoint runs one inside another, and a pass that
+    died with an exception must leave nothing behind for the next.
+    """
+
+    def __init__(self, bank: Bank, parameters: tuple[tuple[str, Tensor], ...]):
+        self.bank = weakref.ref(bank)
+        self.parameters = parameters
+        self.passes: dict[int, dict[str, Tensor]] = {}
+
+    def here(self) -> dict[str, Tensor]:
+        number = torch._C._current_graph_task_id()
+        if number not in self.passes:
+            self.passes[number] = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters}
+        return self.passes[number]
+
+    def collect(self) -> tuple[Tensor | None, ...]:
+        sums = self.passes.pop(torch._C._current_graph_task_id(), {})
+        bank = self.bank()
+        if bank is not None and bank._anchored is not None and bank._anchored.sums is self:
+            bank._anchored = None
+        return tuple(sums.get(name) for name, _ in self.parameters)
+
+
+class _Anchored:
+    """An anchor, and what belongs to it."""
+
+    def __init__(self, bank: Bank, parameters: tuple[tuple[str, Tensor], ...]):
+        self.sums = _Sums(bank, parameters)
+        with torch.inference_mode(False):
+            self.tensor: Tensor = _Anchor.apply(self.sums, *(p for _, p in parameters))  # type: ignore[assignment]
+
+    def holds(self, parameters: tuple[tuple[str, Tensor], ...]) -> bool:
+        """Whether it hangs on exactly these tensors."""
+        mine = self.sums.parameters
+        return len(mine) == len(parameters) and all(a[1] is b[1] for a, b in zip(mine, parameters, strict=True))
+
+
+class _Anchor(torch.autograd.Function):
+    """parameters → an empty tensor; backward hands out the sums that the weights' backwards have made."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: _Sums, *parameters: Tensor) -> Tensor:
+        ctx.sums = sums
+        return parameters[0].new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[None | Tensor, ...]:
+        return None, *ctx.sums.collect()
+
+
+class _Generate(torch.autograd.Function):
+    """anchor → one weight; saves no tensor but the rows that were asked for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, sums: _Sums, bank: Bank, index: int, rows: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        ctx.sums, ctx.bank, ctx.index = sums, bank, index
+        ctx.save_for_backward(rows)
+        return bank._fast(index, rows, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        ctx.bank._pull_back(gradient, ctx.index, rows, ctx.sums.here())
+        return gradient.new_empty(0, dtype=ctx.bank.bank.dtype), None, None, None, None, None

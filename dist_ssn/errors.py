@@ -1,0 +1,50 @@
+"""The exceptions of `dist_ssn`.
+
+Everything that a user can get wrong is a `UserError` with one sentence that names what was wrong, where, and what would be
+right. The command line prints that sentence and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DistSSNError(Exception):
+    """Base of all exceptions of this library."""
+
+
+class UserError(DistSSNError, ValueError):
+    """A mistake in what the caller gave; the message is one sentence that says what would be right."""
+
+
+class BudgetError(UserError):
+    """A budget that cannot be read, or that no plan can meet."""
+
+
+class PlanError(UserError):
+    """A plan that is malformed, or that belongs to another model."""
+
+
+class ShareError(UserError):
+    """A model that cannot be shared, or a shared model that is used wrongly."""
+
+
+class RecipeError(UserError):
+    """A recipe with an unknown key, a wrong type or an impossible value."""
+
+
+class DataError(UserError):
+    """Training data that is missing, malformed or too small."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is incomplete, altered, or that belongs to another plan or model."""
+
+
+def unknown_choice(what: str, got: str, known: Iterable[str]) -> str:
+    """The sentence for a name that is not in a registry: what was given, what is known, and the nearest name."""
+    names = sorted(known)
+    near = difflib.get_close_matches(got, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {got!r}: known are {', '.join(names)}{hint}"

@@ -1,0 +1,284 @@
+"""Layers that ask a bank for their weights: a subclass per base class, made once, whose weights are properties.
+
+`isinstance(layer, nn.Linear)` stays true, and the class's own `forward` runs. Around it:
+
+- a weight is generated once per forward, however often it is read;
+- whatever saves it for backward keeps a recipe instead and has it generated again, so that no copy of the model's weights is
+  alive between forward and backward;
+- under autocast it is made in the lower precision at once, where the operation would cast it anyhow.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .bank import Bank
+from .errors import ShareError
+
+_CAST = (nn.Linear, nn.modules.conv._ConvNd)
+_state = threading.local()
+
+
+class _Recipe(NamedTuple):
+    """What is kept for backward instead of a generated weight."""
+
+    bank: Bank
+    index: int
+    dtype: torch.dtype | None
+
+
+class _Packed(NamedTuple):
+    """A view of a generated weight, to be made again."""
+
+    recipe: _Recipe
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def make(self) -> Tensor:
+        with torch.no_grad():
+            weight = self.recipe.bank(self.recipe.index, dtype=self.recipe.dtype)
+            return weight.as_strided(self.shape, self.stride, self.offset)
+
+
+class _Scope:
+    """One layer's forward: the weights it has read, and the hooks that keep them from being saved."""
+
+    def __init__(self, layer: nn.Module):
+        self.dtype = _autocast_dtype(layer)
+        self.weights: dict[tuple[int, int], Tensor] = {}
+        self.recipes: dict[int, _Recipe] = {}
+
+    def read(self, bank: Bank, index: int) -> Tensor:
+        key = (id(bank), index)
+        if key not in self.weights:
+            weight = self.weights[key] = bank(index, dtype=self.dtype)
+            self.recipes[weight.untyped_storage().data_ptr()] = _Recipe(bank, index, self.dtype)
+        return self.weights[key]
+
+    def __enter__(self) -> _Scope:
+        self.outer: _Scope | None = getattr(_state, "scope", None)
+        _state.scope = self
+        # Only the innermost pair of hooks is called, so those around us (an activation checkpoint's, say) are called by us.
+        around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(*_hooks(self.recipes, around))
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.__exit__()
+        _state.scope = self.outer
+        self.weights.clear()  # a storage's address may be used again from here on, but nothing is packed any more either
+
+
+def _hooks(
+    recipes: dict[int, _Recipe], around: tuple[Callable[..., Any], Callable[..., Any]] | None
+) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    def pack(tensor: Tensor) -> Any:
+        recipe = recipes.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        if recipe is not None:
+            return _Packed(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
+        if around is not None:
+            return around[0](tensor)
+        return tensor, tensor._version
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, _Packed):
+            return packed.make()
+        if around is not None:
+            return around[1](packed)
+        tensor, version = packed
+        if tensor._version != version:  # autograd does not check this itself for tensors that went through hooks
+            raise RuntimeError(
+                f"a tensor of shape {tuple(tensor.shape)} that a shared layer needs for its gradient was modified in place: "
+                "use the out-of-place form of that operation"
+            )
+        return tensor
+
+    return pack, unpack
+
+
+def _autocast_dtype(layer: nn.Module) -> torch.dtype | None:
+    if not isinstance(layer, _CAST) and type(layer).__name__ != "Conv1D":
+        return None
+    device = next(iter(layer.__dict__["_dist_ssn_slots"].values()))[0].bank.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+class GeneratedWeight(Tensor):
+    """A weight that was read outside its layer's forward: a temporary, which nothing may write to."""
+
+    _dist_ssn_name: str = ""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        written = kwargs.get("out")
+        if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__"):
+            written = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        elif name.startswith("__i") and name[3:-2] in _IN_PLACE:
+            written = args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            if isinstance(written, GeneratedWeight) and name not in _HARMLESS:
+                raise ShareError(_no_write(written._dist_ssn_name))
+            result = func(*args, **kwargs)
+            if name in ("__get__", "detach", "view", "reshape") and type(result) is Tensor and isinstance(args[0], GeneratedWeight):
+                if result.numel() and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr():
+                    return _guarded(result, args[0]._dist_ssn_name)
+            return result
+
+
+_IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
+_HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
+
+
+def _guarded(weight: Tensor, name: str) -> Tensor:
+    guarded = weight.as_subclass(GeneratedWeight)
+    guarded._dist_ssn_name = name
+    return guarded
+
+
+def _no_write(name: str) -> str:
+    return (
+        f"{name} is generated from a bank, so writing to it would be lost: initialize before share(), train the bank, "
+        "or write to materialize(model)"
+    )
+
+
+class SharedLayer:
+    """What the subclass of a shared layer adds to its base class."""
+
+    _dist_ssn_base: type[nn.Module]
+    _dist_ssn_names: tuple[str, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _Scope(self):  # type: ignore[arg-type]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._dist_ssn_names:
+            raise ShareError(_no_write(f"{type(self).__name__}.{name}"))
+        super().__setattr__(name, value)
+
+    def reset_parameters(self) -> None:
+        """Not possible: a bank's numbers belong to many layers."""
+        raise ShareError(_no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _new_layer, (self._dist_ssn_base, self._dist_ssn_names), state
+
+
+class _SharedRNN(SharedLayer):
+    """Recurrent layers keep a list of their weights: here it is made of generated ones whenever it is read."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        return [getattr(self, name) if hasattr(type(self), name) or name in self._parameters else None
+                for name in self._flat_weights_names]  # type: ignore[attr-defined]  # fmt: skip
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        """The base class stores its list here; ours is derived."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "_flat_weights":
+            super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[arg-type]  # the base class's reads the weights, which may not be there yet
+
+    def _init_flat_weights(self) -> None:
+        """Nothing to keep."""
+
+    def _weights_have_changed(self) -> bool:
+        return False
+
+    def flatten_parameters(self) -> None:
+        """Generated weights do not lie in one cuDNN buffer."""
+
+
+class _SharedEmbedding(SharedLayer):
+    """Makes only the rows that are looked up, where they are fewer than the table has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer: nn.Embedding = self  # type: ignore[assignment]
+        few = input.numel() < layer.num_embeddings and not layer.scale_grad_by_freq
+        if not few or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            return super().forward(input)
+        bank, index = layer.__dict__["_dist_ssn_slots"]["weight"]
+        rows = input.reshape(-1).long()
+        torch._assert_async(((rows >= 0) & (rows < layer.num_embeddings)).all(), "index out of range in embedding")
+        return bank(index, rows).view(*input.shape, layer.embedding_dim)
+
+
+@functools.cache
+def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of `base` whose parameters `names` are generated; the same class for the same arguments."""
+    mixin: type = SharedLayer
+    if issubclass(base, nn.RNNBase):
+        mixin = _SharedRNN
+    elif base.forward is nn.Embedding.forward:
+        mixin = _SharedEmbedding
+    body: dict[str, Any] = {name: _weight_property(name) for name in names}
+    body |= {"_dist_ssn_base": base, "_dist_ssn_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), body)
+
+
+def _weight_property(name: str) -> property:
+    def read(layer: nn.Module) -> Tensor:
+        bank, index = layer.__dict__["_dist_ssn_slots"][name]
+        try:
+            if torch.compiler.is_compiling():
+                return bank(index)
+            scope: _Scope | None = getattr(_state, "scope", None)
+            if scope is not None:
+                return scope.read(bank, index)
+            return _guarded(bank(index), bank.group.slots[index].name)
+        except AttributeError as error:  # which nn.Module.__getattr__ would turn into "no attribute 'weight'"
+            raise RuntimeError(f"generating {name} failed: {error}") from error
+
+    def delete(layer: nn.Module) -> None:
+        raise ShareError(_no_write(f"{type(layer).__name__}.{name}"))
+
+    return property(read, None, delete)
+
+
+def _new_layer(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = shared_class(base, names)
+    return cls.__new__(cls)
+
+
+def share_layer(layer: nn.Module, slots: dict[str, tuple[Bank, int]]) -> None:
+    """Makes `layer` generate the parameters named in `slots`, in place.
+
+    The banks are not registered as its submodules: they belong to the model's root.
+    """
+    for name in slots:
+        del layer._parameters[name]
+    for name in ("_flat_weights", "_flat_weight_refs"):  # a recurrent layer's second hold on its weights
+        layer.__dict__.pop(name, None)
+    layer.__dict__["_dist_ssn_slots"] = dict(slots)
+    layer.__class__ = shared_class(type(layer), tuple(slots))
+
+
+def unshare_layer(layer: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Gives `layer` back its class and ordinary parameters, in place."""
+    layer.__class__ = type(layer)._dist_ssn_base  # type: ignore[attr-defined]
+    del layer.__dict__["_dist_ssn_slots"]
+    for name, weight in weights.items():
+        layer.register_parameter(name, weight)
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()

@@ -1,0 +1,104 @@
+"""The budget's arithmetic: from groups of weights to bank sizes and slots. Never over the budget, and nothing of it left idle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ..specs import LayerSpec
+from .mapping import group_std
+from .rules import EMBEDDING_SIZE, Morph, cut, reach
+from .types import Group, Slot
+
+_GAINS_SHARE = 0.3
+"""Automatic gains are used where they take at most this part of a weight's share of the budget."""
+_RANK_SHARE = 0.4
+"""Part of a weight's share that an automatic low-rank difference takes."""
+_MAX_RANK = 8
+_WITH_EXTRAS = ("offset", "hash")
+_ROUNDS = 64
+
+
+class Infeasible(Exception):
+    """The budget is too small for what each weight must have."""
+
+
+def allocate(groups: dict[str, list[LayerSpec]], budget: int, morph: Morph) -> tuple[Group, ...]:
+    """Sizes every bank and cuts every weight.
+
+    The budget is split in proportion to the groups' sizes; a group of one weight that would get at least the weight's own
+    size keeps it as it is ("repeat" of a bank of n numbers), and what it has to spare goes to the others.
+
+    Raises:
+        Infeasible: some group's share cannot hold one number of bank and what its weights must have beside it.
+    """
+    shares = split(budget, groups)
+    return tuple(_solve(name, weights, shares[name], morph) for name, weights in groups.items())
+
+
+def split(budget: int, groups: dict[str, list[LayerSpec]]) -> dict[str, int]:
+    """Each group's share of `budget`, by largest remainder; single weights are capped at their size while others remain."""
+    sizes = {name: sum(weight.numel for weight in weights) for name, weights in groups.items()}
+    capped: dict[str, int] = {}
+    while True:
+        open_sizes = {name: size for name, size in sizes.items() if name not in capped}
+        shares = _in_proportion(budget - sum(capped.values()), open_sizes)
+        full = {name: sizes[name] for name in shares if len(groups[name]) == 1 and shares[name] >= sizes[name]}
+        capped |= full
+        if not full:
+            return capped | shares
+
+
+def _in_proportion(total: int, sizes: dict[str, int]) -> dict[str, int]:
+    whole = sum(sizes.values())
+    shares = {name: total * size // whole for name, size in sizes.items()}
+    by_remainder = sorted(sizes, key=lambda name: (-(total * sizes[name] % whole), list(sizes).index(name)))
+    for name in by_remainder[: total - sum(shares.values())] if sizes else []:
+        shares[name] += 1
+    return shares
+
+
+def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) -> Group:
+    """The largest bank that `share` allows beside the numbers of the weights' own, which depend on the bank's size in turn."""
+    std = group_std(weights)
+    total = sum(weight.numel for weight in weights)
+    if len(weights) == 1 and share == total:
+        slot = replace(cut(weights[0], total, Morph("repeat")), scale=weights[0].init_std / std)
+        return Group(name, total, std, (slot,))
+    bank = share
+    for _ in range(_ROUNDS):
+        if bank < 1:
+            raise Infeasible(name)
+        cover = -(-bank // total)
+        slots = [_with_extras(cut(weight, bank, morph, cover), share * weight.numel / total, morph) for weight in weights]
+        projections = {slot.templates for slot in slots if slot.morph == "emb"}
+        rest = share - sum(slot.extras for slot in slots) - EMBEDDING_SIZE * sum(projections)
+        if rest >= bank:
+            return Group(name, rest, std, _place(slots, rest, std))
+        bank = rest
+    raise Infeasible(name)
+
+
+def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
+    """Adds gains and a low-rank difference: what the user asked for, or what fits beside the bank in the weight's share."""
+    automatic = slot.morph in _WITH_EXTRAS
+    around = slot.rows + slot.columns
+    gains = morph.gains
+    if gains is None:
+        gains = automatic and around <= _GAINS_SHARE * share
+    rank = morph.rank
+    if rank is None:
+        rank = min(_MAX_RANK, int(_RANK_SHARE * share) // around) if automatic else 0
+    return replace(slot, row_gains=gains, column_gains=gains, rank=min(rank, slot.rows, slot.columns))
+
+
+def _place(slots: list[Slot], bank: int, std: float) -> tuple[Slot, ...]:
+    """Gives every slot the stretch after its predecessor's, so that each number of the bank is used equally often.
+
+    The scale makes up for the morph's own spread (already in `slot.scale`) and for the bank's standard deviation.
+    """
+    placed, start = [], 0
+    for slot in slots:
+        placed.append(replace(slot, start=start, scale=slot.scale * slot.init_std / std))
+        start = (start + reach(slot, bank)) % bank
+    return tuple(placed)

@@ -1,0 +1,124 @@
+"""Mappings: which weights share a bank. Pure functions from specs to named lists of weights."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from ..errors import PlanError, unknown_choice
+from ..specs import LayerSpec
+
+Weights = Sequence[LayerSpec]
+Groups = dict[str, list[LayerSpec]]
+
+_STD_RATIO = 5.0
+"""Weights whose initial standard deviations differ by more get separate banks under "auto": one step of an optimizer moves
+all users of a bank in proportion to their scale, so that a bank rate can suit only weights of similar scale."""
+
+
+def single(weights: Weights, count: int, seed: int) -> Groups:
+    """All weights in one bank."""
+    return {"all": list(weights)}
+
+
+def by_shape(weights: Weights, count: int, seed: int) -> Groups:
+    """A bank per shape."""
+    groups: Groups = {}
+    for weight in weights:
+        groups.setdefault("shape-" + "x".join(map(str, weight.shape)), []).append(weight)
+    return groups
+
+
+def by_depth(weights: Weights, count: int, seed: int) -> Groups:
+    """`count` contiguous stages of about equal size, in the order in which the model lists its weights."""
+    total, before = sum(weight.numel for weight in weights), 0
+    groups: Groups = {}
+    for weight in weights:
+        stage = min(count - 1, count * (2 * before + weight.numel) // (2 * total))  # where the weight's middle lies
+        groups.setdefault(f"depth-{stage}", []).append(weight)
+        before += weight.numel
+    return groups
+
+
+def at_random(weights: Weights, count: int, seed: int) -> Groups:
+    """`count` banks of about equal numbers of weights, drawn by a hash of (seed, name)."""
+    drawn = sorted(weights, key=lambda weight: hashlib.sha256(f"{seed}/{weight.name}".encode()).digest())
+    place = {weight.name: i % count for i, weight in enumerate(drawn)}
+    groups: Groups = {f"random-{i}": [] for i in range(min(count, len(drawn)))}
+    for weight in weights:
+        groups[f"random-{place[weight.name]}"].append(weight)
+    return groups
+
+
+def by_scale(weights: Weights, count: int, seed: int) -> Groups:
+    """One bank for all weights whose initial standard deviations lie within a factor of five; more where they don't."""
+    groups: list[list[LayerSpec]] = []
+    for weight in sorted(weights, key=lambda weight: weight.init_std):
+        if groups and weight.init_std <= _STD_RATIO * groups[-1][0].init_std:
+            groups[-1].append(weight)
+        else:
+            groups.append([weight])
+    order = {weight.name: i for i, weight in enumerate(weights)}
+    named = [sorted(group, key=lambda weight: order[weight.name]) for group in groups]
+    if len(named) == 1:
+        return {"all": named[0]}
+    return {f"scale-{i}": group for i, group in enumerate(sorted(named, key=lambda group: order[group[0].name]))}
+
+
+MAPPINGS: dict[str, Callable[[Weights, int, int], Groups]] = {
+    "single": single,
+    "shape": by_shape,
+    "depth": by_depth,
+    "random": at_random,
+    "scale": by_scale,
+}
+_DEFAULT_COUNT = 4
+
+
+def map_weights(weights: Weights, mapping: str | Mapping[str, str], seed: int) -> Groups:
+    """Groups `weights` by a named mapping, or by hand.
+
+    Args:
+        mapping: a key of `MAPPINGS`; with a number of groups as "depth:3" or "random:8"; or {glob: group name}, in which the
+            first glob that matches a weight's name decides.
+
+    Raises:
+        PlanError: unknown mapping, a weight that no glob matches, or a glob that matches nothing.
+    """
+    if isinstance(mapping, Mapping):
+        return _by_hand(weights, mapping)
+    name, _, number = mapping.partition(":")
+    if name not in MAPPINGS:
+        raise PlanError(unknown_choice("mapping", mapping, [*MAPPINGS, "auto"]) + ', or a dict {"glob": "group"}')
+    if number and (not number.isdigit() or int(number) < 1 or name not in ("depth", "random")):
+        raise PlanError(f'mapping {mapping!r}: a number of groups goes with depth and random only, as "depth:3"')
+    return MAPPINGS[name](weights, int(number or _DEFAULT_COUNT), seed)
+
+
+def _by_hand(weights: Weights, mapping: Mapping[str, str]) -> Groups:
+    bad = [name for name in mapping.values() if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name))]
+    if bad:
+        raise PlanError(f"group name {bad[0]!r} in the mapping: use letters, digits, - and _, a letter first")
+    groups: Groups = {}
+    unused = set(mapping)
+    missing = []
+    for weight in weights:
+        glob = next((glob for glob in mapping if fnmatch.fnmatchcase(weight.name, glob)), None)
+        if glob is None:
+            missing.append(weight.name)
+            continue
+        unused.discard(glob)
+        groups.setdefault(mapping[glob], []).append(weight)
+    if missing:
+        raise PlanError(f"the mapping names no group for {', '.join(missing[:5])}: add a glob for it, \"*\" for all the rest")
+    if unused:
+        raise PlanError(f"the mapping's glob {sorted(unused)[0]!r} decides for no weight: remove it, or put it before a wider one")
+    return groups
+
+
+def group_std(weights: Weights) -> float:
+    """Root mean square of the weights' initial standard deviations, each number counted once: the bank's own."""
+    return math.sqrt(sum(w.numel * w.init_std**2 for w in weights) / sum(w.numel for w in weights))

@@ -1,0 +1,188 @@
+"""How each morph cuts up a bank: templates, coefficients and scale of one weight. Pure arithmetic.
+
+Letters: n numbers in a weight, B numbers in its bank, K templates.
+The formulas of "avg", "wavg", "emb", "inter", "mask" and "repeat" are those of Plummer et al., arXiv 2006.10598, section 3 and
+of the code published with it; "offset" and "hash" are ours (see `dist_ssn.morphs`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import PlanError, unknown_choice
+from ..specs import LayerSpec
+from .types import Slot
+
+MASK_WINDOW = 9
+"""Numbers in a mask's window: a 3×3 kernel, as in the paper's code."""
+EMBEDDING_SIZE = 8
+"""Length of a layer's embedding under "emb"."""
+
+_MAX_TEMPLATES = 4
+_DOWN, _UP, _ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")
+
+
+@dataclass(frozen=True)
+class Morph:
+    """A choice of morph and of its options; None lets the plan choose by size.
+
+    As text, for recipes and the command line: "offset", "offset:templates=2,rank=4", "emb/inter" (down/up).
+    """
+
+    name: str = "auto"
+    """A morph, a pair "down/up" such as "emb/inter", or "auto"."""
+    templates: int | None = None
+    """Templates that one weight mixes (more: slower to generate)."""
+    chunk: int | None = None
+    """Numbers in a row with one sign (offset) or one place (hash)."""
+    gains: bool | None = None
+    """One learned gain per row and per column of each weight."""
+    rank: int | None = None
+    """Rank of a low-rank difference of each weight's own."""
+
+    @property
+    def down(self) -> str:
+        """The morph for B ≥ 2n."""
+        first = self.name.split("/")[0]
+        return first if first in _DOWN + _ANY else "wavg"
+
+    @property
+    def up(self) -> str:
+        """The morph for B < n."""
+        last = self.name.split("/")[-1]
+        return {"wavg": "wavg-up"}.get(last, last) if last in _UP + _ANY else "inter"
+
+
+def parse_morph(morph: str | Morph) -> Morph:
+    """Reads "name:option=value,…".
+
+    Raises:
+        PlanError: unknown morph or option, or a value that is out of range.
+    """
+    if isinstance(morph, str):
+        name, _, options = morph.partition(":")
+        morph = Morph(name, **dict(_option(morph, text) for text in options.split(",") if text))
+    known = {*_DOWN, *_UP, *_ANY, "auto"}
+    parts = morph.name.split("/")
+    for part in parts:
+        if part not in known:
+            raise PlanError(unknown_choice("morph", part, known))
+    if len(parts) > 2 or (len(parts) == 2 and (parts[0] not in _DOWN or parts[1] not in _UP)):
+        raise PlanError(f"morph {morph.name!r}: a pair is down/up, one of {', '.join(_DOWN)} and one of {', '.join(_UP)}")
+    for name, least in (("templates", 1), ("chunk", 1), ("rank", 0)):
+        value = getattr(morph, name)
+        if value is not None and value < least:
+            raise PlanError(f"morph {morph.name!r}: {name}={value} is out of range, the least is {least}")
+    if morph.templates is not None and morph.down == "emb" and morph.templates > EMBEDDING_SIZE:
+        raise PlanError(f"morph 'emb': templates={morph.templates} is more than the {EMBEDDING_SIZE} numbers of an embedding")
+    return morph
+
+
+def _option(morph: str, text: str) -> tuple[str, int | bool]:
+    name, _, value = text.partition("=")
+    if name == "gains" and value in ("true", "false"):
+        return name, value == "true"
+    if name in ("templates", "chunk", "rank") and value.isdigit():
+        return name, int(value)
+    raise PlanError(f"morph {morph!r}: cannot read {text!r}; options are templates=N, chunk=N, rank=N and gains=true|false")
+
+
+def cut(weight: LayerSpec, bank: int, morph: Morph, cover: int = 1) -> Slot:
+    """The slot of `weight` in a bank of `bank` numbers, at start 0, without gains and difference.
+
+    `cover` is the least K with which the group's weights together read the whole bank.
+    """
+    n = weight.numel
+    name = morph.down if bank >= 2 * n else morph.up if bank < n else morph.up if morph.up in _ANY else "repeat"
+    slot = Slot(weight.name, weight.shape, name, 0, 1, 1.0, weight.init_std, zero_row=weight.zero_row)
+    return _CUTS[name](slot, bank, morph, cover)
+
+
+def _cut_average(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
+    templates = min(bank // slot.numel, morph.templates or max(cover, _MAX_TEMPLATES))
+    if slot.morph == "emb":
+        templates = min(templates, EMBEDDING_SIZE)
+    coefficients = {"avg": 0, "wavg": templates, "emb": EMBEDDING_SIZE}[slot.morph]
+    scale = math.sqrt(templates) if slot.morph == "avg" else 1.0
+    return replace(slot, templates=templates, coefficients=coefficients, scale=scale)
+
+
+def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
+    return slot
+
+
+def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
+    templates = min(morph.templates or _MAX_TEMPLATES, bank)
+    room = bank // templates
+    height = max(1, min(slot.rows, room, math.isqrt(room * slot.rows // slot.columns)))
+    width = min(slot.columns, room // height)
+    spread = _spread(height, slot.rows) * _spread(width, slot.columns)
+    coefficients = templates if templates > 1 else 0
+    return replace(
+        slot, templates=templates, coefficients=coefficients, template_shape=(height, width), scale=1 / math.sqrt(spread)
+    )
+
+
+def _cut_mask(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
+    return replace(slot, coefficients=MASK_WINDOW * (math.ceil(slot.numel / bank) - 1))
+
+
+def _cut_mix(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
+    templates = min(morph.templates or 2, bank)
+    size = bank // templates
+    pieces = math.ceil(slot.numel / size)
+    return replace(slot, templates=templates, coefficients=pieces * templates, template_shape=(pieces, size))
+
+
+def _cut_signed(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
+    templates = morph.templates or cover
+    chunk = morph.chunk or (8 if slot.morph == "offset" else 64)
+    if slot.morph == "hash":
+        chunk = max(1, min(chunk, bank // 100))  # what is left over of the bank behind its last whole chunk is never read
+    return replace(slot, templates=templates, coefficients=templates if templates > 1 else 0, chunk=chunk)
+
+
+_CUTS: dict[str, Callable[[Slot, int, Morph, int], Slot]] = {
+    "avg": _cut_average,
+    "wavg": _cut_average,
+    "emb": _cut_average,
+    "inter": _cut_inter,
+    "mask": _cut_mask,
+    "repeat": _cut_repeat,
+    "wavg-up": _cut_mix,
+    "offset": _cut_signed,
+    "hash": _cut_signed,
+}
+SLOT_MORPHS = tuple(_CUTS)
+
+
+def reach(slot: Slot, bank: int) -> int:
+    """How many numbers of the bank the slot reads, counted with repetition: the next slot starts that much further on."""
+    if slot.morph == "inter":
+        return slot.templates * math.prod(slot.template_shape)
+    if slot.morph == "wavg-up":
+        return slot.templates * slot.template_shape[1]
+    return slot.templates * slot.numel
+
+
+def resize_matrix(size: int, source: int) -> np.ndarray:
+    """The matrix [size, source] of one-dimensional linear resizing with half-pixel centres (`align_corners=False`)."""
+    place = np.clip((np.arange(size) + 0.5) * source / size - 0.5, 0, None)
+    low = np.minimum(place.astype(np.int64), source - 1)
+    high = np.minimum(low + 1, source - 1)
+    matrix = np.zeros((size, source))
+    np.add.at(matrix, (np.arange(size), low), 1 - (place - low))
+    np.add.at(matrix, (np.arange(size), high), place - low)
+    return matrix
+
+
+def _spread(source: int, size: int) -> float:
+    """Variance of a resized white sequence, relative to the source's: resizing smooths."""
+    place = np.clip((np.arange(size) + 0.5) * source / size - 0.5, 0, source - 1)
+    part = place - np.floor(place)
+    part[np.floor(place) >= source - 1] = 0
+    return float(np.mean(part**2 + (1 - part) ** 2))

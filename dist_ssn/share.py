@@ -1,0 +1,309 @@
+"""`share` attaches a plan to a model, in place; `materialize` gives the dense model back."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .bank import Bank
+from .budget import Budget
+from .errors import PlanError, ShareError
+from .layers import share_layer, unshare_layer
+from .plan import Morph, Plan, Slot, make_plan
+from .plan.rules import EMBEDDING_SIZE
+from .specs import Selector, Specs, find_specs
+
+_ATTRIBUTE = "dist_ssn"
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def share(
+    model: nn.Module,
+    budget: Budget | None = None,
+    *,
+    mapping: str | Mapping[str, str] = "auto",
+    morph: str | Morph = "auto",
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+    plan: Plan | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Replaces the stored weights of `model` by weights generated from a few small banks, in place.
+
+    The weights start with fresh values of the standard deviation that each layer was initialized with; what the model held
+    before is lost. Biases, norms and everything else stay as they are. Do this before the optimizer is made, and before the
+    model is wrapped for training.
+
+    Args:
+        model: any module with floating-point weights, initialized as for dense training.
+        budget: trainable numbers that may stand for all the weights: 0.1, "10%", 5_000_000, "5M", "5MB", "5MB/step".
+        mapping, morph, include, exclude, seed: see `make_plan`.
+        plan: rebuild exactly this one, instead of `budget`.
+
+    Returns:
+        the model itself.
+
+    Raises:
+        ShareError: the model cannot be shared; PlanError: the plan is of another model; BudgetError: see `make_plan`.
+    """
+    if (plan is None) == (budget is None):
+        raise ShareError("share() needs either a budget, share(model, 0.1), or a plan, share(model, plan=plan)")
+    if plan is None:
+        assert budget is not None
+        plan = make_plan(model, budget, mapping=mapping, morph=morph, include=include, exclude=exclude, seed=seed)
+    else:
+        names = [slot.name for _, slot in plan.slots()]
+        missing = sorted(set(names) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+        if missing:
+            raise PlanError(f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model")
+        _check_plan(plan, find_specs(model, include=names))
+    specs = find_specs(model, include=[slot.name for _, slot in plan.slots()])
+    _attach(model, plan, specs)
+    return model
+
+
+class BankSet(nn.Module):
+    """All banks of a model, and the plan that they follow. Passes its input on, should a container call it."""
+
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.plan = plan
+        for group in plan.groups:
+            if hasattr(self, group.name):
+                raise PlanError(f"group name {group.name!r} is taken by torch.nn.Module: choose another")
+            self.add_module(group.name, Bank(group, plan.seed, device, dtype))
+
+    def banks(self) -> Iterator[Bank]:
+        for group in self.plan.groups:
+            yield self.get_submodule(group.name)  # type: ignore[misc]
+
+    def forward(self, input: Any = None) -> Any:
+        return input
+
+    def get_extra_state(self) -> Tensor:
+        """The plan as bytes, so that a state dict says which plan it belongs to."""
+        return torch.frombuffer(bytearray(self.plan.to_json(indent=None).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuses a state dict of another plan.
+
+        Raises:
+            PlanError: says what the first difference is.
+        """
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise PlanError("the state dict holds no plan where one belongs: it was not written by dist_ssn")
+        difference = plan_difference(self.plan, Plan.from_json(bytes(state.cpu().tolist()).decode(errors="replace")))
+        if difference:
+            raise PlanError(f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)")
+
+
+def plan_difference(mine: Plan, other: Plan) -> str | None:
+    """The first difference between two plans in words, None where they are equal."""
+    if mine == other:
+        return None
+    banks, theirs = ({group.name: group for group in plan.groups} for plan in (mine, other))
+    if set(banks) != set(theirs):
+        return f"it has banks {', '.join(theirs)}, the model has {', '.join(banks)}"
+    for name, group in banks.items():
+        if group.size != theirs[name].size:
+            return f"its bank {name!r} has {theirs[name].size} numbers, the model's has {group.size}"
+    slots, their_slots = ({slot.name: (group.name, slot) for group, slot in plan.slots()} for plan in (mine, other))
+    for name in sorted(set(slots) ^ set(their_slots)):
+        return f"weight {name!r} is shared only in {'the model' if name in slots else 'it'}"
+    for name, (bank, slot) in slots.items():
+        their_bank, their_slot = their_slots[name]
+        if bank != their_bank:
+            return f"its weight {name!r} reads bank {their_bank!r}, the model's reads {bank!r}"
+        for field in Slot.__dataclass_fields__:
+            if getattr(slot, field) != getattr(their_slot, field):
+                return f"{field} of its weight {name!r} is {getattr(their_slot, field)!r}, the model's {getattr(slot, field)!r}"
+    return f"budget or seed differ ({other.budget}, {other.seed}; the model has {mine.budget}, {mine.seed})"
+
+
+def _check_plan(plan: Plan, specs: Specs) -> None:
+    shapes = {name: weight.shape for weight in specs.weights for name in (weight.name, *weight.aliases)}
+    problems = []
+    for _, slot in plan.slots():
+        if slot.name not in shapes:
+            problems.append(f"{slot.name} cannot be shared in it")
+        elif shapes[slot.name] != slot.shape:
+            problems.append(f"{slot.name} is {list(slot.shape)} in the plan and {list(shapes[slot.name])} in the model")
+    if problems:
+        raise PlanError("the plan belongs to another model: " + "; ".join(problems[:5]))
+
+
+def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
+    """Builds the banks and turns every layer that holds a weight into a layer that generates it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = parameters[specs.weights[0].name]
+    banks = BankSet(plan, first.device, first.dtype)
+    for bank in banks.banks():
+        initialize(bank)
+    places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
+    slots: dict[str, dict[str, tuple[Bank, int]]] = {}
+    for bank in banks.banks():
+        for index, slot in enumerate(bank.group.slots):
+            for name in places[slot.name]:
+                module, _, parameter = name.rpartition(".")
+                slots.setdefault(module, {})[parameter] = (bank, index)
+    owner = model
+    if isinstance(model, _CONTAINERS):  # a container calls or lists all its children: the first layer owns the banks there
+        owner = model.get_submodule(next(iter(slots)))
+    if hasattr(owner, _ATTRIBUTE):
+        raise ShareError(f"{type(owner).__name__} has an attribute {_ATTRIBUTE!r} already: rename it")
+    for module, layer_slots in slots.items():
+        share_layer(model.get_submodule(module), layer_slots)
+    owner.add_module(_ATTRIBUTE, banks)
+
+
+@torch.no_grad()
+def initialize(bank: Bank) -> None:
+    """Gives a bank its starting values, the same on every rank and machine: they depend on the plan alone.
+
+    The bank is normal with exactly the group's standard deviation. Coefficients of weights that mix the same number of
+    templates are orthogonal with unit rows, signed templates are mixed in equal parts, gains start at 1, and of a
+    difference U·V, U has variance 1/rank and V is zero: its first step moves the weight as far as a dense step would.
+    """
+    group, seed = bank.group, bank.seed
+    draw = np.random.RandomState(_seed_of(seed, group.name))
+    values = torch.from_numpy(draw.standard_normal(group.size))
+    if group.size > 1:
+        values = values / values.square().mean().sqrt()
+    bank.bank.copy_(values * group.init_std)
+    rows = {k: orthogonal_rows(sum(_mixes(s) == k for s in group.slots), k, draw) for k in {_mixes(s) for s in group.slots}}
+    used = dict.fromkeys(rows, 0)
+    projections = {k: orthogonal_rows(k, EMBEDDING_SIZE, draw).T for k in group.projections}
+    for k, projection in projections.items():
+        start, end = bank.projection_range(k)
+        assert bank.projections is not None
+        bank.projections[start:end].copy_(torch.from_numpy(projection.reshape(-1).copy()))
+    for index, slot in enumerate(group.slots):
+        for name in ("coefficients", "gains", "differences"):
+            target = bank._own(getattr(bank, name), index, name)
+            if not target.numel():
+                continue
+            if name == "gains":
+                start = np.ones(slot.gains)
+            elif name == "differences":
+                left = draw.standard_normal(slot.rows * slot.rank) / math.sqrt(slot.rank)
+                start = np.concatenate([left, np.zeros(slot.columns * slot.rank)])
+            elif slot.morph in ("offset", "hash"):
+                start = np.full(slot.templates, slot.templates**-0.5)
+            elif slot.morph == "mask":
+                start = draw.randint(0, 2, slot.coefficients) * 2.0 - 1.0
+            elif slot.morph == "wavg-up":
+                start = orthogonal_rows(slot.template_shape[0], slot.templates, draw).reshape(-1)
+            else:
+                start = rows[slot.templates][used[slot.templates]]
+                used[slot.templates] += 1
+                if slot.morph == "emb":
+                    start = projections[slot.templates] @ start
+            target.copy_(torch.from_numpy(np.ascontiguousarray(start)))
+
+
+def _mixes(slot: Slot) -> int:
+    """K of a slot whose coefficients start orthogonal to those of the others with the same K, else 0."""
+    return slot.templates if slot.coefficients and slot.morph in ("wavg", "emb", "inter") else 0
+
+
+def _seed_of(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"bank/{seed}/{name}".encode()).digest()[:4], "little")
+
+
+def orthogonal_rows(count: int, size: int, draw: np.random.RandomState) -> np.ndarray:
+    """[count, size] with unit rows, orthogonal within each block of `size` rows."""
+    if not count or not size:
+        return np.zeros((count, size))
+    blocks = [np.linalg.qr(draw.standard_normal((size, size)))[0] for _ in range(-(-count // size))]
+    return np.concatenate(blocks)[:count]
+
+
+def _bank_set(model: nn.Module) -> BankSet | None:
+    return next((module for module in model.modules() if isinstance(module, BankSet)), None)
+
+
+def shared_plan(model: nn.Module) -> Plan | None:
+    """The plan of a shared model (wrapped or not), None for a dense one."""
+    banks = _bank_set(model)
+    return banks.plan if banks is not None else None
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """An ordinary dense copy of a shared model: base classes, stored weights, ties as they were, no trace of a bank.
+
+    Raises:
+        ShareError: the model is not shared.
+    """
+    if _bank_set(model) is None:
+        raise ShareError(f"{type(model).__name__} is not shared: there is nothing to materialize")
+    dense = copy.deepcopy(model)
+    made: dict[tuple[int, int], nn.Parameter] = {}
+    for module in list(dense.modules()):
+        slots: dict[str, tuple[Bank, int]] = module.__dict__.get("_dist_ssn_slots", {})
+        for bank, index in slots.values():
+            if (id(bank), index) not in made:
+                with torch.no_grad():
+                    made[id(bank), index] = nn.Parameter(bank(index).clone())
+        if slots:
+            unshare_layer(module, {name: made[id(bank), index] for name, (bank, index) in slots.items()})
+    for module in dense.modules():
+        if isinstance(module._modules.get(_ATTRIBUTE), BankSet):
+            del module._modules[_ATTRIBUTE]
+            break
+    return dense
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Numbers of a model: trainable ones in all, those that are not generated from banks, and the plan if it is shared."""
+
+    parameters: int
+    own_parameters: int
+    plan: Plan | None
+
+    def __str__(self) -> str:
+        if self.plan is None:
+            return f"dense model, {self.parameters:,} trainable parameters"
+        return f"{self.parameters:,} trainable parameters: {self.plan}, and {self.own_parameters:,} of the model's own"
+
+
+def summary(model: nn.Module) -> Summary:
+    """Counts the trainable numbers of a model, shared or dense."""
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    banks = _bank_set(model)
+    shared = sum(p.numel() for p in banks.parameters() if p.requires_grad) if banks is not None else 0
+    return Summary(total, total - shared, banks.plan if banks is not None else None)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer: banks, differences and matrices decay; gains, coefficients, biases and norms don't.
+
+    Works on dense models too, so that both are trained alike.
+    """
+    undecayed = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Bank)
+        for parameter in (module.coefficients, module.projections, module.gains)
+    }
+    decayed = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Bank)
+        for parameter in (module.bank, module.differences)
+    }
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays = id(parameter) in decayed or (parameter.ndim >= 2 and id(parameter) not in undecayed)
+            groups[decays].append(parameter)
+    kinds = [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+    return [kind for kind in kinds if kind["params"]]
