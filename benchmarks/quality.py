@@ -144,7 +144,8 @@ def run(wanted: Cell) -> Cell:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = {**TASKS[wanted["task"]], **wanted["overrides"], "seed": wanted["seed"], "output": folder, "threads": 1}
-        recipe = load_recipe(None, [f"--{key}={json.dumps(value)}" for key, value in settings.items()])
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+        recipe = load_recipe(None, [f"--{key}={text}" for key, text in texts.items()])
         row = train(recipe, progress=False).row
     row.pop("name")
     history = [{key: point[key] for key in ("step", "validation_loss")} for point in row.pop("history")]

@@ -1,0 +1,45 @@
+# Every target sets up what it needs on a fresh machine; the second time that takes no time.
+# VENV: where the environment is; EXTRAS: which extras of pyproject.toml are in it; ARGS: passed on, e.g.
+#   make test ARGS="-k plan"      make test ARGS="-n 0 -x tests/test_readme.py"
+# How to choose another Python or another torch: scripts/setup.sh.
+SHELL := bash
+VENV ?= .venv
+EXTRAS ?= dev,wandb
+ARGS ?=
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+# Several processes share the cores in tests and in the quick start: one thread each.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make the virtual environment
+
+$(READY): pyproject.toml scripts/setup.sh
+	@scripts/setup.sh $(VENV) -e '.[$(EXTRAS)]'
+	@touch $@
+
+train: $(READY) ## train a shared model beside its dense twins, and compare them (about 10 minutes on 2 cores)
+	$(PY) -m benchmarks.quickstart $(ARGS)
+
+test: $(READY) ## run all tests (less than 15 minutes on 2 cores)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(READY) ## check style, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+wheel: $(READY) ## build the wheel and try it in an environment of its own, outside the repository
+	rm -rf dist
+	$(PY) -m build --wheel --outdir dist
+	away=$$(mktemp -d) && trap "rm -rf $$away" EXIT && PIP_COMPILE=0 scripts/setup.sh $$away/venv dist/*.whl && \
+	cp tests/wheel_smoke.py $$away && cd $$away && venv/bin/python wheel_smoke.py && venv/bin/dist-ssn --help >/dev/null
+
+clean: ## remove the environment and everything that was built (runs/ stays)
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

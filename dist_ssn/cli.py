@@ -1,0 +1,161 @@
+"""The command line: `dist-ssn train`, `dist-ssn plan`, `dist-ssn report`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dist_ssn.errors import RecipeError, UserError, unknown_choice
+
+if TYPE_CHECKING:
+    from dist_ssn.plan import Plan
+    from dist_ssn.train.recipe import Recipe
+
+# The commands import what they need when they run: torch takes a second, and `--help` should not wait for it.
+
+TRAIN = """Train a model by a recipe, alone or under torchrun; write its metrics, checkpoints, and ledger of bytes sent.
+Example: dist-ssn train --config quickstart --share.budget=5% --steps=200"""
+PLAN = """Show how a recipe's model would share its weights, without reading its data or training it.
+Example: dist-ssn plan --config quickstart --share.budget=5%"""
+REPORT = """Compare finished runs in a table, and in plots if --output is given.
+Example: dist-ssn report runs/quickstart --output plots"""
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Runs `dist-ssn train`."""
+    from dist_ssn.train.recipe import parse_recipe
+
+    recipe, given = parse_recipe(arguments, "dist-ssn train", TRAIN, {"--no-progress": "show no progress bar"})
+    from dist_ssn.train import loop
+
+    loop.train(recipe, progress="--no-progress" not in given)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Runs `dist-ssn plan`."""
+    from dist_ssn.train.recipe import parse_recipe
+
+    flags = {"--json": "print the plan as JSON, which share.plan reads"}
+    recipe, given = parse_recipe(arguments, "dist-ssn plan", PLAN, flags)
+    made = _plan_of(recipe)
+    if "--json" in given:
+        print(made.to_json())
+    else:
+        from rich.console import Console
+
+        Console().print(made.table())
+
+
+def _plan_of(recipe: Recipe) -> Plan:
+    from dist_ssn.plan import Plan, make_plan
+    from dist_ssn.train.data import data_hints
+    from dist_ssn.train.models import build_model
+
+    share = recipe.share
+    if share.plan is not None:
+        return Plan.from_json(Path(share.plan).read_text())
+    if share.budget is None:
+        raise RecipeError("share.budget is null, which leaves the model dense: give one, such as --share.budget=10%")
+    hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
+    return make_plan(
+        build_model(recipe.model, recipe.model_args, hints),
+        share.budget,
+        mapping=share.mapping,
+        morph=share.morph,
+        include=share.include,
+        exclude=share.exclude,
+        seed=share.seed,
+    )
+
+
+def report(arguments: Sequence[str]) -> None:
+    """Runs `dist-ssn report`."""
+    parser = _parser("dist-ssn report", REPORT)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, or of several")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for the plots; without it, none are drawn")
+    given = parser.parse_args(arguments)
+    from dist_ssn.report import report as show
+
+    show(given.runs, given.output)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "plan": plan, "report": report}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists what there is)")
+
+
+def _parser(prog: str, description: str, usage: str | None = None, epilog: str | None = None) -> _Parser:
+    layout = argparse.RawDescriptionHelpFormatter  # a line with an example stays a line
+    return _Parser(prog, usage, description, epilog, formatter_class=layout, allow_abbrev=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        argv: the arguments; None: those of this process.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user, 1 for trouble with the machine, 130 for Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        _tell(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _tell("stopped by Ctrl-C")
+        return 130
+    except BrokenPipeError:  # `dist-ssn plan | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder that may not be written, ...
+        if error.errno is None:
+            raise
+        _tell(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+        return 1
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    texts = zip(COMMANDS, (TRAIN, PLAN, REPORT), strict=True)
+    commands = "\n".join(f"  {name:8}{text.splitlines()[0]}" for name, text in texts)
+    parser = _parser(
+        "dist-ssn",
+        "Train any PyTorch model from a small shared bank of parameters.",
+        epilog=f"commands:\n{commands}\n\ndist-ssn COMMAND --help says more.",
+        usage="dist-ssn [-h] [--version] COMMAND ...",
+    )
+    parser.add_argument("--version", action="version", version=f"dist-ssn {_version()}")
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
+    given = parser.parse_known_args(arguments)[0]
+    raise UserError(unknown_choice("command", given.command, COMMANDS))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("dist_ssn")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _tell(sentence: str) -> None:
+    """Writes a sentence to stderr, once per machine: every process of a torchrun that fails has the same to say."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"dist-ssn: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

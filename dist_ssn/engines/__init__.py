@@ -1,0 +1,8 @@
+"""How many processes train one model: each engine in its own file, so that an optional dependency stays in it."""
+
+from __future__ import annotations
+
+from dist_ssn.engines.ddp import DDPEngine
+from dist_ssn.engines.world import World, init_world
+
+__all__ = ["DDPEngine", "World", "init_world"]

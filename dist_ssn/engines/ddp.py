@@ -1,0 +1,186 @@
+"""DistributedDataParallel, set up for models whose weights live in a few flat banks."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_ssn.comm.meter import purpose
+from dist_ssn.errors import UserError
+
+MIB = 1024 * 1024
+_BANK = re.compile(r"(^|\.)dist_ssn\.[^.]+\.bank$")
+
+
+def bucket_mib(parameters: Iterable[tuple[str, nn.Parameter]]) -> int | None:
+    """The size in MiB at which DDP should close a bucket; None for DDP's own choice (25 MiB, the first one 1 MiB).
+
+    parameters: names and parameters that get gradients.
+
+    DDP fills a bucket in the order in which gradients become final, and sends it when its last one is. A bank's
+    gradient is final only when the backward of its earliest user is done. So:
+    - no bank: DDP's choice.
+    - one bank: it is final at the very end of backward, and nothing is left to overlap it with. Everything goes into
+      one bucket: one round per step, which is what counts on a slow network. Own parameters of more than 25 MiB are
+      worth sending earlier, in buckets of that size.
+    - several banks: each closes a bucket when it is final, so that the banks of late layers travel while the backward
+      of early layers runs. Own parameters ride along. Less than 1 MiB is not worth a round of its own.
+    """
+    banks, own = [], 0
+    for name, parameter in parameters:
+        size = parameter.numel() * parameter.element_size()
+        if _BANK.search(name):
+            banks.append(size)
+        else:
+            own += size
+    if not banks:
+        return None
+    if len(banks) == 1:
+        return 25 if own > 25 * MIB else math.ceil((banks[0] + own) / MIB)
+    return max(1, min(banks) // MIB)
+
+
+class DDPEngine:
+    """Trains a model with one copy per process, whose gradients are averaged in backward.
+
+    model: shared or not, on its device. optimizer: over the model's parameters, made after `share`.
+    scheduler: stepped with the optimizer. clip_norm: global norm to which `step` clips; None: no clipping.
+    static_graph: every step uses the same parameters in the same order; needed with reentrant activation
+    checkpointing, where one bank has several users. find_unused_parameters: for models that leave some parameters
+    out of some steps (costs one more all-reduce of 4 bytes per parameter tensor).
+    bucket_mb: MiB at which a bucket is closed, instead of the choice of `bucket_mib`.
+
+    .model is what to call for a forward in training: the wrapper, or the model itself when there is one process.
+    .module is always the model itself: use it for evaluation (the wrapper broadcasts buffers in each forward).
+
+    One step::
+
+        for micro in range(accumulation):
+            last = micro == accumulation - 1
+            with engine.accumulating(last):
+                engine.backward(loss_of(engine.model(inputs)) / accumulation, last)
+        engine.step()
+
+    Raises: UserError when the model has nothing to train, or the optimizer holds parameters of another model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scheduler: LRScheduler | None = None,
+        clip_norm: float | None = None,
+        static_graph: bool = False,
+        find_unused_parameters: bool = False,
+        bucket_mb: float | None = None,
+    ) -> None:
+        _check(model, optimizer, clip_norm, bucket_mb)
+        self.module = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.clip_norm = clip_norm
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.world_size = dist.get_world_size() if joined else 1
+        self.model: nn.Module = model
+        self._last = True  # what `accumulating` said: does the backward now under way end in averaged gradients?
+        self._averaged = True  # are the gradients that exist now the average over all processes?
+        self._learning = static_graph  # does DDP still have to see its first backward?
+        if self.world_size > 1:
+            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            with purpose("initialization"):
+                # Buffers are broadcast before each forward only if the model has any, which is DDP's default; the
+                # argument for it changes its name between releases.
+                self.model = DistributedDataParallel(
+                    model,
+                    bucket_cap_mb=bucket_mb if bucket_mb is not None else bucket_mib(trainable),  # pyright: ignore[reportArgumentType]
+                    gradient_as_bucket_view=True,
+                    static_graph=static_graph,
+                    find_unused_parameters=find_unused_parameters,
+                )
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Put around forward and backward of one micro-batch: nothing is sent unless it is the step's last."""
+        wrapper = self.model if isinstance(self.model, DistributedDataParallel) else None
+        # Trap: with static_graph, DDP must see its very first backward outside of no_sync (else an internal assertion
+        # fails). That micro-batch is averaged once more than needed, which changes no gradient.
+        local = wrapper is not None and not last and not self._learning
+        self._learning = False
+        outer, self._last = self._last, last
+        try:
+            with wrapper.no_sync() if wrapper is not None and local else nullcontext():
+                yield
+        finally:
+            self._averaged = last
+            self._last = outer
+
+    def backward(self, loss: torch.Tensor, last: bool = True) -> None:
+        """Compute gradients of `loss` (a scalar: the mean over this process's samples), averaged if `last`.
+
+        With accumulation, divide the loss by the number of micro-batches.
+
+        Raises: UserError when `last` contradicts the `accumulating` around it: DDP decides in forward what it sends.
+        """
+        if last != self._last:
+            raise UserError(
+                f"backward(last={last}) inside accumulating(last={self._last}): "
+                f"put forward and backward inside `with engine.accumulating(last={last})`"
+            )
+        self._averaged = last
+        loss.backward()
+
+    def step(self) -> torch.Tensor | None:
+        """Clip, update the parameters and the learning rate, drop the gradients.
+
+        Returns: the global norm of the gradients before clipping (a scalar tensor, not copied to the host), or None
+        without clip_norm.
+        Raises: UserError when the last micro-batch was not marked as such: the processes would drift apart.
+        """
+        if not self._averaged:
+            raise UserError("step() after accumulating(last=False): the step's last micro-batch needs last=True")
+        norm = None
+        if self.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], self.clip_norm)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def _check(model: nn.Module, optimizer: Optimizer, clip_norm: float | None, bucket_mb: float | None) -> None:
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise UserError(
+            f"the model ({type(model).__name__}) has no trainable parameters: requires_grad is False for all"
+        )
+    known = {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = [p for p in held if id(p) not in known]
+    if strangers:
+        raise UserError(
+            f"the optimizer holds {len(strangers)} of {len(held)} parameters that are not the model's (the first has "
+            f"the shape {tuple(strangers[0].shape)}): make the optimizer after share(), from the model it will train"
+        )
+    forgotten = sorted(name for key, name in trainable.items() if key not in {id(p) for p in held})
+    if forgotten:
+        warnings.warn(
+            f"{len(forgotten)} trainable parameters are not in the optimizer (the first is {forgotten[0]}): they are "
+            "sent in each step but never change; give them to the optimizer or set requires_grad to False",
+            stacklevel=3,
+        )
+    for what, value in (("clip_norm", clip_norm), ("bucket_mb", bucket_mb)):
+        if value is not None and not value > 0:
+            raise UserError(f"{what} must be above 0 or None, got {value!r}")

@@ -1,0 +1,118 @@
+"""Which process this is, among how many: from the environment that torchrun sets."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dist_ssn.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `world_size` processes; use it as a context manager, or call `close` at the end.
+
+    owns_group: whether `close` ends the process group (False for one process, or when the group was there before).
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    owns_group: bool = False
+
+    def close(self) -> None:
+        """End the process group that `init_world` started; a second call does nothing."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> World:
+    """Join the other processes that torchrun (or any launcher that sets the same variables) has started.
+
+    Nothing is started when WORLD_SIZE is absent or 1. A process group that exists already is used as it is. The
+    backend is gloo on CPU and NCCL on CUDA.
+
+    timeout_seconds: how long to wait for the other processes, here and in each collective later.
+    device: "cpu" or "cuda"; CUDA where there is one, if not given.
+    Raises: UserError for a variable that is missing or malformed, and when the others cannot be reached.
+    """
+    if not timeout_seconds > 0:
+        raise UserError(f"timeout_seconds must be above 0, got {timeout_seconds!r}")
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"device must be 'cpu' or 'cuda', got {kind!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' was asked for, but PyTorch finds no CUDA device: use 'cpu'")
+
+    joined = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if joined else _integer("WORLD_SIZE", default=1, low=1)
+    if world_size == 1:
+        return World(0, 1, 0, _device(kind, 0))
+    rank = dist.get_rank() if joined else _integer("RANK", low=0, high=world_size - 1)
+    # On CPU nothing depends on the local rank; with CUDA a guess would put several processes on one device.
+    local_default = 0 if kind == "cpu" else None
+    local_rank = _integer("LOCAL_RANK", default=local_default, low=0, high=world_size - 1)
+    where = _device(kind, local_rank)
+    if joined:
+        return World(rank, world_size, local_rank, where)
+
+    address, port = _text("MASTER_ADDR"), _integer("MASTER_PORT", low=1, high=65535)
+    try:
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            # Not tcp://: under torchrun the launcher itself holds the store at this port, which only env:// knows.
+            init_method="env://",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"rank {rank} could not meet the other {world_size - 1} processes at {address}:{port} within "
+            f"{timeout_seconds:g} s (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
+        ) from error
+    return World(rank, world_size, local_rank, where, owns_group=True)
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"LOCAL_RANK is {local_rank}, but this machine has {torch.cuda.device_count()} CUDA devices: "
+            "start at most one process per device"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _text(name: str) -> str:
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise UserError(f"environment variable {name} is missing, though WORLD_SIZE is above 1: start with torchrun")
+    return value
+
+
+def _integer(name: str, *, low: int, high: int | None = None, default: int | None = None) -> int:
+    if default is not None and name not in os.environ:
+        return default
+    text = _text(name) if default is None else os.environ[name]
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low or (high is not None and value > high):
+        span = f"{low} or more" if high is None else f"from {low} to {high}"
+        raise UserError(f"environment variable {name} is {text!r}: it must be an integer {span}")
+    return value

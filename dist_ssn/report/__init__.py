@@ -1,0 +1,17 @@
+"""Tables and plots from the files that runs leave behind, never from numbers typed by hand."""
+
+from __future__ import annotations
+
+from .plot import plot_loss_against_bytes, plot_loss_against_steps
+from .report import read_rows, report
+from .table import human_bytes, human_number, summary_table
+
+__all__ = [
+    "human_bytes",
+    "human_number",
+    "plot_loss_against_bytes",
+    "plot_loss_against_steps",
+    "read_rows",
+    "report",
+    "summary_table",
+]

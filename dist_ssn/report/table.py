@@ -1,0 +1,68 @@
+"""The table that compares runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+
+def human_number(count: float) -> str:
+    """A count with three digits and a decimal prefix: 1,262,000 is "1.26 M"."""
+    value, prefixes = float(count), ["", "k", "M", "G", "T"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:.3g} {prefixes[0]}".rstrip()
+
+
+def human_bytes(count: float) -> str:
+    """A number of bytes with three digits and a decimal unit: 1,262,000 is "1.26 MB"."""
+    number = human_number(count)
+    return f"{number}B" if number[-1].isalpha() else f"{number} B"
+
+
+def _less_sent(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str]:
+    most = max((row["total_bytes"] for row in rows), default=0)
+    return lambda row: f"{most / row['total_bytes']:.1f}×" if row["total_bytes"] else "–"
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
+    """One line per run: what it has, what it sends per rank, how long a step takes, and how good it is.
+
+    Args:
+        rows: dicts as `RunResult.row`; a validation accuracy gets a column where any row has one.
+    """
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("para-\nmeters", lambda row: human_number(row["parameters"])),
+        ("optim.\nstate", lambda row: human_bytes(row["optimizer_bytes"])),
+        ("a step\nlogical", lambda row: human_bytes(row["bytes_per_step_logical"])),
+        ("a step\nring", lambda row: human_bytes(row["bytes_per_step_ring"])),
+        ("in all\nring", lambda row: human_bytes(row["total_bytes"])),
+        ("less\nsent", _less_sent(rows)),
+        ("ms a\nstep", lambda row: f"{row['ms_per_step']:.3g}"),
+        ("valid.\nloss", lambda row: _number(row["validation_loss"], ".4f")),
+    ]
+    if any("validation_accuracy" in row for row in rows):
+        columns.append(("valid.\naccuracy", lambda row: _number(row.get("validation_accuracy"), ".2%")))
+    # Eighty columns are enough for three runs side by side: no vertical lines, short headings, names that wrap.
+    table = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        caption="bytes that one rank sends",
+    )
+    table.add_column("run", vertical="bottom")
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(str(row["name"]), *(cell(row) for _, cell in columns))
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,4 @@
+"""Training: recipes, data, models, the loop and its checkpoints.
+
+`dist_ssn.train.recipe.load_recipe` reads a recipe, `dist_ssn.train.loop.train` runs it.
+"""

@@ -1,0 +1,349 @@
+"""Where the data comes from: readers of local files, by name. Nothing is downloaded, no file can run code."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import importlib.util
+import io
+import os
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from dist_ssn.errors import DataError, unknown_choice
+from dist_ssn.train.data.tasks import ClassificationTask, Hints, LanguageTask, Task
+
+if TYPE_CHECKING:
+    from dist_ssn.train.recipe import DataConfig
+
+DEFAULT_CONTEXT = 128
+FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
+FASHION_MNIST_COMMAND = "apt-get install dataset-fashion-mnist"
+# Digits have no test set. Which are held out does not depend on the run's seed, so that runs can be compared.
+_SPLIT_SEED = 0
+
+Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, C, H, W), int64 (N,)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of data.
+
+    Args:
+        hints: what a model has to know of it, known before a file is read.
+        load: (config, context, seed) → Task.
+    """
+
+    hints: dict[str, Any]
+    load: Callable[[DataConfig, int, int], Task]
+
+
+def load_task(config: DataConfig, *, context: int | None = None, seed: int = 0) -> Task:
+    """Reads the data.
+
+    Args:
+        context: bytes that a model of text sees at once; None: 128. Images don't have it.
+        seed: of the order of the samples and of their augmentation.
+
+    Raises:
+        DataError: the data is unknown, missing, malformed or too small.
+    """
+    source = _source(config)
+    if context is not None and (not isinstance(context, int) or context < 1):
+        raise DataError(f"the context must be a whole number of bytes, at least 1, got {context!r}")
+    return source.load(config, DEFAULT_CONTEXT if context is None else context, seed)
+
+
+def data_hints(config: DataConfig, *, context: int | None = None) -> Hints:
+    """What a model has to know of the data, without reading it (for a plan, the files need not be there)."""
+    hints = dict(_source(config).hints)
+    if "vocabulary" in hints:
+        hints["context"] = DEFAULT_CONTEXT if context is None else context
+    return Hints(hints)
+
+
+def _source(config: DataConfig) -> Source:
+    if config.name not in DATA:
+        raise DataError(unknown_choice("data", config.name, DATA))
+    return DATA[config.name]
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def _load_text(config: DataConfig, context: int, seed: int) -> Task:
+    content = _read_text(config.path, config.limit)
+    split = len(content) - int(len(content) * config.validation)
+    hints = data_hints(config, context=context).model_hints
+    where = config.path or "pydoc_data.topics"
+    return LanguageTask(
+        f"the text {where!r}", seed, hints, train=content[:split], held_out=content[split:], context=context
+    )
+
+
+def _read_text(path: str | None, limit: int | None) -> np.ndarray:
+    content = bytearray()
+    for file in _text_files(path):
+        try:
+            piece = file.read_bytes()
+        except OSError as error:
+            raise DataError(f"data.path: {file} cannot be read ({error.strerror})") from None
+        if b"\0" in piece[:8192]:
+            if str(file) == path:
+                raise DataError(f"data.path: {file} is not a text file, for it has NUL bytes")
+            continue
+        content += piece
+        if limit is not None and len(content) >= limit:
+            break
+    if not content:
+        raise DataError(f"data.path: there is no text in {path!r}: give a text file, a folder of them, or a glob")
+    return np.frombuffer(bytes(content[:limit]), dtype=np.uint8)
+
+
+def _text_files(path: str | None) -> list[Path]:
+    """The files of a path in an order that is the same everywhere; hidden files and links are left out of folders."""
+    if path is None:
+        module = importlib.util.find_spec("pydoc_data.topics")
+        if module is None or module.origin is None or not module.origin.endswith(".py"):
+            raise DataError("this Python comes without the text of pydoc_data.topics: set data.path to a text file")
+        return [Path(module.origin)]
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        found = {file.relative_to(folder): file for file in folder.rglob("*")}
+        return [
+            file
+            for name, file in sorted(found.items(), key=lambda pair: pair[0].as_posix())
+            if file.is_file() and not file.is_symlink() and not any(part.startswith(".") for part in name.parts)
+        ]
+    if folder.exists():
+        return [Path(path)]
+    if not glob.has_magic(path):
+        raise DataError(f"data.path: {path!r} does not exist in {Path.cwd()}")
+    matches = sorted(glob.glob(str(folder), recursive=True))
+    # A link to a folder can lead to the same file many times.
+    return list({os.path.realpath(name): Path(name) for name in reversed(matches) if os.path.isfile(name)}.values())[
+        ::-1
+    ]
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def _images_task(
+    config: DataConfig, seed: int, train: Images, held_out: Images, hints: dict[str, Any], shift: int, flip: bool
+) -> Task:
+    for part, (images, labels) in (("training", train), ("test", held_out)):
+        if len(images) != len(labels):
+            raise DataError(f"{config.name}: the {part} files have {len(images)} images but {len(labels)} labels")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < hints["classes"]:
+            raise DataError(
+                f"{config.name}: the {part} labels go from {labels.min()} to {labels.max()}, but there are "
+                f"{hints['classes']} classes, from 0"
+            )
+    return ClassificationTask(
+        config.name,
+        seed,
+        dict(hints),
+        images=train[0][: config.limit],
+        labels=train[1][: config.limit],
+        held_out_images=held_out[0],
+        held_out_labels=held_out[1],
+        shift=shift if config.augment else 0,
+        flip=flip and config.augment,
+    )
+
+
+def _load_digits(config: DataConfig, context: int, seed: int) -> Task:
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(digits.target))
+    images = digits.images[order][:, None].astype(np.uint8)
+    labels = digits.target[order].astype(np.int64)
+    split = len(labels) - max(1, int(len(labels) * config.validation))
+    train, held_out = (images[:split], labels[:split]), (images[split:], labels[split:])
+    return _images_task(config, seed, train, held_out, DATA["digits"].hints, shift=1, flip=False)
+
+
+def _load_fashion_mnist(config: DataConfig, context: int, seed: int) -> Task:
+    folder = Path(config.path or FASHION_MNIST_FOLDER).expanduser()
+
+    def part(name: str) -> Images:
+        images = _read_idx(folder / f"{name}-images-idx3-ubyte", dimensions=3)[:, None]
+        return images, _read_idx(folder / f"{name}-labels-idx1-ubyte", dimensions=1).astype(np.int64)
+
+    hints = DATA["fashion_mnist"].hints
+    return _images_task(config, seed, part("train"), part("t10k"), hints, shift=2, flip=True)
+
+
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """An array of bytes in the IDX format of MNIST, packed or not.
+
+    Source: http://yann.lecun.com/exdb/mnist, "The IDX file format".
+    """
+    packed = path.with_name(f"{path.name}.gz")
+    try:
+        content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"fashion_mnist: there is no {packed.name} in {path.parent}: run {FASHION_MNIST_COMMAND}, or set data.path "
+            "to the folder that has the four files"
+        ) from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"fashion_mnist: {packed} cannot be read ({error}): get the file anew") from None
+    header = 4 + 4 * dimensions
+    shape = tuple(int(size) for size in np.frombuffer(content[4 : header - header % 4], dtype=">u4")[:dimensions])
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != header + int(np.prod(shape)):
+        raise DataError(
+            f"fashion_mnist: {path} is not a whole IDX file of {dimensions} dimensions of bytes: get the file anew"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+
+
+# --------------------------------------------------------------------------------------------------------------- CIFAR
+
+
+@dataclass(frozen=True)
+class _Cifar:
+    """The official archives' files: both versions have the same bytes, as pickles or as plain records.
+
+    Source: https://www.cs.toronto.edu/~kriz/cifar.html
+
+    Args:
+        train, test: names of the files, without the ".bin" of the binary version.
+        labels: bytes of labels before an image in the binary version; the last one is the (fine) class.
+        key: the labels' key in the pickled version.
+        folders: where the archives unpack to.
+    """
+
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    labels: int
+    key: bytes
+    folders: tuple[str, str]
+
+
+_CIFAR = {
+    "cifar10": _Cifar(
+        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
+        test=("test_batch",),
+        labels=1,
+        key=b"labels",
+        folders=("cifar-10-batches-bin", "cifar-10-batches-py"),
+    ),
+    "cifar100": _Cifar(
+        train=("train",),
+        test=("test",),
+        labels=2,
+        key=b"fine_labels",
+        folders=("cifar-100-binary", "cifar-100-python"),
+    ),
+}
+_PIXELS = 3 * 32 * 32
+
+
+def _load_cifar(config: DataConfig, context: int, seed: int) -> Task:
+    layout = _CIFAR[config.name]
+    files = _cifar_files(config, layout)
+
+    def part(names: tuple[str, ...]) -> Images:
+        pieces = [
+            _cifar_records(files[f"{name}.bin"], f"{name}.bin", layout)
+            if f"{name}.bin" in files
+            else _cifar_pickle(files[name], name, layout)
+            for name in names
+        ]
+        pixels, labels = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+        return pixels.reshape(-1, 3, 32, 32), labels
+
+    hints = DATA[config.name].hints
+    return _images_task(config, seed, part(layout.train), part(layout.test), hints, shift=4, flip=True)
+
+
+def _cifar_files(config: DataConfig, layout: _Cifar) -> dict[str, bytes]:
+    """File name → content, of a folder or of the packed archive itself; of all names in one of the two versions."""
+    plain = [*layout.train, *layout.test]
+    wanted = {*plain, *(f"{name}.bin" for name in plain)}
+    files: dict[str, bytes] = {}
+    where = Path(config.path or ".").expanduser()
+    try:
+        if where.is_file():
+            with tarfile.open(where) as archive:
+                for member in archive:
+                    name = Path(member.name).name
+                    if name in wanted and member.isfile() and (stream := archive.extractfile(member)):
+                        files[name] = stream.read()
+        else:
+            for folder in (where, *(where / name for name in layout.folders)):
+                for name in sorted(wanted - set(files)):
+                    if (folder / name).is_file():
+                        files[name] = (folder / name).read_bytes()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{config.name}: {where} cannot be read ({reason}): get the archive anew") from None
+    for name in plain:
+        if name not in files and f"{name}.bin" not in files:
+            raise DataError(
+                f"{config.name}: there is no {name}.bin or {name} in {where}: set data.path to the official archive "
+                "(.tar.gz), or to the folder that it unpacks to"
+            )
+    return files
+
+
+def _cifar_records(content: bytes, name: str, layout: _Cifar) -> Images:
+    record = layout.labels + _PIXELS
+    if not content or len(content) % record:
+        raise DataError(f"{name} has {len(content)} bytes, not a multiple of {record}: the file is not whole")
+    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
+    return records[:, layout.labels :], records[:, layout.labels - 1].astype(np.int64)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that can make nothing but plain containers, text, numbers and numpy arrays.
+
+    A pickle runs code through the functions that it names. These three, which only make arrays, are all that it may
+    name.
+    """
+
+    ALLOWED: ClassVar[dict[str, Any]] = {
+        "ndarray": np.ndarray,
+        "dtype": np.dtype,
+        "_reconstruct": np.empty(0).__reduce__()[0],
+    }
+    MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if module_name in self.MODULES and global_name in self.ALLOWED:
+            return self.ALLOWED[global_name]
+        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+
+
+def _cifar_pickle(content: bytes, name: str, layout: _Cifar) -> Images:
+    try:
+        # The files were written by Python 2: its text arrives as bytes.
+        batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+        pixels = batch[b"data"]
+        labels = np.asarray(batch[layout.key], dtype=np.int64)
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{name} is not an official CIFAR file: a pickle of arrays was expected, but {error}") from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise DataError(f"{name} is not a whole CIFAR file ({type(error).__name__}: {error})") from None
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS):
+        raise DataError(f"{name}: data must be bytes of shape ({len(labels)}, {_PIXELS}), one row for each label")
+    return pixels, labels
+
+
+DATA: dict[str, Source] = {
+    "text": Source({"vocabulary": 256, "context": DEFAULT_CONTEXT}, _load_text),
+    "digits": Source({"classes": 10, "channels": 1, "size": 8}, _load_digits),
+    "fashion_mnist": Source({"classes": 10, "channels": 1, "size": 28}, _load_fashion_mnist),
+    "cifar10": Source({"classes": 10, "channels": 3, "size": 32}, _load_cifar),
+    "cifar100": Source({"classes": 100, "channels": 3, "size": 32}, _load_cifar),
+}

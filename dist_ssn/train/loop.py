@@ -1,0 +1,570 @@
+"""The training loop: from a recipe to a trained model, its metrics, its checkpoints and its account of bytes.
+
+A step depends on the recipe, the step's number, the rank and the parameters alone: batches are a function of the step,
+and torch's generators are seeded anew in each step. So a resumed run goes the way that the killed one would have gone,
+and needs no generator's state for it. The host waits for the device only at log points, evaluations and checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ssn.comm import CommMeter
+from dist_ssn.engines import DDPEngine, World, init_world
+from dist_ssn.errors import CheckpointError, PlanError, RecipeError, UserError, unknown_choice
+from dist_ssn.plan import Plan
+from dist_ssn.share import share, shared_plan
+from dist_ssn.track import Console, Trackers, build_tracker, jsonable, set_aside, write_whole
+from dist_ssn.train import checkpoint
+from dist_ssn.train.checkpoint import together
+from dist_ssn.train.data import Task, load_task
+from dist_ssn.train.models import build_model
+from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor
+from dist_ssn.train.recipe import Recipe, ShareConfig, validate
+
+ENGINES = {"ddp": DDPEngine}
+LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first
+WARM_UP = 5  # steps that the median time of a step leaves out
+BAR_SECONDS = 0.2  # how often the progress bar is redrawn
+SETTINGS_OF_A_START = ("name", "output", "threads", "checkpoint", "engine", "wandb")  # may differ when a run goes on
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Args:
+        row: one line of a comparing table: name, parameters, optimizer_bytes, bytes_per_step_logical,
+            bytes_per_step_ring, total_bytes (ring), ms_per_step, validation_loss, validation_accuracy (of
+            classification), and history: a dict with step, ring_bytes, seconds, validation_loss … per evaluation.
+        folder: where summary.json, metrics.jsonl, plan.json, recipe.json and checkpoints/ are.
+        summary: the content of summary.json.
+        model: the trained model, on the device it was trained on.
+    """
+
+    row: dict[str, Any]
+    folder: Path
+    summary: dict[str, Any] = field(repr=False)
+    model: nn.Module = field(repr=False)
+
+
+def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
+    """Trains as `recipe` says, alone or as one of the processes that torchrun started.
+
+    Args:
+        progress: show a bar (on a terminal) or one line per evaluation (elsewhere), on rank 0.
+
+    Raises:
+        UserError: the recipe, the data, a checkpoint or the model is not usable, or the loss is no longer finite.
+            Every rank raises it.
+    """
+    with init_world() as world, _threads(recipe.threads), CommMeter() as meter:
+        run = _Run(recipe, world, meter, progress)
+        row = None
+        try:
+            run.prepare()
+            run.train()
+            result = run.finish()
+            row = result.row
+            return result
+        finally:
+            run.tracker.close(row)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Clock:
+    """Seconds of each step, without making the host wait for a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.times: list[float] = []
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._open.append((start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self.times.append(time.perf_counter() - began)
+
+    def settle(self) -> None:
+        """Reads what the device has measured; waits for it."""
+        for start, end in self._open:
+            end.synchronize()
+            self.times.append(start.elapsed_time(end) / 1000)
+        self._open.clear()
+
+    def median(self) -> float:
+        """Seconds of a step, without those of the warm-up."""
+        return statistics.median(self.times[min(WARM_UP, len(self.times) // 2) :])
+
+
+@dataclass
+class _Counters:
+    """What a run carries over a checkpoint besides tensors, as JSON."""
+
+    step: int = 0
+    seconds: float = 0.0  # in steps: without evaluation and checkpoints
+    best: float | None = None  # lowest validation loss
+    stale: int = 0  # evaluations since then
+    history: list[dict[str, Any]] = field(default_factory=list)
+    ledger: list[dict[str, Any]] = field(default_factory=list)  # of the processes before this one
+    per_step: dict[str, float] = field(default_factory=dict)
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, world: World, meter: CommMeter, progress: bool) -> None:
+        self.recipe, self.world, self.meter = recipe, world, meter
+        self.progress = progress and world.rank == 0
+        self.console: Console | None = None
+        self.tracker = Trackers([])
+        self.folder = Path(recipe.output) / recipe.name
+        self.counters = _Counters()
+        self.clock = _Clock(world.device)
+        self.last_checkpoint: Path | None = None
+        self.saved_step: int | None = None
+        self.after_first_step = (0, 0.0)
+        self.next_show = 0.0
+
+    # ------------------------------------------------------------ before the first step
+
+    def prepare(self) -> None:
+        """Checks and builds everything; whatever is wrong on one rank stops all of them."""
+        recipe = self.recipe
+        self.task, self.model = self._agree(self._build)
+        self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
+        self.schedule = self._agree(lambda: build_schedule(self.optimizer, recipe.schedule, recipe.steps))
+        if recipe.checkpoint.resume:
+            self._resume()
+        self._agree(self._open_folder)
+        self.engine = ENGINES[recipe.engine.name](
+            self.model,
+            self.optimizer,
+            scheduler=self.schedule,
+            clip_norm=recipe.clip_norm,
+            static_graph=recipe.engine.static_graph,
+            find_unused_parameters=recipe.engine.find_unused_parameters,
+        )
+        self._reset_losses()
+
+    def _build(self) -> tuple[Task, nn.Module]:
+        recipe = self.recipe
+        validate(recipe, self.world.world_size)
+        if recipe.engine.name not in ENGINES:
+            raise RecipeError(f"{unknown_choice('engine', recipe.engine.name, ENGINES)} (engine.name)")
+        task = load_task(recipe.data, context=recipe.model_args.get("context"), seed=recipe.seed)
+        # Both say now, and not when they are needed, whether there is data enough for these ranks and this batch.
+        world = self.world
+        task.batch(0, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
+        task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches)
+        torch.manual_seed(recipe.seed)
+        model = build_model(recipe.model, recipe.model_args, task)
+        return task, share_as(model, recipe.share).to(self.world.device)
+
+    def _resume(self) -> None:
+        saved = self._agree(self._load, "checkpoint")
+        if self.world.world_size > 1:
+            steps = torch.tensor([self.counters.step, -self.counters.step], device=self.world.device)
+            with self.meter.purpose("checkpoint"):
+                dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+            highest, lowest = int(steps[0]), -int(steps[1])
+            if highest != lowest:
+                raise UserError(
+                    f"some ranks find a checkpoint of step {highest} in {self.folder} and others of step {lowest}: "
+                    f"output must be a folder that all of them share"
+                )
+        if saved is None:
+            return
+        fast_forward(self.schedule, saved.step)
+        changed = _changed_settings(saved.recipe, json.loads(self.recipe.to_json()))
+        if changed and self.world.rank == 0:
+            warnings.warn(f"{self.folder} goes on with other settings than before: {'; '.join(changed)}", stacklevel=4)
+
+    def _load(self) -> checkpoint.State | None:
+        found = checkpoint.latest(self.folder / "checkpoints")
+        if found is None:
+            return None
+        saved = checkpoint.load(found, model=self.model, optimizer=self.optimizer, plan=shared_plan(self.model))
+        try:
+            self.counters = _Counters(**saved.run)
+        except TypeError as error:
+            raise CheckpointError(f"the checkpoint {found} was not written by dist_ssn's train ({error})") from None
+        self.last_checkpoint, self.saved_step = found, saved.step
+        return saved
+
+    def _open_folder(self) -> None:
+        if self.world.rank != 0:
+            return
+        aside = None
+        plan = shared_plan(self.model)
+        resumed = self.saved_step
+        try:
+            if not self.recipe.checkpoint.resume:
+                aside = set_aside(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.json").write_text(self.recipe.to_json() + "\n")
+            if plan is not None:
+                (self.folder / "plan.json").write_text(plan.to_json() + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to the run's folder {self.folder}: {error}; give another output") from error
+        if self.progress:
+            self.console = Console(self.recipe.name, self.recipe.steps, self.folder)
+        self.tracker = build_tracker(
+            self.recipe.wandb,
+            self.folder,
+            name=self.recipe.name,
+            recipe=json.loads(self.recipe.to_json()),
+            console=self.console,
+            resume_step=resumed,
+        )
+        if self.console is not None and aside is not None:
+            self.console.note(f"{self.folder} held another run, which is in {aside} now")
+        if self.console is not None and resumed is not None:
+            self.console.note(f"goes on from {self.last_checkpoint}")
+        if plan is not None:
+            self.tracker.table("plan", plan.rows())
+
+    # ------------------------------------------------------------ steps
+
+    def train(self) -> None:
+        """Steps until the last one, or until evaluations have not improved for `patience` of them."""
+        recipe, counters = self.recipe, self.counters
+        self.model.train()
+        first = counters.step
+        seen = 0  # step times that were logged
+        while counters.step < recipe.steps and not self._out_of_patience():
+            with self.clock.step():
+                loss = self._step(counters.step)
+            counters.step += 1
+            if counters.step == first + 1:
+                self.after_first_step = self._step_bytes()
+            self._show(loss, counters.step - first)
+            evaluate = counters.step % recipe.evaluate_every == 0 or counters.step == recipe.steps
+            save = recipe.checkpoint.every is not None and counters.step % recipe.checkpoint.every == 0
+            if evaluate or save or counters.step % LOG_EVERY == 0:
+                self._log(seen, evaluate)
+                seen = len(self.clock.times)
+            if save:
+                self._save()
+
+    def _step(self, step: int) -> Tensor:
+        recipe, world = self.recipe, self.world
+        state = np.random.SeedSequence((recipe.seed, step, world.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0]))
+        total = torch.zeros((), device=world.device)
+        for micro in range(recipe.accumulation):
+            batch = self.task.batch(step, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, micro)
+            inputs, targets = (part.to(world.device, non_blocking=True) for part in batch)
+            last = micro == recipe.accumulation - 1
+            with self.engine.accumulating(last):
+                with self._autocast():
+                    loss = self.task.loss(self.engine.model(inputs), targets) / recipe.accumulation
+                self.engine.backward(loss, last)
+            total += loss.detach()
+        self.engine.step()
+        self.loss_sum += total
+        bad = torch.where(torch.isfinite(total), self.first_bad, torch.full_like(self.first_bad, step))
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.loss_count += 1
+        return total
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+
+    def _reset_losses(self) -> None:
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self.loss_count = 0
+        self.first_bad = torch.tensor(torch.iinfo(torch.int64).max, device=self.world.device)
+
+    def _show(self, loss: Tensor, steps: int) -> None:
+        """Moves the bar, now and then; reading the loss makes the host wait, so not in every step."""
+        console = self.console
+        if console is None or not console.live or time.perf_counter() < self.next_show:
+            return
+        self.next_show = time.perf_counter() + BAR_SECONDS
+        self.clock.settle()
+        seconds = statistics.median(self.clock.times[-20:])
+        mb_per_step = self._step_bytes()[1] / steps / 1e6
+        console.advance(self.counters.step, loss.item(), self.recipe.batch_size / seconds, mb_per_step)
+
+    def _out_of_patience(self) -> bool:
+        return self.recipe.patience is not None and self.counters.stale >= self.recipe.patience
+
+    # ------------------------------------------------------------ between steps
+
+    def _log(self, seen: int, evaluate: bool) -> None:
+        recipe, train_loss = self.recipe, self._mean_loss()
+        self.clock.settle()
+        times = self.clock.times[seen:]
+        self.counters.seconds += sum(times)
+        values: dict[str, Any] = {
+            "train_loss": train_loss,
+            "learning_rate": recipe.optimizer.lr * rate_factor(recipe.schedule, self.counters.step - 1, recipe.steps),
+            "samples_per_second": recipe.batch_size * len(times) / sum(times),
+            "seconds": self.counters.seconds,
+        }
+        if evaluate:
+            values |= self._evaluate()
+        values["ring_bytes"] = self._ring_bytes()
+        if evaluate:
+            kept = ("seconds", "ring_bytes", *(key for key in values if key.startswith("validation_")))
+            self.counters.history.append({"step": self.counters.step, **{key: values[key] for key in kept}})
+        self._agree(lambda: self.tracker.log(self.counters.step, values), "metrics")
+
+    def _mean_loss(self) -> float:
+        """The mean training loss of all ranks since the last call.
+
+        Raises:
+            UserError: it is not finite; on every rank, with the first step in which it was not on any of them.
+        """
+        total, ranks = self.loss_sum, self.world.world_size
+        if ranks > 1:
+            with self.meter.purpose("metrics"):
+                dist.all_reduce(total)
+        mean = total.item() / (self.loss_count * ranks)
+        if not np.isfinite(mean):
+            if ranks > 1:
+                with self.meter.purpose("metrics"):
+                    dist.all_reduce(self.first_bad, op=dist.ReduceOp.MIN)
+            raise UserError(
+                f"the run {self.recipe.name} was stopped: its training loss became {mean} in step "
+                f"{int(self.first_bad.item()) + 1}; try a lower optimizer.lr than {self.recipe.optimizer.lr:g}, a "
+                f"warm-up or a clip_norm; {self._where_to_go_on()}"
+            )
+        self._reset_losses()
+        return mean
+
+    def _where_to_go_on(self) -> str:
+        if self.last_checkpoint is None:
+            return "no checkpoint was written before"
+        return f"the last checkpoint is {self.last_checkpoint}"
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Means over the validation samples of all ranks, each key with "validation_" before it."""
+        recipe, world = self.recipe, self.world
+        self._equal_buffers()
+        self.model.eval()
+        sums: dict[str, Tensor] = {}
+        for batch in self.task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches):
+            inputs, targets = (part.to(world.device, non_blocking=True) for part in batch)
+            with self._autocast():
+                found = self.task.metrics(self.model(inputs), targets)
+            for key, value in found.items():
+                sums[key] = sums.get(key, 0) + value.double()
+        self.model.train()
+        stacked = torch.stack([sums[key] for key in sorted(sums)])
+        if world.world_size > 1:
+            with self.meter.purpose("metrics"):
+                dist.all_reduce(stacked)
+        totals = dict(zip(sorted(sums), stacked.tolist(), strict=True))
+        count = totals.pop("count")
+        means = {f"validation_{key}": value / count for key, value in totals.items()}
+        counters, loss = self.counters, means["validation_loss"]
+        improved = counters.best is None or loss < counters.best
+        counters.best = loss if improved else counters.best
+        counters.stale = 0 if improved else counters.stale + 1
+        return means
+
+    def _equal_buffers(self) -> None:
+        """Gives every rank rank 0's running statistics, as DDP does before its next forward: those are saved, too."""
+        if self.world.world_size == 1:
+            return
+        kept = self.model.state_dict(keep_vars=True)
+        with self.meter.purpose("metrics"):
+            for name, buffer in self.model.named_buffers():
+                if name in kept:
+                    dist.broadcast(buffer, src=0)
+
+    def _save(self) -> None:
+        counters = dataclasses.replace(self.counters, ledger=self._ledger(), per_step=self._per_step())
+
+        def write() -> Path | None:
+            if self.world.rank != 0:
+                return None
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+                raise UserError(
+                    f"the run {self.recipe.name} was stopped: after step {counters.step} its parameters are not "
+                    f"finite, so no checkpoint was written; try a lower optimizer.lr; {self._where_to_go_on()}"
+                )
+            return checkpoint.save(
+                self.folder / "checkpoints",
+                step=counters.step,
+                model=self.model,
+                optimizer=self.optimizer,
+                recipe_json=self.recipe.to_json(),
+                plan=shared_plan(self.model),
+                keep=self.recipe.checkpoint.keep,
+                run=jsonable(dataclasses.asdict(counters)),
+            )
+
+        self._agree(write, "checkpoint")
+        self.last_checkpoint = checkpoint.latest(self.folder / "checkpoints")
+        self.saved_step = counters.step
+
+    # ------------------------------------------------------------ the end
+
+    def finish(self) -> RunResult:
+        """The last checkpoint, the row of the comparing table, `summary.json`."""
+        if self.saved_step != self.counters.step:
+            self._save()
+        counters = self.counters
+        last = counters.history[-1] if counters.history else self._evaluate()
+        row: dict[str, Any] = {
+            "name": self.recipe.name,
+            "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "optimizer_bytes": _state_bytes(self.optimizer),
+            **self._per_step(),
+            "total_bytes": self._ring_bytes(),
+            **{key: value for key, value in last.items() if key.startswith("validation_")},
+            "history": counters.history,
+        }
+        ledger = self._ledger()
+        by_purpose: dict[str, int] = {}
+        for entry in ledger:
+            by_purpose[entry["purpose"]] = by_purpose.get(entry["purpose"], 0) + round(entry["ring_bytes"])
+        summary = {
+            "rows": [row],
+            "ring_bytes_by_purpose": by_purpose,
+            "ledger": ledger,
+            "best_validation_loss": counters.best,
+            "steps": counters.step,
+            "stopped_early": counters.step < self.recipe.steps,
+            "seconds": counters.seconds,
+            "world_size": self.world.world_size,
+            "device": str(self.world.device),
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "recipe": json.loads(self.recipe.to_json()),
+        }
+
+        def write() -> None:
+            if self.world.rank == 0:
+                self.tracker.table("ledger", ledger)
+                write_whole(
+                    self.folder / "summary.json", json.dumps(jsonable(summary), indent=1, allow_nan=False) + "\n"
+                )
+
+        self._agree(write)
+        return RunResult(row, self.folder, summary, self.model)
+
+    def _per_step(self) -> dict[str, float]:
+        """What a step of this process has cost; what its predecessor said if it has made none."""
+        steps = len(self.clock.times)
+        if not steps:
+            return self.counters.per_step
+        logical, ring = self._step_bytes()
+        if steps > 1:
+            logical, ring = logical - self.after_first_step[0], ring - self.after_first_step[1]
+        counted = max(1, steps - 1)
+        return {
+            "bytes_per_step_logical": round(logical / counted),
+            "bytes_per_step_ring": round(ring / counted),
+            "ms_per_step": 1000 * self.clock.median(),
+        }
+
+    def _step_bytes(self) -> tuple[int, float]:
+        """Logical and ring bytes of all steps of this process."""
+        totals = [self.meter.ledger.totals(purpose) for purpose in ("gradients", "buffers")]
+        return sum(part.logical_bytes for part in totals), sum(part.ring_bytes for part in totals)
+
+    def _ring_bytes(self) -> int:
+        return round(sum(entry["ring_bytes"] for entry in self._ledger()))
+
+    def _ledger(self) -> list[dict[str, Any]]:
+        return _merged(self.counters.ledger, self.meter.ledger.rows())
+
+    def _agree(self, action: Callable[[], T], purpose: str = "other") -> T:
+        with self.meter.purpose(purpose):
+            return together(action, self.world.device)
+
+
+def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
+    """Shares `model` in place as a recipe says, by budget or by a plan's file; neither leaves it dense.
+
+    Raises:
+        PlanError: the plan's file cannot be read.
+    """
+    if config.plan is not None:
+        try:
+            plan = Plan.from_json(Path(config.plan).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"share.plan: cannot read {config.plan}: {error}") from error
+        return share(model, None, plan=plan)
+    if config.budget is None:
+        return model
+    return share(
+        model,
+        config.budget,
+        mapping=config.mapping,
+        morph=config.morph,
+        include=config.include,
+        exclude=config.exclude,
+        seed=config.seed,
+    )
+
+
+def _merged(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two ledgers' rows as one: sums by collective and purpose; a time that one does not know is unknown."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in (*before, *now):
+        key = (row["purpose"], row["collective"])
+        if key in rows:
+            sums = {
+                name: None if value is None or row[name] is None else value + row[name]
+                for name, value in rows[key].items()
+                if not isinstance(value, str)
+            }
+            rows[key] = {**rows[key], **sums}
+        else:
+            rows[key] = dict(row)
+    return list(rows.values())
+
+
+def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In which settings two recipes differ, other than those that say how a run is started."""
+    old, new = (dict(_flat(recipe)) for recipe in (before, now))
+    return [f"{key} was {old.get(key)} and is {value}" for key, value in new.items() if old.get(key) != value]
+
+
+def _flat(recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in recipe.items():
+        if key not in SETTINGS_OF_A_START:
+            yield from (
+                ((f"{key}.{name}", part) for name, part in value.items()) if isinstance(value, dict) else [(key, value)]
+            )
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in states if isinstance(value, Tensor))

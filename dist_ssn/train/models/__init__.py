@@ -1,0 +1,100 @@
+"""Models by name or by import path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from dist_ssn.errors import RecipeError, unknown_choice
+from dist_ssn.train.models.gpt import build_gpt
+from dist_ssn.train.models.wide_resnet import build_wide_resnet
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"gpt": build_gpt, "wide_resnet": build_wide_resnet}
+
+_TYPES: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+
+class HasHints(Protocol):
+    """A task, or what is known of one: its `model_hints` are arguments that a builder may want."""
+
+    @property
+    def model_hints(self) -> dict[str, Any]: ...
+
+
+def build_model(name: str, args: Mapping[str, Any], task: HasHints | None = None) -> nn.Module:
+    """Builds a model on the CPU.
+
+    Args:
+        name: a name in MODELS, or the import path of a function such as "my_module.build", from the current folder too.
+        args: the function's keyword arguments.
+        task: what it knows (vocabulary, context, classes, channels, size) is passed on where the function has an
+            argument of that name and `args` does not.
+
+    Raises:
+        RecipeError: the function is not there, does not take these arguments, or returns something else than a model.
+    """
+    builder = MODELS[name] if name in MODELS else _imported(name)
+    hints = task.model_hints if task is not None else {}
+    known, open_ended = _arguments(builder)
+    for key, value in args.items():
+        if key not in known and not open_ended:
+            raise RecipeError(f"model_args of {name}: {unknown_choice('argument', key, known)}")
+        annotation = known[key].annotation if key in known else None
+        allowed = _TYPES.get(getattr(annotation, "__name__", annotation))
+        # A bool is an int to Python, but layers: true is a mistake.
+        if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed)):
+            raise RecipeError(
+                f"model_args of {name}: {key} must be {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}"
+            )
+    for key in ("vocabulary", "classes"):
+        if key in args and key in hints and isinstance(args[key], int) and args[key] < hints[key]:
+            raise RecipeError(f"model_args of {name}: {key} is {args[key]}, but the data has {hints[key]}")
+    if {"channels"} <= args.keys() & hints.keys() and args["channels"] != hints["channels"]:
+        raise RecipeError(f"model_args of {name}: channels is {args['channels']}, but the data has {hints['channels']}")
+    given = {key: value for key, value in hints.items() if key in known} | dict(args)
+    missing = [
+        key for key, parameter in known.items() if key not in given and parameter.default is inspect.Parameter.empty
+    ]
+    if missing:
+        raise RecipeError(f"model_args of {name}: {', '.join(missing)} must be given, for {name} has no default for it")
+    model = builder(**given)
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"model {name!r} must return a torch.nn.Module, but returned a {type(model).__name__}")
+    return model
+
+
+def _arguments(builder: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The arguments that can be passed by name, and whether any other name may be passed too."""
+    parameters = inspect.signature(builder).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = {parameter.name: parameter for parameter in parameters if parameter.kind in named}
+    return known, any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module_name, _, attribute = path.rpartition(".")
+    if not module_name:
+        known = unknown_choice("model", path, MODELS)
+        raise RecipeError(f"{known}; a model of your own is an import path such as my_module.build")
+    folder = os.getcwd()
+    if folder not in sys.path:  # as `python -m` does; a console script has its own folder there instead
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise RecipeError(
+            f"model {path!r}: {module_name} cannot be imported from {folder} or the installed packages ({error})"
+        ) from error
+    if not hasattr(module, attribute):
+        functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise RecipeError(f"model {path!r}: {unknown_choice(f'function of {module_name}', attribute, functions)}")
+    builder = getattr(module, attribute)
+    if not callable(builder):
+        raise RecipeError(f"model {path!r} must be a function that returns a model, but is a {type(builder).__name__}")
+    return builder

@@ -1,0 +1,99 @@
+"""Wide ResNet for small images: pre-activation blocks in three stages.
+
+Sources: Zagoruyko & Komodakis 2016, https://arxiv.org/abs/1605.07146; the initial weights are those of
+He et al. 2015, https://arxiv.org/abs/1502.01852.
+Shapes: B images, C channels, H × W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_ssn.errors import RecipeError, unknown_choice
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    # Eight groups divide every width of this network. Its result does not depend on how a batch is split over ranks.
+    "group": lambda channels: nn.GroupNorm(8, channels),
+}
+
+
+class Block(nn.Module):
+    """norm → ReLU → 3×3 convolution, twice, beside a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.norm1 = norm(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm2 = norm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        same = inputs == outputs and stride == 1
+        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        beside = x if self.shortcut is None else self.shortcut(active)
+        return beside + self.conv2(F.relu(self.norm2(self.conv1(active))))
+
+
+class WideResNet(nn.Module):
+    """Images (B, C, H, W) → logits (B, classes)."""
+
+    def __init__(
+        self,
+        blocks: int,
+        width: int,
+        classes: int,
+        channels: int,
+        stem_stride: int,
+        norm: Callable[[int], nn.Module],
+    ):
+        super().__init__()
+
+        def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+            rest = (Block(outputs, outputs, 1, norm) for _ in range(blocks - 1))
+            return nn.Sequential(Block(inputs, outputs, stride, norm), *rest)
+
+        self.stem = nn.Conv2d(channels, 16, 3, stem_stride, padding=1, bias=False)
+        self.stage1 = stage(16, 16 * width, 1)
+        self.stage2 = stage(16 * width, 32 * width, 2)
+        self.stage3 = stage(32 * width, 64 * width, 2)
+        self.norm = norm(64 * width)
+        self.head = nn.Linear(64 * width, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage3(self.stage2(self.stage1(self.stem(x))))
+        return self.head(F.relu(self.norm(x)).mean((2, 3)))
+
+
+def build_wide_resnet(
+    depth: int = 22, width: int = 2, classes: int = 10, channels: int = 1, stem_stride: int = 1, norm: str = "batch"
+) -> nn.Module:
+    """A Wide ResNet, WRN-depth-width in the paper's words.
+
+    Args:
+        depth: convolutions on the longest path, 6 n + 4.
+        width: factor of the channels, which are 16, 32 and 64 times it.
+        classes: number of classes.
+        channels: channels of the images.
+        stem_stride: stride of the first convolution; 2 quarters the work, for quick runs.
+        norm: batch, or group (8 groups).
+
+    Raises:
+        RecipeError: a number is out of range, or the norm is unknown.
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise RecipeError(f"wide_resnet: depth must be 6 n + 4, such as 10, 16, 22 or 28, got {depth}")
+    for name, size in {"width": width, "classes": classes, "channels": channels, "stem_stride": stem_stride}.items():
+        if size < 1:
+            raise RecipeError(f"wide_resnet: {name} must be at least 1, got {size}")
+    if norm not in NORMS:
+        raise RecipeError(f"wide_resnet: {unknown_choice('norm', norm, NORMS)}")
+    return WideResNet((depth - 4) // 6, width, classes, channels, stem_stride, NORMS[norm])

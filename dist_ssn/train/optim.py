@@ -1,0 +1,98 @@
+"""Optimizer and learning-rate schedule from a recipe; a schedule is a pure function of the step and has no state."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from dist_ssn.errors import RecipeError, unknown_choice
+from dist_ssn.share import parameter_groups
+
+if TYPE_CHECKING:
+    from dist_ssn.train.recipe import OptimizerConfig, ScheduleConfig
+
+
+def _adamw(groups: list, config: OptimizerConfig) -> Optimizer:
+    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay)
+
+
+def _sgd(groups: list, config: OptimizerConfig) -> Optimizer:
+    nesterov = config.nesterov and config.momentum > 0
+    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay)
+
+
+def _constant(progress: float, step: int, config: ScheduleConfig) -> float:
+    return 1.0
+
+
+def _cosine(progress: float, step: int, config: ScheduleConfig) -> float:
+    return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _step(progress: float, step: int, config: ScheduleConfig) -> float:
+    return config.gamma ** bisect.bisect_right(sorted(config.milestones), step)
+
+
+OPTIMIZERS: dict[str, Callable[[list, OptimizerConfig], Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
+
+# Each takes the part of the run that is done (0 to 1, counted from the end of the warm-up), the step, and the config.
+SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "step": _step,
+}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """The recipe's optimizer over the trainable parameters of `model`, shared or dense, with weight decay by group.
+
+    Raises:
+        RecipeError: the optimizer's name is not known.
+    """
+    if config.name not in OPTIMIZERS:
+        raise RecipeError(f"{unknown_choice('optimizer', config.name, OPTIMIZERS)} (optimizer.name)")
+    return OPTIMIZERS[config.name](parameter_groups(model, weight_decay=config.weight_decay), config)
+
+
+def rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`, as a fraction of the optimizer's `lr`."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+    return SCHEDULES[config.name](progress, step, config)
+
+
+def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> LambdaLR:
+    """The recipe's schedule for a run of `steps` steps.
+
+    Raises:
+        RecipeError: the schedule's name is not known, or the warm-up is longer than the run.
+    """
+    if config.name not in SCHEDULES:
+        raise RecipeError(f"{unknown_choice('schedule', config.name, SCHEDULES)} (schedule.name)")
+    if not 0 <= config.warmup <= steps:
+        raise RecipeError(
+            f"schedule.warmup is {config.warmup} steps: it must lie between 0 and the run's {steps} steps"
+        )
+    return LambdaLR(optimizer, lambda step: rate_factor(config, step, steps))
+
+
+def fast_forward(schedule: LambdaLR, step: int) -> None:
+    """Puts a new schedule, and its optimizer's rates, where `step` optimizer steps would have brought them."""
+    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule.load_state_dict(
+        {
+            "last_epoch": step,
+            "_step_count": step + 1,
+            "_last_lr": rates,
+            "lr_lambdas": [None] * len(rates),
+        }
+    )
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Starts a program on the processes of one node, or of several: the same command on each node.
+#   launch/torchrun.sh -m dist_ssn.cli train --config my.yaml
+#   NODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 INTERFACE=eth0 launch/torchrun.sh my_script.py
+#
+# CLUSTER       a file of clusters/ without its ending; what follows has its defaults there (local)
+# PROCESSES     processes on this node ("gpu": as many as it has GPUs)
+# NODES         number of nodes (1)
+# NODE_RANK     this node's number, 0 to NODES - 1; needed with several nodes
+# MASTER_ADDR   the address at which node 0 can be reached; needed with several nodes
+# MASTER_PORT   a free port there (29500)
+# INTERFACE     the network device that leads to the other nodes, where gloo or NCCL guess wrong
+# TORCHRUN      the torchrun to start (the one of .venv, else that of the PATH)
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+fail() { echo "torchrun.sh: $1" >&2; exit 2; }
+
+[ $# -gt 0 ] || fail "name the program to start, e.g. launch/torchrun.sh my_script.py"
+facts=$root/clusters/${CLUSTER:=local}.yaml
+[ -f "$facts" ] || fail "there is no clusters/$CLUSTER.yaml; known: $(cd "$root/clusters" && echo *.yaml)"
+fact() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" "$facts"; }
+
+processes=${PROCESSES:-$(fact processes_per_node)}
+nodes=${NODES:-$(fact nodes)}
+interface=${INTERFACE:-$(fact interface)}
+if [ -z "${TORCHRUN:-}" ]; then
+  if [ -x "$root/.venv/bin/torchrun" ]; then TORCHRUN=$root/.venv/bin/torchrun; else TORCHRUN=torchrun; fi
+fi
+if [ -n "$interface" ]; then export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface; fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+where=(--standalone)
+if [ "$nodes" -gt 1 ]; then
+  [ -n "${NODE_RANK:-}" ] || fail "NODES=$nodes needs NODE_RANK, this node's number from 0 to $((nodes - 1))"
+  [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$nodes needs MASTER_ADDR, the address at which node 0 can be reached"
+  where=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+exec "$TORCHRUN" "${where[@]}" --nproc-per-node "$processes" "$@"
