@@ -73,16 +73,14 @@ RATES: dict[str, dict[str, tuple[float, ...]]] = {
     "wrn": {"dense": (0.05, 0.1, 0.2), "equal": (0.05, 0.1, 0.2, 0.4), "shared": (0.05, 0.1, 0.2)},
 }
 MORPHS = (
-    "offset:rank=0",
     "offset:chunk=64",
     "offset:chunk=64,rank=0",
+    "offset:chunk=8",
     "offset:chunk=64,templates=2,rank=0",
     "offset:chunk=64,gains=false,rank=0",
     "hash",
     "inter",
-    "wavg",
     "mask",
-    "repeat",
 )
 SEEDS = (0, 1, 2)
 
@@ -107,9 +105,9 @@ def morphs() -> Iterator[Cell]:
     for morph in MORPHS:
         yield cell("gpt", "shared", 3e-3, **{"share.morph": morph})
     for seed in SEEDS[1:]:
-        for morph in ("auto", "offset:chunk=64"):
+        for morph in MORPHS[:2]:
             yield cell("gpt", "shared", 3e-3, **{"share.morph": morph, "share.seed": seed})
-    for morph in ("offset:chunk=64", "offset:rank=0", "hash", "inter"):
+    for morph in ("offset:chunk=64", "offset:chunk=64,rank=0", "inter"):
         yield cell("wrn", "shared", 0.1, **{"share.morph": morph})
 
 

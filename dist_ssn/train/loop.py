@@ -11,11 +11,12 @@ import dataclasses
 import json
 import platform
 import statistics
+import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ from dist_ssn.train.recipe import Recipe, ShareConfig, validate
 ENGINES = {"ddp": DDPEngine}
 LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first
 WARM_UP = 5  # steps that the median time of a step leaves out
+PATIENCE_SECONDS = 20  # how long a failed rank waits for the others before it ends
 BAR_SECONDS = 0.2  # how often the progress bar is redrawn
 SETTINGS_OF_A_START = ("name", "output", "threads", "checkpoint", "engine", "wandb")  # may differ when a run goes on
 T = TypeVar("T")
@@ -84,7 +86,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
             row = result.row
             return result
         finally:
-            run.tracker.close(row)
+            run.close(row)
 
 
 @contextmanager
@@ -156,6 +158,7 @@ class _Run:
         self.saved_step: int | None = None
         self.after_first_step = (0, 0.0)
         self.next_show = 0.0
+        self.notes: list[str] = []  # what the user should know before the first step
 
     # ------------------------------------------------------------ before the first step
 
@@ -207,9 +210,9 @@ class _Run:
         if saved is None:
             return
         fast_forward(self.schedule, saved.step)
-        changed = _changed_settings(saved.recipe, json.loads(self.recipe.to_json()))
-        if changed and self.world.rank == 0:
-            warnings.warn(f"{self.folder} goes on with other settings than before: {'; '.join(changed)}", stacklevel=4)
+        self.notes.append(f"goes on from {saved.path}")
+        if changed := _changed_settings(saved.recipe, json.loads(self.recipe.to_json())):
+            self.notes.append(f"it goes on with other settings than before: {'; '.join(changed)}")
 
     def _load(self) -> checkpoint.State | None:
         found = checkpoint.latest(self.folder / "checkpoints")
@@ -226,12 +229,10 @@ class _Run:
     def _open_folder(self) -> None:
         if self.world.rank != 0:
             return
-        aside = None
         plan = shared_plan(self.model)
-        resumed = self.saved_step
         try:
-            if not self.recipe.checkpoint.resume:
-                aside = set_aside(self.folder)
+            if not self.recipe.checkpoint.resume and (aside := set_aside(self.folder)) is not None:
+                self.notes.append(f"{self.folder} held another run, which is in {aside} now")
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "recipe.json").write_text(self.recipe.to_json() + "\n")
             if plan is not None:
@@ -240,18 +241,16 @@ class _Run:
             raise UserError(f"cannot write to the run's folder {self.folder}: {error}; give another output") from error
         if self.progress:
             self.console = Console(self.recipe.name, self.recipe.steps, self.folder)
+            for note in self.notes:
+                self.console.note(f"{self.recipe.name}: {note}")
         self.tracker = build_tracker(
             self.recipe.wandb,
             self.folder,
             name=self.recipe.name,
             recipe=json.loads(self.recipe.to_json()),
             console=self.console,
-            resume_step=resumed,
+            resume_step=self.saved_step,
         )
-        if self.console is not None and aside is not None:
-            self.console.note(f"{self.folder} held another run, which is in {aside} now")
-        if self.console is not None and resumed is not None:
-            self.console.note(f"goes on from {self.last_checkpoint}")
         if plan is not None:
             self.tracker.table("plan", plan.rows())
 
@@ -477,6 +476,19 @@ class _Run:
 
         self._agree(write)
         return RunResult(row, self.folder, summary, self.model)
+
+    def close(self, row: dict[str, Any] | None) -> None:
+        """Ends tracking. Of a run that failed (`row` is None), the other ranks wait until rank 0 has done so.
+
+        A launcher kills all processes as soon as one has ended with an error, which may be before rank 0 has said why.
+        """
+        self.tracker.close(row)
+        if row is None and self.world.world_size > 1 and isinstance(sys.exc_info()[1], UserError):
+            waiting = dist.barrier(async_op=True)
+            # Every rank raises the same; should one have died nonetheless, the others end without it.
+            with suppress(RuntimeError):
+                assert waiting is not None
+                waiting.wait(timedelta(seconds=PATIENCE_SECONDS))
 
     def _per_step(self) -> dict[str, float]:
         """What a step of this process has cost; what its predecessor said if it has made none."""

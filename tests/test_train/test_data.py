@@ -445,6 +445,29 @@ def test_cifar(tmp_path: Path, name: str, binary: bool, form: str) -> None:
     assert images.shape == (2, 3, 32, 32) and images.dtype == torch.float32 and labels.dtype == torch.int64
 
 
+def pickled_by_python_2(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """A batch as the official files have it: protocol 2 with Python 2's byte strings, which no Python 3 writes."""
+
+    def string(content: bytes) -> bytes:
+        return b"T" + len(content).to_bytes(4, "little") + content
+
+    rows, columns = (f"I{size}\n".encode() for size in pixels.shape)
+    dtype = b"cnumpy\ndtype\n(" + string(b"u1") + b"I0\nI1\ntR(I3\n" + string(b"|") + b"NNNI-1\nI-1\nI0\ntb"
+    empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\nt" + string(b"b") + b"tR"
+    array = empty + b"(I1\n(" + rows + columns + b"t" + dtype + b"I00\n" + string(pixels.tobytes()) + b"tb"
+    numbers = b"".join(f"I{label}\n".encode() for label in labels)
+    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + b"(" + numbers + b"l" + b"u."
+
+
+def test_cifar_pickles_of_python_2(tmp_path: Path) -> None:
+    folder = write_cifar(tmp_path, "cifar10", binary=False)
+    pixels = np.random.default_rng(5).integers(0, 256, (3, 3072), dtype=np.uint8)
+    (folder / "cifar-10-batches-py/data_batch_1").write_bytes(pickled_by_python_2(pixels, [7, 8, 9]))
+    task = load_task(DataConfig(name="cifar10", path=str(folder)))
+    assert isinstance(task, ClassificationTask) and task.labels[:3].tolist() == [7, 8, 9]
+    assert np.array_equal(task.images[:3], pixels.reshape(3, 3, 32, 32))
+
+
 class Evil:
     def __init__(self, path: str):
         self.path = path

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -92,9 +91,7 @@ def outcome(result: RunResult) -> dict[str, Any]:
 
 
 def run(rank: int, world_size: int, recipes: list[Recipe]) -> list[dict[str, Any]]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*goes on with other settings")
-        return [outcome(train(recipe, progress=False)) for recipe in recipes]
+    return [outcome(train(recipe, progress=False)) for recipe in recipes]
 
 
 def alone(recipe: Recipe) -> dict[str, Any]:
@@ -164,6 +161,7 @@ def test_starting_anew_sets_the_former_run_aside(tmp_path: Path) -> None:
 def test_a_sober_line_at_evaluations_where_nobody_looks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(recipe(tmp_path))
     printed = capsys.readouterr().out.splitlines()
+    assert "\x1b" not in "".join(printed), "control characters"
     assert [line.split(" · ")[0] for line in printed[:3]] == [f"small: step {step}/12" for step in (5, 10, 12)]
     assert len(printed) == 4 and str(tmp_path / "small") in printed[3]
     train(recipe(tmp_path, name="silent"), progress=False)
@@ -258,15 +256,17 @@ def test_killed_and_resumed_it_ends_bit_equal(tmp_path: Path, world_size: int) -
 
 
 @pytest.mark.distributed
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     constant = ScheduleConfig("constant", warmup=2)
     whole = alone(recipe(tmp_path, name="whole", schedule=constant))
     resume = CheckpointConfig(resume=True)
     started = recipe(tmp_path, steps=4, schedule=constant)
     alone(started)
     run_ranks(run, 2, [replace(started, steps=8, checkpoint=resume)])
-    with pytest.warns(UserWarning, match="goes on with other settings than before: steps was 8 and is 12"):
-        ended = train(replace(started, steps=12, checkpoint=resume), progress=False)
+    ended = train(replace(started, steps=12, checkpoint=resume))
+    checkpoint, changed, *_ = capsys.readouterr().out.splitlines()
+    assert checkpoint == f"small: goes on from {tmp_path / 'small' / 'checkpoints' / 'step-00000008'}"
+    assert changed == "small: it goes on with other settings than before: steps was 8 and is 12"
     assert ended.row["validation_loss"] == pytest.approx(whole["row"]["validation_loss"], rel=1e-5)
     assert ended.summary["ring_bytes_by_purpose"]["gradients"] == 4 * 4 * ended.row["parameters"]
 
