@@ -73,7 +73,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
     results = ResultFile("interface_bytes")
-    table = Table("budget", "parameters", "logical B/step", "ring B/step", "ring B in all", "interface B", "interface / ring")
+    table = Table(
+        "budget", "parameters", "logical B/step", "ring B/step", "ring B in all", "interface B", "interface / ring"
+    )
     for budget in ("10%", None):
         with tempfile.TemporaryDirectory() as folder:
             line = train(arguments, budget, folder)

@@ -68,16 +68,16 @@ EQUAL: dict[str, dict[str, Any]] = {
     "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
 }
 """Dense models with at least as many parameters as the 10 % budget leaves."""
-RATES: dict[str, dict[str, tuple[float, ...]]] = {
-    "gpt": {"dense": (1.5e-3, 3e-3, 6e-3), "equal": (3e-3, 6e-3, 1.2e-2), "shared": (1.5e-3, 3e-3, 6e-3)},
-    "wrn": {"dense": (0.05, 0.1, 0.2), "equal": (0.05, 0.1, 0.2, 0.4), "shared": (0.05, 0.1, 0.2)},
-}
+_ADAMW, _SGD = (3e-3, 6e-3, 1.2e-2, 2.4e-2), (0.05, 0.1, 0.2, 0.4)
+RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD}
+KINDS = ("dense", "equal", "shared")
+DEFAULT = "offset"
+"""The morph that "auto" chooses below a budget of 1, named so that a line says what it measured."""
 MORPHS = (
-    "offset:chunk=64",
-    "offset:chunk=64,rank=0",
+    "offset:rank=4",
+    "offset:gains=false",
+    "offset:templates=2",
     "offset:chunk=8",
-    "offset:chunk=64,templates=2,rank=0",
-    "offset:chunk=64,gains=false,rank=0",
     "hash",
     "inter",
     "mask",
@@ -85,54 +85,58 @@ MORPHS = (
 SEEDS = (0, 1, 2)
 
 
-def cell(task: str, kind: str, lr: float, seed: int = 0, **more: Any) -> Cell:
+def cell(task: str, kind: str, lr: float, seed: int = 0, more: dict[str, Any] | None = None) -> Cell:
     """One run: `kind` is dense, equal or shared; `more` are overrides of the recipe."""
-    model = {"model_args": EQUAL[task]} if kind == "equal" else {}
-    budget = {"share.budget": 0.1} if kind == "shared" else {}
-    return {"task": task, "kind": kind, "seed": seed, "overrides": {**model, **budget, "optimizer.lr": lr, **more}}
+    overrides: dict[str, Any] = {"model_args": EQUAL[task]} if kind == "equal" else {}
+    overrides |= {"share.budget": 0.1, "share.morph": DEFAULT} if kind == "shared" else {}
+    return {"task": task, "kind": kind, "seed": seed, "overrides": {**overrides, "optimizer.lr": lr, **(more or {})}}
 
 
 def rates() -> Iterator[Cell]:
     """Each method's learning rate over a grid of factor 2, one seed."""
-    for task, kinds in RATES.items():
-        for kind, grid in kinds.items():
+    for task, grid in RATES.items():
+        for kind in KINDS:
             for lr in grid:
                 yield cell(task, kind, lr)
 
 
 def morphs() -> Iterator[Cell]:
-    """Every morph at 10 % and the dense model's rate; the first two over mapping seeds too."""
+    """Every morph at 10 % and the default's best rate; the default over seeds of its mapping, and over mappings."""
+    best = best_rates(ResultFile("quality").lines())
     for morph in MORPHS:
-        yield cell("gpt", "shared", 3e-3, **{"share.morph": morph})
+        yield cell("gpt", "shared", best["gpt", "shared"], more={"share.morph": morph})
     for seed in SEEDS[1:]:
-        for morph in MORPHS[:2]:
-            yield cell("gpt", "shared", 3e-3, **{"share.morph": morph, "share.seed": seed})
-    for morph in ("offset:chunk=64", "offset:chunk=64,rank=0", "inter"):
-        yield cell("wrn", "shared", 0.1, **{"share.morph": morph})
+        yield cell("gpt", "shared", best["gpt", "shared"], more={"share.seed": seed})
+    for mapping in ("shape", "depth:2"):
+        yield cell("gpt", "shared", best["gpt", "shared"], more={"share.mapping": mapping})
+    for morph in ("inter", "offset:rank=4"):
+        yield cell("wrn", "shared", best["wrn", "shared"], more={"share.morph": morph})
 
 
 def confirm() -> Iterator[Cell]:
     """More seeds (of weights, data and mapping together) at each method's best rate of `rates`."""
     best = best_rates(ResultFile("quality").lines())
-    for task, kinds in RATES.items():
-        for kind in kinds:
-            if (task, kind) not in best:
-                raise SystemExit(f"run the suite 'rates' first: there is no rate of {kind} for {task}")
+    for task in RATES:
+        for kind in KINDS:
             for seed in SEEDS[1:]:
-                more = {"share.seed": seed} if kind == "shared" else {}
-                yield cell(task, kind, best[task, kind], seed, **more)
+                yield cell(task, kind, best[task, kind], seed, {"share.seed": seed} if kind == "shared" else {})
 
 
 def budgets() -> Iterator[Cell]:
     """Where the best rate lies at each budget, for AdamW and SGD."""
-    for optimizer, grid in {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "sgd": (0.1, 0.2, 0.4, 0.8)}.items():
+    for optimizer, grid in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.2, 0.4, 0.8, 1.6)}.items():
         for budget in (None, 0.02, 0.1, 0.5, 1.0):
             for lr in grid:
                 more = {"optimizer.name": optimizer} | ({"share.budget": budget} if budget else {})
-                yield cell("gpt-small", "budgets", lr, **more)
+                yield cell("gpt-small", "budgets", lr, more=more)
 
 
-SUITES: dict[str, Callable[[], Iterator[Cell]]] = {"rates": rates, "morphs": morphs, "confirm": confirm, "budgets": budgets}
+SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
+    "rates": rates,
+    "morphs": morphs,
+    "confirm": confirm,
+    "budgets": budgets,
+}
 
 
 def run(wanted: Cell) -> Cell:
@@ -141,7 +145,13 @@ def run(wanted: Cell) -> Cell:
     from dist_ssn.train.recipe import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = {**TASKS[wanted["task"]], **wanted["overrides"], "seed": wanted["seed"], "output": folder, "threads": 1}
+        settings = {
+            **TASKS[wanted["task"]],
+            **wanted["overrides"],
+            "seed": wanted["seed"],
+            "output": folder,
+            "threads": 1,
+        }
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
         recipe = load_recipe(None, [f"--{key}={text}" for key, text in texts.items()])
         row = train(recipe, progress=False).row
@@ -173,7 +183,9 @@ def table(lines: list[Cell]) -> Table:
         shown = {k: v for k, v in line["overrides"].items() if k not in ("model_args", "share.seed")}
         methods.setdefault((line["task"], line["kind"], json.dumps(shown)), []).append(line)
     result = Table("task", "kind", "settings", "parameters", "validation loss", "spread", "accuracy", "runs")
-    for (task, kind, shown), runs in sorted(methods.items(), key=lambda item: (item[0][0], _mean(item[1], "validation_loss"))):
+    for (task, kind, shown), runs in sorted(
+        methods.items(), key=lambda item: (item[0][0], _mean(item[1], "validation_loss"))
+    ):
         losses = [run["validation_loss"] for run in runs]
         accuracy = f"{_mean(runs, 'validation_accuracy'):.4f}" if "validation_accuracy" in runs[0] else ""
         spread = f"{max(losses) - min(losses):.4f}" if len(runs) > 1 else ""

@@ -61,7 +61,9 @@ def main() -> None:
     (OUTPUT / "summary.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     plot = plot_loss_against_bytes(rows, OUTPUT / "loss_against_bytes.png")
     console.print(summary_table(rows), f"\nwrote {OUTPUT / 'summary.json'} and {plot}")
-    console.print("Next: share your own model in three lines (README.md), and see what a plan would cost before you train:")
+    console.print(
+        "Next: share your own model in three lines (README.md), and see what a plan would cost before you train:"
+    )
     console.print("  dist-ssn plan --config dist_ssn/recipes/quickstart.yaml --share.budget=5%", highlight=False)
 
 

@@ -1,6 +1,6 @@
 """Step time of a shared model relative to its dense twin: one thread, the two sides in turn, medians.
 
-    python -m benchmarks.step_time [--budget 0.1] [--morph auto] [--repetitions 7]
+python -m benchmarks.step_time [--budget 0.1] [--morph auto] [--repetitions 7]
 """
 
 from __future__ import annotations

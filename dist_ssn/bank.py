@@ -16,20 +16,54 @@ The pure path is `mix` and `finish` under plain autograd. It is the twin that te
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import fused
-from .morphs import ELEMENTWISE, MORPHS, Mixture, finish, readings
+from .morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from .plan.rules import EMBEDDING_SIZE
 from .plan.types import Group, Slot
+from .private import graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
 """Names of a bank's flat parameters; those that the plan has no numbers for are None."""
 _OWN = {"coefficients": "coefficients", "gains": "gains", "differences": "differences"}
+
+
+class Values(NamedTuple):
+    """The parameters that a weight was read from, and how often each had been written to by then.
+
+    They travel with the read, so that its backward sees the same tensors (`functional_call` swaps them), and the same
+    numbers or an error.
+    """
+
+    tensors: Mapping[str, Tensor | None]
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def of(parameters: Mapping[str, Tensor | None]) -> Values:
+        return Values(dict(parameters), _versions(parameters))
+
+    def checked(self, weight: str) -> Mapping[str, Tensor | None]:
+        """The tensors.
+
+        Raises:
+            RuntimeError: one of them was written to after the read.
+        """
+        if _versions(self.tensors) != self.versions:
+            raise RuntimeError(
+                f"the bank of {weight} was modified in place between forward and backward, by an optimizer step perhaps: "
+                "its gradient would be wrong; call backward() first"
+            )
+        return self.tensors
+
+
+def _versions(parameters: Mapping[str, Tensor | None]) -> tuple[int, ...]:
+    return tuple(p._version for p in parameters.values() if p is not None and not p.is_inference())
 
 
 class Bank(nn.Module):
@@ -65,39 +99,62 @@ class Bank(nn.Module):
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._anchored: _Anchored | None = None
+        self._prepare()
 
-    def forward(self, index: int, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def _prepare(self) -> None:
+        for slot in self.group.slots:
+            prepare(slot, self.seed, self.bank)
+
+    def values(self) -> Values:
+        """The present parameters, to make a weight again from just these."""
+        return Values.of(self._parameters)
+
+    def forward(
+        self,
+        index: int,
+        rows: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        values: Values | None = None,
+    ) -> Tensor:
         """The weight of slot `index` in its shape, or only its `rows` [m] as [m, C].
 
         Args:
             dtype: of the result, where it differs from the bank's (under autocast).
+            values: make it, without a graph, from what an earlier read was made from.
         """
-        if self.pure or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if values is not None:
+            return self._fast(index, rows, dtype, values.checked(self.group.slots[index].name))
+        if self.pure or is_tracing():
             return self._make(index, rows, self._parameters, dtype)
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
-            return self._fast(index, rows, dtype)
+            return self._fast(index, rows, dtype, self._parameters)
         anchored = self._anchor()
         return _Generate.apply(anchored.tensor, anchored.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _fast(self, index: int, rows: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    def _fast(
+        self, index: int, rows: Tensor | None, dtype: torch.dtype | None, values: Mapping[str, Tensor | None]
+    ) -> Tensor:
         """A weight without a graph, with as few passes over its numbers as its morph allows."""
-        slot = self.group.slots[index]
+        slot, bank = self.group.slots[index], values["bank"]
+        assert bank is not None
         if rows is not None or not fused.can_fuse(slot):
-            return self._make(index, rows, self._parameters, dtype)
-        with _exact(self.bank.device.type):
-            pieces = [reading.take(self.bank) for reading in self._readings[index]]
-            own = {name: self._own(self._parameters[name], index, name) for name in _OWN}
+            return self._make(index, rows, values, dtype)
+        with _exact(bank.device.type):
+            pieces = [reading.take(bank) for reading in self._readings[index]]
+            own = {name: self._own(values[name], index, name) for name in _OWN}
             weight = fused.generate(slot, self.seed, pieces, own)
             return weight if dtype is None else weight.to(dtype)
 
-    def _make(self, index: int, rows: Tensor | None, values: dict[str, Tensor | None], dtype: torch.dtype | None) -> Tensor:
+    def _make(
+        self, index: int, rows: Tensor | None, values: Mapping[str, Tensor | None], dtype: torch.dtype | None
+    ) -> Tensor:
         """A weight from whole flat parameters: the pure path, differentiable."""
         with _exact(self.bank.device.type):
             return self._make_exactly(index, rows, values, dtype)
 
     def _make_exactly(
-        self, index: int, rows: Tensor | None, values: dict[str, Tensor | None], dtype: torch.dtype | None
+        self, index: int, rows: Tensor | None, values: Mapping[str, Tensor | None], dtype: torch.dtype | None
     ) -> Tensor:
         slot, bank = self.group.slots[index], values["bank"]
         assert bank is not None
@@ -111,7 +168,9 @@ class Bank(nn.Module):
         mixture = Mixture(slot, self.seed, bank.numel(), pieces, own["coefficients"], projection, elements)
         return self._finish(mixture, own, rows, dtype)
 
-    def _finish(self, mixture: Mixture, own: dict[str, Tensor], rows: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    def _finish(
+        self, mixture: Mixture, own: dict[str, Tensor], rows: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
         slot, base = mixture.slot, MORPHS[mixture.slot.morph](mixture)
         if rows is not None and mixture.index is None:
             base = base.view(slot.rows, slot.columns)[rows]
@@ -134,13 +193,19 @@ class Bank(nn.Module):
         start = EMBEDDING_SIZE * sum(k for k in self.group.projections if k < templates)
         return start, start + EMBEDDING_SIZE * templates
 
-    def _pull_back(self, gradient: Tensor, index: int, rows: Tensor | None, sums: dict[str, Tensor]) -> None:
+    def _pull_back(
+        self,
+        gradient: Tensor,
+        index: int,
+        rows: Tensor | None,
+        values: Mapping[str, Tensor | None],
+        sums: dict[str, Tensor],
+    ) -> None:
         """Adds the gradient of slot `index` to `sums`, given that of the weight: O(K·n).
 
         The slot's own numbers and the pieces it reads become leaves of a small graph that ends here.
         """
-        slot, parameters = self.group.slots[index], self._parameters
-        bank = parameters["bank"]
+        slot, bank = self.group.slots[index], values["bank"]
         assert bank is not None
         elements = None if rows is None or slot.morph not in ELEMENTWISE else _elements(slot, rows)
         with torch.no_grad():
@@ -148,8 +213,8 @@ class Bank(nn.Module):
                 pieces = [reading.take(bank) for reading in self._readings[index]]
             else:
                 pieces = [bank[reading.at(elements, bank.numel())] for reading in self._readings[index]]
-            own = {name: self._own(parameters[name], index, name) for name in _OWN}
-            projection = self._projection(parameters["projections"], slot)
+            own = {name: self._own(values[name], index, name) for name in _OWN}
+            projection = self._projection(values["projections"], slot)
             if rows is None and fused.can_fuse(slot):
                 with _exact(bank.device.type):
                     piece_parts, own_parts = fused.pull_back(slot, self.seed, pieces, own, gradient.to(bank.dtype))
@@ -162,6 +227,8 @@ class Bank(nn.Module):
         leaves |= {(name, 0): value for name, value in own.items() if value.numel()}
         leaves |= {("projections", 0): projection} if projection is not None else {}
         leaves = {key: value.detach().requires_grad_() for key, value in leaves.items() if key[0] in sums}
+        if not leaves:
+            return
         with torch.enable_grad(), _exact(bank.device.type):
             mixture = Mixture(
                 slot,
@@ -203,7 +270,9 @@ class Bank(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self._anchored = None  # its node knows the parameters' former dtype and device
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_anchored": None}  # a graph is neither copied nor pickled
@@ -235,13 +304,13 @@ class _Sums:
         self.passes: dict[int, dict[str, Tensor]] = {}
 
     def here(self) -> dict[str, Tensor]:
-        number = torch._C._current_graph_task_id()
+        number = graph_task_id()
         if number not in self.passes:
             self.passes[number] = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters}
         return self.passes[number]
 
     def collect(self) -> tuple[Tensor | None, ...]:
-        sums = self.passes.pop(torch._C._current_graph_task_id(), {})
+        sums = self.passes.pop(graph_task_id(), {})
         bank = self.bank()
         if bank is not None and bank._anchored is not None and bank._anchored.sums is self:
             bank._anchored = None
@@ -272,7 +341,7 @@ class _Anchor(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[None | Tensor, ...]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.sums.collect()
 
 
@@ -283,13 +352,14 @@ class _Generate(torch.autograd.Function):
     def forward(
         ctx: Any, anchor: Tensor, sums: _Sums, bank: Bank, index: int, rows: Tensor | None, dtype: torch.dtype | None
     ) -> Tensor:
-        ctx.sums, ctx.bank, ctx.index = sums, bank, index
+        ctx.sums, ctx.bank, ctx.index, ctx.values = sums, bank, index, bank.values()
         ctx.save_for_backward(rows)
-        return bank._fast(index, rows, dtype)
+        return bank._fast(index, rows, dtype, bank._parameters)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        ctx.bank._pull_back(gradient, ctx.index, rows, ctx.sums.here())
-        return gradient.new_empty(0, dtype=ctx.bank.bank.dtype), None, None, None, None, None
+        values = ctx.values.checked(ctx.bank.group.slots[ctx.index].name)
+        ctx.bank._pull_back(gradient, ctx.index, rows, values, ctx.sums.here())
+        return gradient.new_empty(0, dtype=values["bank"].dtype), None, None, None, None, None

@@ -104,7 +104,9 @@ def pull_back(
             if column_part is not None:
                 column_part += (product.T @ row_gains if row_gains is not None else product.sum(0)) * scale
             if coefficient is not None:
-                coefficient_parts.append((over_rows @ row_gains if row_gains is not None else over_rows.sum()) * slot.scale)
+                coefficient_parts.append(
+                    (over_rows @ row_gains if row_gains is not None else over_rows.sum()) * slot.scale
+                )
         factor = _factor(slot, signs, row_gains, scale, piece)
         last = k == len(pieces) - 1 and inner is not gradient
         if factor is None:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bank import Bank
+from .bank import Bank, Values
 from .errors import ShareError
+from .private import Hooks, assert_soon, is_tracing, saved_tensor_hooks
 
 _CAST = (nn.Linear, nn.modules.conv._ConvNd)
 _state = threading.local()
@@ -31,6 +32,7 @@ class _Recipe(NamedTuple):
     bank: Bank
     index: int
     dtype: torch.dtype | None
+    values: Values
 
 
 class _Packed(NamedTuple):
@@ -43,7 +45,8 @@ class _Packed(NamedTuple):
 
     def make(self) -> Tensor:
         with torch.no_grad():
-            weight = self.recipe.bank(self.recipe.index, dtype=self.recipe.dtype)
+            bank, index, dtype, values = self.recipe
+            weight = bank(index, dtype=dtype, values=values)
             return weight.as_strided(self.shape, self.stride, self.offset)
 
 
@@ -51,22 +54,23 @@ class _Scope:
     """One layer's forward: the weights it has read, and the hooks that keep them from being saved."""
 
     def __init__(self, layer: nn.Module):
-        self.dtype = _autocast_dtype(layer)
-        self.weights: dict[tuple[int, int], Tensor] = {}
+        self.layer = layer
+        self.weights: dict[tuple[int, int, bool, torch.dtype | None], Tensor] = {}
         self.recipes: dict[int, _Recipe] = {}
 
     def read(self, bank: Bank, index: int) -> Tensor:
-        key = (id(bank), index)
+        dtype = _autocast_dtype(self.layer, bank)
+        key = (id(bank), index, torch.is_grad_enabled(), dtype)
         if key not in self.weights:
-            weight = self.weights[key] = bank(index, dtype=self.dtype)
-            self.recipes[weight.untyped_storage().data_ptr()] = _Recipe(bank, index, self.dtype)
+            weight = self.weights[key] = bank(index, dtype=dtype)
+            self.recipes[weight.untyped_storage().data_ptr()] = _Recipe(bank, index, dtype, bank.values())
         return self.weights[key]
 
     def __enter__(self) -> _Scope:
         self.outer: _Scope | None = getattr(_state, "scope", None)
         _state.scope = self
         # Only the innermost pair of hooks is called, so those around us (an activation checkpoint's, say) are called by us.
-        around = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        around = saved_tensor_hooks()
         self.hooks = torch.autograd.graph.saved_tensors_hooks(*_hooks(self.recipes, around))
         self.hooks.__enter__()
         return self
@@ -78,15 +82,17 @@ class _Scope:
 
 
 def _hooks(
-    recipes: dict[int, _Recipe], around: tuple[Callable[..., Any], Callable[..., Any]] | None
+    recipes: dict[int, _Recipe], around: Hooks | None
 ) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
     def pack(tensor: Tensor) -> Any:
-        recipe = recipes.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
+        plain = tensor.layout is torch.strided and tensor.numel()  # sparse tensors have no storage to ask for
+        recipe = recipes.get(tensor.untyped_storage().data_ptr()) if plain else None
         if recipe is not None:
-            return _Packed(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
+            return _Packed(recipe, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         if around is not None:
             return around[0](tensor)
-        return tensor, tensor._version
+        # Trap: an operation's own output, kept as it is, would make a cycle through its node that is never collected.
+        return tensor.detach(), tensor._version
 
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, _Packed):
@@ -104,11 +110,13 @@ def _hooks(
     return pack, unpack
 
 
-def _autocast_dtype(layer: nn.Module) -> torch.dtype | None:
-    if not isinstance(layer, _CAST) and type(layer).__name__ != "Conv1D":
+def _autocast_dtype(layer: nn.Module, bank: Bank) -> torch.dtype | None:
+    """The dtype that the layer's operation would cast its weight to right now, None for the bank's own."""
+    lowered = isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
+    device = bank.bank.device.type
+    if not lowered or bank.bank.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
-    device = next(iter(layer.__dict__["_dist_ssn_slots"].values()))[0].bank.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(device)
 
 
 class GeneratedWeight(Tensor):
@@ -118,21 +126,30 @@ class GeneratedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        kwargs = kwargs or {}
-        written = kwargs.get("out")
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        written: Any = kwargs.get("out")
+        foreach = name.startswith("_foreach_")
         if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__"):
             written = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
         elif name.startswith("__i") and name[3:-2] in _IN_PLACE:
             written = args[0]
+        guarded = next((a for a in (args[0] if foreach and args else args) if isinstance(a, GeneratedWeight)), None)
         with torch._C.DisableTorchFunctionSubclass():
-            if isinstance(written, GeneratedWeight) and name not in _HARMLESS:
-                raise ShareError(_no_write(written._dist_ssn_name))
+            for target in written if isinstance(written, (list, tuple)) else [written]:
+                if isinstance(target, GeneratedWeight) and name not in _HARMLESS:
+                    raise ShareError(_no_write(target._dist_ssn_name))
             result = func(*args, **kwargs)
-            if name in ("__get__", "detach", "view", "reshape") and type(result) is Tensor and isinstance(args[0], GeneratedWeight):
-                if result.numel() and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr():
-                    return _guarded(result, args[0]._dist_ssn_name)
-            return result
+            return result if guarded is None or foreach else _guard_views(result, guarded)
+
+
+def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
+    """`result`, with every tensor in it that shares the weight's memory guarded as the weight is."""
+    if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
+        return type(result)(_guard_views(part, weight) for part in result)
+    if type(result) is not Tensor or result.layout is not torch.strided or not result.numel():
+        return result
+    same = result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    return _guarded(result, weight._dist_ssn_name) if same else result
 
 
 _IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
@@ -159,7 +176,7 @@ class SharedLayer:
     _dist_ssn_names: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_tracing():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with _Scope(self):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -174,7 +191,7 @@ class SharedLayer:
         raise ShareError(_no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        state = getattr(self, "__getstate__", self.__dict__.copy)()
         return _new_layer, (self._dist_ssn_base, self._dist_ssn_names), state
 
 
@@ -216,11 +233,15 @@ class _SharedEmbedding(SharedLayer):
     def forward(self, input: Tensor) -> Tensor:
         layer: nn.Embedding = self  # type: ignore[assignment]
         few = input.numel() < layer.num_embeddings and not layer.scale_grad_by_freq
-        if not few or torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not few or is_tracing():
             return super().forward(input)
         bank, index = layer.__dict__["_dist_ssn_slots"]["weight"]
         rows = input.reshape(-1).long()
-        torch._assert_async(((rows >= 0) & (rows < layer.num_embeddings)).all(), "index out of range in embedding")
+        inside = ((rows >= 0) & (rows < layer.num_embeddings)).all()
+        if rows.device.type != "cpu":
+            assert_soon(inside, "index out of range in embedding")
+        elif not inside:
+            raise IndexError("index out of range in self")
         return bank(index, rows).view(*input.shape, layer.embedding_dim)
 
 
@@ -234,14 +255,21 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
         mixin = _SharedEmbedding
     body: dict[str, Any] = {name: _weight_property(name) for name in names}
     body |= {"_dist_ssn_base": base, "_dist_ssn_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), body)
+    cls = type(base.__name__, (mixin, base), body)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # whoever reads its signature sees the base class's
+        return super(cls, self).forward(*args, **kwargs)
+
+    cls.forward = forward  # type: ignore[attr-defined]
+    return cls
 
 
 def _weight_property(name: str) -> property:
     def read(layer: nn.Module) -> Tensor:
         bank, index = layer.__dict__["_dist_ssn_slots"][name]
         try:
-            if torch.compiler.is_compiling():
+            if is_tracing():
                 return bank(index)
             scope: _Scope | None = getattr(_state, "scope", None)
             if scope is not None:
@@ -267,7 +295,7 @@ def share_layer(layer: nn.Module, slots: dict[str, tuple[Bank, int]]) -> None:
     The banks are not registered as its submodules: they belong to the model's root.
     """
     for name in slots:
-        del layer._parameters[name]
+        layer._parameters[name] = None  # keeps its place in the order of parameters; the property comes first
     for name in ("_flat_weights", "_flat_weight_refs"):  # a recurrent layer's second hold on its weights
         layer.__dict__.pop(name, None)
     layer.__dict__["_dist_ssn_slots"] = dict(slots)
@@ -279,6 +307,6 @@ def unshare_layer(layer: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     layer.__class__ = type(layer)._dist_ssn_base  # type: ignore[attr-defined]
     del layer.__dict__["_dist_ssn_slots"]
     for name, weight in weights.items():
-        layer.register_parameter(name, weight)
+        layer._parameters[name] = weight
     if isinstance(layer, nn.RNNBase):
         layer._init_flat_weights()

@@ -16,7 +16,6 @@ they cost no parameter and no byte.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .plan.rules import MASK_WINDOW
 from .plan.types import Slot
@@ -73,7 +73,7 @@ class Chunks:
     length: int
 
     def order(self, size: int, device: torch.device) -> Tensor:
-        return _chunk_order(self.key, -(-self.length // self.chunk), size // self.chunk, device)
+        return chunk_order(*self.key, -(-self.length // self.chunk), size // self.chunk, device)
 
     def at(self, index: Tensor, size: int) -> Tensor:
         order = self.order(size, index.device)
@@ -210,32 +210,53 @@ def apply_signs(slot: Slot, seed: int, k: int, piece: Tensor, index: Tensor | No
     return (piece.view(count, chunk) * signs[first : first + count].unsqueeze(1)).view(-1)
 
 
-@functools.lru_cache(maxsize=None)
+# Plain dicts, filled by `prepare` when a bank is built or moved: torch.compile and export can read a dict, but neither trace a
+# hash nor look into an lru_cache, which under a fake mode would keep fake tensors for every later use.
+_starts: dict[tuple[int, str, int], int] = {}
+_tables: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+_orders: dict[tuple[int, str, int, int, int, torch.device], Tensor] = {}
+
+
+def prepare(slot: Slot, seed: int, bank: Tensor) -> None:
+    """Makes the pseudo-random tables that `slot` needs for a bank of this device and dtype, once per process."""
+    for k, reading in enumerate(readings(slot, seed, bank.numel())):
+        if slot.chunk:
+            sign_start(seed, slot.name, k)
+            sign_table(seed, slot.numel // slot.chunk + 1, bank.device, bank.dtype)
+        if isinstance(reading, Chunks):
+            reading.order(bank.numel(), bank.device)
+
+
 def sign_start(seed: int, name: str, k: int) -> int:
     """Where weight `name` begins to read the table of signs for its template k."""
-    return int.from_bytes(hashlib.sha256(f"sign/{seed}/{name}/{k}".encode()).digest()[:4], "little") % _SIGN_ROOM
+    key = (seed, name, k)
+    if key not in _starts:
+        digest = hashlib.sha256(f"sign/{seed}/{name}/{k}".encode()).digest()
+        _starts[key] = int.from_bytes(digest[:4], "little") % _SIGN_ROOM
+    return _starts[key]
 
 
 def sign_table(seed: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Pseudo-random ±1, one table for all weights and banks of a seed; at least `length` beyond every start."""
-    return _sign_table(seed, 1 << (length + _SIGN_ROOM).bit_length(), device, dtype)
+    size = 1 << (length + _SIGN_ROOM).bit_length()
+    key = (seed, size, device, dtype)
+    if key not in _tables:
+        bits = np.frombuffer(hashlib.shake_256(f"signs/{seed}".encode()).digest(size // 8), dtype=np.uint8)
+        with torch.inference_mode(False), _disable_current_modes():
+            _tables[key] = torch.from_numpy(np.unpackbits(bits) * 2.0 - 1.0).to(device=device, dtype=dtype)
+    return _tables[key]
 
 
-@functools.lru_cache(maxsize=16)
-def _sign_table(seed: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    bits = np.frombuffer(hashlib.shake_256(f"signs/{seed}".encode()).digest(length // 8), dtype=np.uint8)
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.unpackbits(bits) * 2.0 - 1.0).to(device=device, dtype=dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def _chunk_order(key: tuple[int, str, int], count: int, available: int, device: torch.device) -> Tensor:
+def chunk_order(seed: int, name: str, k: int, count: int, available: int, device: torch.device) -> Tensor:
     """`count` places out of `available`, each drawn equally often: one shuffled pass over the bank after the other."""
-    digest = hashlib.sha256("hash/{}/{}/{}".format(*key).encode()).digest()
-    draw = np.random.RandomState(int.from_bytes(digest[:4], "little"))  # a stream that numpy keeps stable for ever
-    passes = [draw.permutation(available) for _ in range(-(-count // available))]
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.concatenate(passes)[:count].astype(np.int64)).to(device)
+    key = (seed, name, k, count, available, device)
+    if key not in _orders:
+        digest = hashlib.sha256(f"hash/{seed}/{name}/{k}".encode()).digest()
+        draw = np.random.RandomState(int.from_bytes(digest[:4], "little"))  # a stream that numpy keeps stable for ever
+        passes = [draw.permutation(available) for _ in range(-(-count // available))]
+        with torch.inference_mode(False), _disable_current_modes():
+            _orders[key] = torch.from_numpy(np.concatenate(passes)[:count].astype(np.int64)).to(device)
+    return _orders[key]
 
 
 def finish(slot: Slot, base: Tensor, gains: Tensor, differences: Tensor, rows: Tensor | None = None) -> Tensor:

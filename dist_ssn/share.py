@@ -63,7 +63,9 @@ def share(
         names = [slot.name for _, slot in plan.slots()]
         missing = sorted(set(names) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
         if missing:
-            raise PlanError(f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model")
+            raise PlanError(
+                f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model"
+            )
         _check_plan(plan, find_specs(model, include=names))
     specs = find_specs(model, include=[slot.name for _, slot in plan.slots()])
     _attach(model, plan, specs)
@@ -102,7 +104,9 @@ class BankSet(nn.Module):
             raise PlanError("the state dict holds no plan where one belongs: it was not written by dist_ssn")
         difference = plan_difference(self.plan, Plan.from_json(bytes(state.cpu().tolist()).decode(errors="replace")))
         if difference:
-            raise PlanError(f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)")
+            raise PlanError(
+                f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)"
+            )
 
 
 def plan_difference(mine: Plan, other: Plan) -> str | None:
@@ -129,13 +133,21 @@ def plan_difference(mine: Plan, other: Plan) -> str | None:
 
 
 def _check_plan(plan: Plan, specs: Specs) -> None:
-    shapes = {name: weight.shape for weight in specs.weights for name in (weight.name, *weight.aliases)}
+    weights = {weight.name: weight for weight in specs.weights}
+    ties = {name: weight.name for weight in specs.weights for name in weight.aliases}
+    reasons = dict(specs.left_out)
     problems = []
     for _, slot in plan.slots():
-        if slot.name not in shapes:
-            problems.append(f"{slot.name} cannot be shared in it")
-        elif shapes[slot.name] != slot.shape:
-            problems.append(f"{slot.name} is {list(slot.shape)} in the plan and {list(shapes[slot.name])} in the model")
+        weight = weights.get(slot.name)
+        if slot.name in ties:
+            problems.append(f"{slot.name} is tied to {ties[slot.name]} in the model")
+        elif weight is None:
+            problems.append(f"{slot.name} cannot be shared in the model ({reasons.get(slot.name, 'not a weight')})")
+        elif weight.shape != slot.shape:
+            problems.append(f"{slot.name} is {list(slot.shape)} in the plan and {list(weight.shape)} in the model")
+        elif set(weight.aliases) != set(slot.aliases):
+            differ = ", ".join(sorted(set(weight.aliases) ^ set(slot.aliases)))
+            problems.append(f"{slot.name} is tied to {differ} only in {'the model' if weight.aliases else 'the plan'}")
     if problems:
         raise PlanError("the plan belongs to another model: " + "; ".join(problems[:5]))
 
@@ -155,7 +167,9 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
     owner = model
-    if isinstance(model, _CONTAINERS):  # a container calls or lists all its children: the first layer owns the banks there
+    if isinstance(
+        model, _CONTAINERS
+    ):  # a container calls or lists all its children: the first layer owns the banks there
         owner = model.get_submodule(next(iter(slots)))
     if hasattr(owner, _ATTRIBUTE):
         raise ShareError(f"{type(owner).__name__} has an attribute {_ATTRIBUTE!r} already: rename it")
@@ -178,7 +192,9 @@ def initialize(bank: Bank) -> None:
     if group.size > 1:
         values = values / values.square().mean().sqrt()
     bank.bank.copy_(values * group.init_std)
-    rows = {k: orthogonal_rows(sum(_mixes(s) == k for s in group.slots), k, draw) for k in {_mixes(s) for s in group.slots}}
+    rows = {
+        k: orthogonal_rows(sum(_mixes(s) == k for s in group.slots), k, draw) for k in {_mixes(s) for s in group.slots}
+    }
     used = dict.fromkeys(rows, 0)
     projections = {k: orthogonal_rows(k, EMBEDDING_SIZE, draw).T for k in group.projections}
     for k, projection in projections.items():
@@ -226,14 +242,22 @@ def orthogonal_rows(count: int, size: int, draw: np.random.RandomState) -> np.nd
     return np.concatenate(blocks)[:count]
 
 
-def _bank_set(model: nn.Module) -> BankSet | None:
-    return next((module for module in model.modules() if isinstance(module, BankSet)), None)
+def _bank_sets(model: nn.Module) -> list[BankSet]:
+    return [module for module in model.modules() if isinstance(module, BankSet)]
 
 
 def shared_plan(model: nn.Module) -> Plan | None:
-    """The plan of a shared model (wrapped or not), None for a dense one."""
-    banks = _bank_set(model)
-    return banks.plan if banks is not None else None
+    """The plan of a shared model (wrapped or not), None for a dense one.
+
+    Raises:
+        ShareError: several parts of the model were shared apart: ask each part.
+    """
+    sets = _bank_sets(model)
+    if len(sets) > 1:
+        raise ShareError(
+            f"{type(model).__name__} has {len(sets)} parts that were shared apart: ask each part for its plan"
+        )
+    return sets[0].plan if sets else None
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -242,7 +266,7 @@ def materialize(model: nn.Module) -> nn.Module:
     Raises:
         ShareError: the model is not shared.
     """
-    if _bank_set(model) is None:
+    if not _bank_sets(model):
         raise ShareError(f"{type(model).__name__} is not shared: there is nothing to materialize")
     dense = copy.deepcopy(model)
     made: dict[tuple[int, int], nn.Parameter] = {}
@@ -254,33 +278,38 @@ def materialize(model: nn.Module) -> nn.Module:
                     made[id(bank), index] = nn.Parameter(bank(index).clone())
         if slots:
             unshare_layer(module, {name: made[id(bank), index] for name, (bank, index) in slots.items()})
-    for module in dense.modules():
+    for module in list(dense.modules()):
         if isinstance(module._modules.get(_ATTRIBUTE), BankSet):
             del module._modules[_ATTRIBUTE]
-            break
     return dense
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of a model: trainable ones in all, those that are not generated from banks, and the plan if it is shared."""
+    """Numbers of a model: trainable ones in all, those that stand for no weight, and the plans of what is shared."""
 
     parameters: int
     own_parameters: int
-    plan: Plan | None
+    plans: tuple[Plan, ...]
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan of a model that was shared as a whole."""
+        return self.plans[0] if len(self.plans) == 1 else None
 
     def __str__(self) -> str:
-        if self.plan is None:
+        if not self.plans:
             return f"dense model, {self.parameters:,} trainable parameters"
-        return f"{self.parameters:,} trainable parameters: {self.plan}, and {self.own_parameters:,} of the model's own"
+        plans = ", and ".join(map(str, self.plans))
+        return f"{self.parameters:,} trainable parameters: {plans}, and {self.own_parameters:,} of the model's own"
 
 
 def summary(model: nn.Module) -> Summary:
     """Counts the trainable numbers of a model, shared or dense."""
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    banks = _bank_set(model)
-    shared = sum(p.numel() for p in banks.parameters() if p.requires_grad) if banks is not None else 0
-    return Summary(total, total - shared, banks.plan if banks is not None else None)
+    sets = _bank_sets(model)
+    shared = sum(p.numel() for banks in sets for p in banks.parameters() if p.requires_grad)
+    return Summary(total, total - shared, tuple(banks.plan for banks in sets))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import ShareError
 
 Selector = str | type[nn.Module]
-"""A parameter's name, a module's name, a glob over either, or a class of modules (as a class, or by its name)."""
+"""A parameter's or a module's name, a glob over either, or a class of modules (as a class, or by its name).
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
+A module selects every parameter inside it.
+"""
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
+"""Modules of torch's quantized packages that belong to float models."""
 _USUAL_STD = (1.0, 0.02, 0.01)
 
 
@@ -46,7 +48,7 @@ class LayerSpec:
     init_std: float
     """Root mean square of the weight when it was read: analytic where a usual initialization is recognized."""
     aliases: tuple[str, ...] = ()
-    """The other names of a tied weight."""
+    """A tied weight's name in each other module that holds it."""
     zero_row: int | None = None
     """Row that stays zero (an embedding's `padding_idx`)."""
 
@@ -81,6 +83,14 @@ class Specs:
         return sum(weight.numel for weight in self.weights)
 
 
+class _Place(NamedTuple):
+    """Where a parameter stands: the model knows it as `name`, and `module` holds it as `local`."""
+
+    name: str
+    module: nn.Module
+    local: str
+
+
 def find_specs(
     model: nn.Module,
     include: Selector | Iterable[Selector] | None = None,
@@ -94,147 +104,245 @@ def find_specs(
         exclude: weights that one of these selects stay own parameters.
 
     Raises:
-        ShareError: no weight is left, a selector selects nothing, a parameter is lazy or on "meta", the weights differ in
-            dtype or device, or the model is shared already. All problems are reported at once.
+        ShareError: no weight is left; a selector selects nothing; a parameter is lazy, on "meta", or holds NaN; the weights
+            differ in dtype or device; the model is quantized, scripted, wrapped for training, or shared already.
     """
-    wanted, unwanted = _as_list(include), _as_list(exclude)
     _check_model(model)
-    names: dict[nn.Parameter, list[tuple[str, nn.Module]]] = {}
-    for name, module, parameter in _parameters(model):
-        names.setdefault(parameter, []).append((name, module))
-
+    wanted, unwanted = _as_list("include", include), _as_list("exclude", exclude)
+    modules = dict(model.named_modules(remove_duplicate=False))
     weights: list[LayerSpec] = []
     left_out: list[tuple[str, str]] = []
+    problems: list[str] = []
+    kinds: dict[tuple[torch.dtype, torch.device], str] = {}
+    used: set[Selector] = set()
     own = 0
-    hit: set[int] = set()
-    dtypes: dict[tuple[torch.dtype, torch.device], str] = {}
-    for parameter, places in names.items():
-        selected = {i for i, selector in enumerate(wanted + unwanted) if _selects(selector, places)}
-        hit |= selected
+    for parameter, places in _parameters(modules).items():
+        selected = _selected([*wanted, *unwanted], places, modules)
+        used |= selected
         reason = _reason_to_leave(parameter, places)
-        if reason is None and wanted and not any(i < len(wanted) for i in selected):
+        if reason is None and wanted and selected.isdisjoint(wanted):
             reason = "not included"
-        if reason is None and any(i >= len(wanted) for i in selected):
+        if reason is None and not selected.isdisjoint(unwanted):
             reason = "excluded"
+        if reason is None and _is_constant(parameter):
+            reason = "starts constant"
         if reason is None:
-            dtypes.setdefault((parameter.dtype, parameter.device), places[0][0])
+            kinds.setdefault((parameter.dtype, parameter.device), places[0].name)
             weights.append(_spec(parameter, places))
+            if not math.isfinite(weights[-1].init_std):
+                problems.append(f"{places[0].name} holds NaN or Inf: initialize it first")
             continue
         own += parameter.numel() if parameter.requires_grad else 0
         if parameter.ndim >= 2:
-            left_out.append((places[0][0], reason))
+            left_out.append((places[0].name, reason))
 
-    problems = [f"{s!r} selects no parameter" for i, s in enumerate(wanted + unwanted) if i not in hit]
-    if len(dtypes) > 1:
-        kinds = ", ".join(f"{name} is {dtype} on {device}" for (dtype, device), name in dtypes.items())
-        problems.append(f"weights must have one dtype and one device, but {kinds}: convert with model.to(...) before sharing")
+    problems += [f"{_shown(s)} selects no parameter" for s in dict.fromkeys([*wanted, *unwanted]) if s not in used]
+    if len(kinds) > 1:
+        found = ", ".join(f"{name} is {dtype} on {device}" for (dtype, device), name in kinds.items())
+        problems.append(f"weights must have one dtype and one device, but {found}: convert with model.to(...) before sharing")
     if not weights and not problems:
-        problems.append("there is no trainable floating-point parameter of two or more dimensions to share")
-    if problems:
-        raise ShareError(f"cannot share {type(model).__name__}: " + "; ".join(problems))
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out[:3])
+        problems.append(
+            "there is no trainable floating-point parameter of two or more dimensions to share"
+            + (f" (left out are {reasons})" if reasons else "")
+        )
+    _raise(model, problems)
     return Specs(tuple(weights), own, tuple(left_out))
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
-        raise ShareError(f"cannot share a {type(model).__name__}: a torch.nn.Module is needed")
+        raise ShareError(f"cannot share an object of type {type(model).__name__}: give a torch.nn.Module")
     problems = []
     for name, module in model.named_modules():
-        where = name or "the model itself"
-        if getattr(type(module), "_dist_ssn_names", None):
+        where, kind = name or "the model itself", type(module)
+        if getattr(kind, "_dist_ssn_names", None):
             problems.append(f"{where} is shared already: share a model once, or share materialize(model)")
             break
-        if "quantized" in type(module).__module__.split("."):
-            problems.append(f"{where} ({type(module).__name__}) is quantized: share the float model, quantize materialize(model)")
+        if isinstance(module, torch.jit.ScriptModule):
+            problems.append(f"{where} is compiled by TorchScript: share the Python model")
+            break
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            problems.append(f"{where} is a {kind.__name__}: share the model first and wrap it afterwards")
+        in_package = kind.__module__.startswith("torch.") and "quantized" in kind.__module__.split(".")
+        if in_package and kind.__name__ not in _FLOAT_QUANTIZED:
+            problems.append(f"{where} ({kind.__name__}) is quantized: share the float model, quantize materialize(model)")
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             problems.append(f"{name} is lazy and has no shape yet: run one batch through the model first")
         elif parameter.is_meta:
             problems.append(f"{name} is on 'meta' and has no values: use model.to_empty(device=...) and initialize it first")
+    _raise(model, problems)
+
+
+def _raise(model: nn.Module, problems: Sequence[str], most: int = 8) -> None:
     if problems:
-        raise ShareError(f"cannot share {type(model).__name__}: " + "; ".join(problems[:8]))
+        more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+        raise ShareError(f"cannot share {type(model).__name__}: " + "; ".join(problems[:most]) + more)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """(name, module that holds it, parameter), tied ones under each of their names."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
+def _parameters(modules: dict[str, nn.Module]) -> dict[nn.Parameter, list[_Place]]:
+    """Every parameter, with its place under each of its names."""
+    places: dict[nn.Parameter, list[_Place]] = {}
+    for prefix, module in modules.items():
+        for local, parameter in module._parameters.items():
             if parameter is not None:
-                yield (f"{prefix}.{name}" if prefix else name), module, parameter
+                name = f"{prefix}.{local}" if prefix else local
+                places.setdefault(parameter, []).append(_Place(name, module, local))
+    return places
 
 
-def _reason_to_leave(parameter: nn.Parameter, places: list[tuple[str, nn.Module]]) -> str | None:
+def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place]) -> str | None:
+    """Why this is no weight, as far as one can tell without reading its values."""
     if parameter.ndim < 2:
         return "one dimension"
     if parameter.is_complex():
         return "complex numbers"
     if not parameter.is_floating_point():
         return "integers"
+    if parameter.dtype.itemsize < 2:
+        return "quantized"
     if not parameter.requires_grad:
         return "frozen"
-    for _, module in places:
+    if parameter.numel() < 2:
+        return "fewer than two numbers"
+    for _, module, local in places:
         if isinstance(module, _NORMS):
             return "normalization"
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            if module.sparse:
-                return "sparse gradients"
-            if module.max_norm is not None:
-                return "max_norm writes to the weight in place"
-    values = parameter.detach()
-    if parameter.numel() < 2 or bool((values == values.reshape(-1)[0]).all()):
-        return "starts constant"
+        if local == "bias" or local.startswith("bias_"):
+            return "bias"
+        if _is_weight_norm_magnitude(module, local):
+            return "magnitudes of a weight norm"
+        if isinstance(module, _EMBEDDINGS) and module.sparse:
+            return "sparse gradients"
+        if isinstance(module, _EMBEDDINGS) and module.max_norm is not None:
+            return "max_norm writes to the weight in place"
     return None
 
 
-def _spec(parameter: nn.Parameter, places: list[tuple[str, nn.Module]]) -> LayerSpec:
-    name, module = places[0]
+def _is_weight_norm_magnitude(module: nn.Module, local: str) -> bool:
+    if isinstance(module, ParametrizationList):
+        return local == "original0" and any(type(step).__name__ == "_WeightNorm" for step in module)
+    return local.endswith("_g") and f"{local[:-1]}v" in module._parameters  # torch.nn.utils.weight_norm, the older one
+
+
+def _is_constant(parameter: nn.Parameter) -> bool:
+    low, high = parameter.detach().aminmax()
+    return bool(low == high)
+
+
+def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
+    name, module, _ = places[0]
     shape = tuple(parameter.shape)
-    receptive = math.prod(shape[2:])
-    fan_in, fan_out = shape[1] * receptive, shape[0] * receptive
-    if isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D":  # the latter: Hugging Face's, (in, out)
-        fan_in, fan_out = fan_out, fan_in
-    padding = {m.padding_idx for _, m in places if isinstance(m, (nn.Embedding, nn.EmbeddingBag))} - {None}
+    fans = _fans(module, shape)
+    padding = [p.module.padding_idx for p in places if isinstance(p.module, _EMBEDDINGS)]
+    zero_row = next((row for row in padding if row is not None), None)
+    holders: dict[tuple[int, str], str] = {}  # a module that is used in two places holds its weight once
+    for place in places:
+        holders.setdefault((id(place.module), place.local), place.name)
     return LayerSpec(
         name=name,
         shape=shape,
         kind=type(module).__name__,
-        fan_in=fan_in,
-        init_std=_init_std(parameter, fan_in, fan_out),
-        aliases=tuple(other for other, _ in places[1:]),
-        zero_row=padding.pop() if padding else None,
+        fan_in=fans[0],
+        init_std=_init_std(parameter, module, fans, zero_row),
+        aliases=tuple(holders.values())[1:],
+        zero_row=zero_row,
     )
 
 
-def _init_std(parameter: nn.Parameter, fan_in: int, fan_out: int) -> float:
+def _fans(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(fan in, fan out) of one output number."""
+    receptive = math.prod(shape[2:])
+    fan_in, fan_out = shape[1] * receptive, shape[0] * receptive
+    turned = isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D"  # the latter: Hugging Face's, (in, out)
+    return (fan_out, fan_in) if turned else (fan_in, fan_out)
+
+
+def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int], zero_row: int | None) -> float:
     """The measured root mean square, snapped to the usual initialization that it is a sample of.
 
-    Snapping makes the plan independent of the random seed, so that ranks that seeded differently still agree. What matches
-    no usual initialization is rounded to three digits.
+    Snapping makes the plan independent of the random seed, so that ranks that seeded differently agree: for the layer's own
+    initialization in torch at any size, for other usual ones where the weight is large enough to tell them apart. What
+    matches none is rounded to three digits, and does depend on the seed.
     """
-    measured = float(parameter.detach().double().square().mean().sqrt())
+    values, count = parameter.detach(), parameter.numel()
+    blocks = values.reshape(-1).split(2**20)  # so that no float64 copy of a large weight is ever alive
+    squares = float(torch.stack([block.double().square().sum() for block in blocks]).sum())
+    if zero_row is not None and not values[zero_row].any():
+        count -= values[zero_row].numel()
+    measured = math.sqrt(squares / count)
     if not math.isfinite(measured):
-        raise ShareError(f"a parameter of shape {tuple(parameter.shape)} holds NaN or Inf before training: initialize it")
-    fans = [fan_in, fan_out, fan_out / 3, fan_out / 4]  # packed projections of attention and LSTM: 3 and 4 blocks of rows
-    usual = [math.sqrt(v / f) for f in fans for v in (1 / 3, 1.0, 2.0)]
+        return measured
+    default = _default_std(module, tuple(values.shape))
+    if default is not None and _is_sample(values, measured, count, *default):
+        return default[0]
+    fan_in, fan_out = fans
+    fans_of_blocks = [fan_in, fan_out, fan_out / 3, fan_out / 4]  # packed projections of attention and LSTM: 3 and 4 blocks of rows
+    usual = [math.sqrt(v / f) for f in fans_of_blocks for v in (1 / 3, 1.0, 2.0)]
     usual += [math.sqrt(2 / (fan_in + fan_out)), *_USUAL_STD]
-    nearest = min(usual, key=lambda std: abs(std - measured))
-    tolerance = max(0.005, 2 / math.sqrt(parameter.numel()))
+    # Formulas for the same number may differ in its last bit: rounded, the first of them wins, whatever the sample.
+    nearest = min(usual, key=lambda std: round(abs(std / measured - 1), 9))
+    tolerance = max(0.005, 2 / math.sqrt(count))
     return nearest if abs(nearest / measured - 1) < tolerance else float(f"{measured:.3g}")
 
 
-def _as_list(selectors: Selector | Iterable[Selector] | None) -> list[Selector]:
+def _default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:
+    """(standard deviation, whether it is uniform) of what the layer's `reset_parameters` draws; None for unknown layers."""
+    if isinstance(module, _EMBEDDINGS):
+        return 1.0, False
+    if isinstance(module, nn.MultiheadAttention):
+        return math.sqrt(2 / (shape[0] + shape[1])), True
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return math.sqrt(1 / 3 / module.hidden_size), True
+    if isinstance(module, nn.Bilinear):
+        return math.sqrt(1 / 3 / shape[1]), True
+    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+        return math.sqrt(1 / 3 / math.prod(shape[1:])), True
+    return None
+
+
+def _is_sample(values: torch.Tensor, measured: float, count: int, std: float, uniform: bool) -> bool:
+    """Whether `count` numbers of root mean square `measured` can be drawn with `std`: within five standard errors of it."""
+    error = math.sqrt((0.2 if uniform else 0.5) / count)
+    if abs(measured / std - 1) > 5 * error:
+        return False
+    # A uniform sample never leaves its interval; one per cent is room for a weight that was rounded to bf16.
+    return not uniform or max(abs(float(v)) for v in values.aminmax()) <= 1.01 * math.sqrt(3) * std
+
+
+def _as_list(what: str, selectors: Selector | Iterable[Selector] | None) -> list[Selector]:
     if selectors is None:
         return []
-    return [selectors] if isinstance(selectors, (str, type)) else list(selectors)
+    single = isinstance(selectors, (str, type)) or not isinstance(selectors, Iterable)
+    listed = [selectors] if single else list(selectors)
+    for selector in listed:
+        if not isinstance(selector, (str, type)):
+            raise ShareError(f"{what} holds an object of type {type(selector).__name__}: give names, globs or classes of modules")
+    return listed
 
 
-def _selects(selector: Selector, places: list[tuple[str, nn.Module]]) -> bool:
-    for name, module in places:
-        if isinstance(selector, type):
-            if isinstance(module, selector):
-                return True
-        elif fnmatch.fnmatchcase(name, selector) or name.startswith(f"{selector}."):
-            return True
-        elif any(cls.__name__ == selector for cls in type(module).__mro__ if cls is not nn.Module):
-            return True
-    return False
+def _shown(selector: Selector) -> str:
+    return repr(selector) if isinstance(selector, str) else f"class {selector.__name__}"
+
+
+def _selected(selectors: Sequence[Selector], places: Sequence[_Place], modules: dict[str, nn.Module]) -> set[Selector]:
+    """Those of `selectors` that select the parameter: by a name of its own or of a module around it, or by such a module's class."""
+    if not selectors:
+        return set()
+    paths = {path for place in places for path in _paths(place.name)}
+    classes = {cls for path in paths | {""} for cls in type(modules.get(path)).__mro__}
+    labels = paths | classes | {cls.__name__ for cls in classes - {nn.Module, object}}
+    return {
+        selector
+        for selector in selectors
+        if selector in labels
+        or (isinstance(selector, str) and any(c in selector for c in "*?[") and any(fnmatch.fnmatchcase(p, selector) for p in paths))
+    }
+
+
+def _paths(name: str) -> Iterator[str]:
+    """ "a.b.c" → "a.b.c", "a.b", "a"."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]

@@ -12,9 +12,6 @@ from .types import Group, Slot
 
 _GAINS_SHARE = 0.3
 """Automatic gains are used where they take at most this part of a weight's share of the budget."""
-_RANK_SHARE = 0.4
-"""Part of a weight's share that an automatic low-rank difference takes."""
-_MAX_RANK = 8
 _WITH_EXTRAS = ("offset", "hash")
 _ROUNDS = 64
 
@@ -70,7 +67,9 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
         if bank < 1:
             raise Infeasible(name)
         cover = -(-bank // total)
-        slots = [_with_extras(cut(weight, bank, morph, cover), share * weight.numel / total, morph) for weight in weights]
+        slots = [
+            _with_extras(cut(weight, bank, morph, cover), share * weight.numel / total, morph) for weight in weights
+        ]
         projections = {slot.templates for slot in slots if slot.morph == "emb"}
         rest = share - sum(slot.extras for slot in slots) - EMBEDDING_SIZE * sum(projections)
         if rest >= bank:
@@ -80,16 +79,16 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
 
 
 def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
-    """Adds gains and a low-rank difference: what the user asked for, or what fits beside the bank in the weight's share."""
+    """Adds the low-rank difference that was asked for, and gains where they fit beside the bank in the weight's share.
+
+    A difference is never automatic: what it takes from the bank costs more than it brings (benchmarks/results/quality).
+    """
     automatic = slot.morph in _WITH_EXTRAS
     around = slot.rows + slot.columns
     gains = morph.gains
     if gains is None:
         gains = automatic and around <= _GAINS_SHARE * share
-    rank = morph.rank
-    if rank is None:
-        rank = min(_MAX_RANK, int(_RANK_SHARE * share) // around) if automatic else 0
-    return replace(slot, row_gains=gains, column_gains=gains, rank=min(rank, slot.rows, slot.columns))
+    return replace(slot, row_gains=gains, column_gains=gains, rank=min(morph.rank or 0, slot.rows, slot.columns))
 
 
 def _place(slots: list[Slot], bank: int, std: float) -> tuple[Slot, ...]:

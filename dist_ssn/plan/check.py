@@ -105,7 +105,7 @@ def _problem(slot: Slot, bank: int) -> str | None:
         "mask": (templates == 1, MASK_WINDOW * (math.ceil(n / bank) - 1)),
         "inter": (0 < height <= slot.rows and 0 < width <= slot.columns and templates * height * width <= bank,
                   templates if templates > 1 else 0),
-        "wavg-up": (0 < width and templates * width <= bank and height * width >= n, height * templates),
+        "wavg-up": (width > 0 and templates * width <= bank and height * width >= n, height * templates),
         "offset": (slot.chunk >= 1, templates if templates > 1 else 0),
         "hash": (1 <= slot.chunk <= bank, templates if templates > 1 else 0),
     }  # fmt: skip

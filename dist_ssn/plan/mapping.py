@@ -14,7 +14,7 @@ from ..specs import LayerSpec
 Weights = Sequence[LayerSpec]
 Groups = dict[str, list[LayerSpec]]
 
-_STD_RATIO = 5.0
+_STD_RATIO = 8.0
 """Weights whose initial standard deviations differ by more get separate banks under "auto": one step of an optimizer moves
 all users of a bank in proportion to their scale, so that a bank rate can suit only weights of similar scale."""
 
@@ -54,7 +54,7 @@ def at_random(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_scale(weights: Weights, count: int, seed: int) -> Groups:
-    """One bank for all weights whose initial standard deviations lie within a factor of five; more where they don't."""
+    """One bank for all weights whose initial standard deviations lie within a factor of eight; more where they don't."""
     groups: list[list[LayerSpec]] = []
     for weight in sorted(weights, key=lambda weight: weight.init_std):
         if groups and weight.init_std <= _STD_RATIO * groups[-1][0].init_std:
@@ -113,9 +113,13 @@ def _by_hand(weights: Weights, mapping: Mapping[str, str]) -> Groups:
         unused.discard(glob)
         groups.setdefault(mapping[glob], []).append(weight)
     if missing:
-        raise PlanError(f"the mapping names no group for {', '.join(missing[:5])}: add a glob for it, \"*\" for all the rest")
+        raise PlanError(
+            f'the mapping names no group for {", ".join(missing[:5])}: add a glob for it, "*" for all the rest'
+        )
     if unused:
-        raise PlanError(f"the mapping's glob {sorted(unused)[0]!r} decides for no weight: remove it, or put it before a wider one")
+        raise PlanError(
+            f"the mapping's glob {sorted(unused)[0]!r} decides for no weight: remove it, or put it before a wider one"
+        )
     return groups
 
 

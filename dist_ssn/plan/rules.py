@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ EMBEDDING_SIZE = 8
 """Length of a layer's embedding under "emb"."""
 
 _MAX_TEMPLATES = 4
+_CHUNK = 64
 _DOWN, _UP, _ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")
 
 
@@ -42,7 +44,7 @@ class Morph:
     gains: bool | None = None
     """One learned gain per row and per column of each weight."""
     rank: int | None = None
-    """Rank of a low-rank difference of each weight's own."""
+    """Rank of a low-rank difference of each weight's own; none unless asked for."""
 
     @property
     def down(self) -> str:
@@ -65,20 +67,25 @@ def parse_morph(morph: str | Morph) -> Morph:
     """
     if isinstance(morph, str):
         name, _, options = morph.partition(":")
-        morph = Morph(name, **dict(_option(morph, text) for text in options.split(",") if text))
+        given: dict[str, Any] = dict(_option(morph, text) for text in options.split(",") if text)
+        morph = Morph(name, **given)
     known = {*_DOWN, *_UP, *_ANY, "auto"}
     parts = morph.name.split("/")
     for part in parts:
         if part not in known:
             raise PlanError(unknown_choice("morph", part, known))
     if len(parts) > 2 or (len(parts) == 2 and (parts[0] not in _DOWN or parts[1] not in _UP)):
-        raise PlanError(f"morph {morph.name!r}: a pair is down/up, one of {', '.join(_DOWN)} and one of {', '.join(_UP)}")
+        raise PlanError(
+            f"morph {morph.name!r}: a pair is down/up, one of {', '.join(_DOWN)} and one of {', '.join(_UP)}"
+        )
     for name, least in (("templates", 1), ("chunk", 1), ("rank", 0)):
         value = getattr(morph, name)
         if value is not None and value < least:
             raise PlanError(f"morph {morph.name!r}: {name}={value} is out of range, the least is {least}")
     if morph.templates is not None and morph.down == "emb" and morph.templates > EMBEDDING_SIZE:
-        raise PlanError(f"morph 'emb': templates={morph.templates} is more than the {EMBEDDING_SIZE} numbers of an embedding")
+        raise PlanError(
+            f"morph 'emb': templates={morph.templates} is more than the {EMBEDDING_SIZE} numbers of an embedding"
+        )
     return morph
 
 
@@ -88,7 +95,9 @@ def _option(morph: str, text: str) -> tuple[str, int | bool]:
         return name, value == "true"
     if name in ("templates", "chunk", "rank") and value.isdigit():
         return name, int(value)
-    raise PlanError(f"morph {morph!r}: cannot read {text!r}; options are templates=N, chunk=N, rank=N and gains=true|false")
+    raise PlanError(
+        f"morph {morph!r}: cannot read {text!r}; options are templates=N, chunk=N, rank=N and gains=true|false"
+    )
 
 
 def cut(weight: LayerSpec, bank: int, morph: Morph, cover: int = 1) -> Slot:
@@ -98,7 +107,9 @@ def cut(weight: LayerSpec, bank: int, morph: Morph, cover: int = 1) -> Slot:
     """
     n = weight.numel
     name = morph.down if bank >= 2 * n else morph.up if bank < n else morph.up if morph.up in _ANY else "repeat"
-    slot = Slot(weight.name, weight.shape, name, 0, 1, 1.0, weight.init_std, zero_row=weight.zero_row)
+    slot = Slot(
+        weight.name, weight.shape, name, 0, 1, 1.0, weight.init_std, zero_row=weight.zero_row, aliases=weight.aliases
+    )
     return _CUTS[name](slot, bank, morph, cover)
 
 
@@ -123,7 +134,11 @@ def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     spread = _spread(height, slot.rows) * _spread(width, slot.columns)
     coefficients = templates if templates > 1 else 0
     return replace(
-        slot, templates=templates, coefficients=coefficients, template_shape=(height, width), scale=1 / math.sqrt(spread)
+        slot,
+        templates=templates,
+        coefficients=coefficients,
+        template_shape=(height, width),
+        scale=1 / math.sqrt(spread),
     )
 
 
@@ -140,9 +155,11 @@ def _cut_mix(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 def _cut_signed(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     templates = morph.templates or cover
-    chunk = morph.chunk or (8 if slot.morph == "offset" else 64)
+    chunk = morph.chunk or _CHUNK
     if slot.morph == "hash":
-        chunk = max(1, min(chunk, bank // 100))  # what is left over of the bank behind its last whole chunk is never read
+        chunk = max(
+            1, min(chunk, bank // 100)
+        )  # what is left over of the bank behind its last whole chunk is never read
     return replace(slot, templates=templates, coefficients=templates if templates > 1 else 0, chunk=chunk)
 
 

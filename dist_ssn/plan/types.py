@@ -44,6 +44,8 @@ class Slot:
     rank: int = 0
     """Rank of the weight's own difference U·V."""
     zero_row: int | None = None
+    aliases: tuple[str, ...] = ()
+    """The other names of a tied weight."""
 
     @property
     def numel(self) -> int:
@@ -173,7 +175,9 @@ class Plan:
     def table(self) -> Table:
         """The plan as a table that a person reads: one line per weight, then the sums."""
         share = self.parameters / self.numel
-        table = Table(title=f"{self.numel:,} numbers in {sum(1 for _ in self.slots())} weights ← {self.parameters:,} ({share:.2%})")
+        table = Table(
+            title=f"{self.numel:,} numbers in {sum(1 for _ in self.slots())} weights ← {self.parameters:,} ({share:.2%})"
+        )
         for column in ("weight", "shape", "bank", "morph", "own numbers"):
             table.add_column(column, justify="right" if column in ("shape", "own numbers") else "left", overflow="fold")
         for group, slot in self.slots():
@@ -184,7 +188,9 @@ class Plan:
             table.add_row(slot.name, "×".join(map(str, slot.shape)), group.name, morph, f"{slot.extras:,}")
         table.add_section()
         for group in self.groups:
-            table.add_row(f"bank {group.name}", f"{group.numel:,}", f"{len(group.slots)} weights", "", f"{group.size:,}")
+            table.add_row(
+                f"bank {group.name}", f"{group.numel:,}", f"{len(group.slots)} weights", "", f"{group.size:,}"
+            )
         return table
 
     def __str__(self) -> str:

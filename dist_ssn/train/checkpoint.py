@@ -112,7 +112,6 @@ def save(
             _set_aside(target)
         os.replace(temporary, target)
         _to_disk(folder)
-        _clean(folder)
         for _, old in _steps(folder)[:-keep]:
             _set_aside(old)
         _clean(folder)

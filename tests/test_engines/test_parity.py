@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.ranks import run_ranks
 from torch import nn
 
 import dist_ssn
@@ -15,6 +14,7 @@ from dist_ssn.comm import CommMeter
 from dist_ssn.engines import DDPEngine
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
+from tests.ranks import run_ranks
 
 STEPS, BATCH = 5, 8
 

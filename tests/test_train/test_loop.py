@@ -229,7 +229,7 @@ def test_killed_and_resumed_it_ends_bit_equal(tmp_path: Path, world_size: int) -
         recipe(tmp_path, name="dies", model_args=dies, checkpoint=every),
     ]
     with pytest.raises(RanksFailed, match="died without a word"):
-        run_ranks(run, world_size, recipes, timeout=60)
+        run_ranks(run, world_size, recipes)
     whole, killed = tmp_path / "whole", tmp_path / "dies"
     assert [path.name for path in sorted((killed / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
     with (killed / "metrics.jsonl").open("a") as file:
