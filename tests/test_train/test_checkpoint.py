@@ -326,7 +326,7 @@ def test_a_killed_save_is_not_seen_and_is_cleaned(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
     command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
-    assert subprocess.run(command, env=environment, timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(command, env=environment, timeout=150).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2, "the kill came too early or too late"
     trained = made()
     assert loaded(tmp_path, trained).step == 1
