@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .results import ResultFile
+from .results import ResultFile, provenance
 
 Cell = dict[str, Any]
 
@@ -141,6 +141,7 @@ SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
 
 def run(wanted: Cell) -> Cell:
     """Trains one cell in this process; returns it with its measurements."""
+    commit = provenance()["commit"]
     from dist_ssn.train.loop import train
     from dist_ssn.train.recipe import load_recipe
 
@@ -157,7 +158,7 @@ def run(wanted: Cell) -> Cell:
         row = train(recipe, progress=False).row
     row.pop("name")
     history = [{key: point[key] for key in ("step", "validation_loss")} for point in row.pop("history")]
-    return {**wanted, **row, "history": history}
+    return {**wanted, **row, "history": history, "commit": commit}
 
 
 def identity(measured: Cell) -> str:

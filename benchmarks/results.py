@@ -19,7 +19,11 @@ RESULTS = Path(__file__).parent / "results"
 def provenance() -> dict[str, Any]:
     """Command, commit, versions and hardware of this process."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     cpu = Path("/proc/cpuinfo")
     models = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
@@ -49,5 +53,6 @@ class ResultFile:
                 yield json.loads(line)
 
     def add(self, measurement: dict[str, Any]) -> None:
+        """Writes one line; what the measurement says of its own provenance (the commit when it began) holds."""
         with self.path.open("a") as file:
-            file.write(json.dumps({**measurement, **self.provenance}) + "\n")
+            file.write(json.dumps({**self.provenance, **measurement}) + "\n")

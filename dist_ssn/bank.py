@@ -139,12 +139,10 @@ class Bank(nn.Module):
         """A weight without a graph, with as few passes over its numbers as its morph allows."""
         slot, bank = self.group.slots[index], values["bank"]
         assert bank is not None
-        if rows is not None or not fused.can_fuse(slot):
+        if rows is not None or not fused.can_fuse(slot, self.group.size):
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
-            pieces = [reading.take(bank) for reading in self._readings[index]]
-            own = {name: self._own(values[name], index, name) for name in _OWN}
-            weight = fused.generate(slot, self.seed, pieces, own)
+            weight = fused.generate(slot, self.seed, bank, self._own_numbers(index, values))
             return weight if dtype is None else weight.to(dtype)
 
     def _make(
@@ -154,7 +152,7 @@ class Bank(nn.Module):
         with _exact(self.bank.device.type):
             elements = self._elements(index, rows)
             pieces = self._read(index, elements, values)
-            own = {name: self._own(values[name], index, name) for name in _OWN}
+            own = self._own_numbers(index, values)
             weight = self._mix(index, rows, elements, pieces, own, self._projection(values["projections"], index))
             return weight if dtype is None else weight.to(dtype)
 
@@ -193,6 +191,9 @@ class Bank(nn.Module):
         start, length = self._ranges[index][name]
         return values[start : start + length] if values is not None else self.bank.new_empty(0)
 
+    def _own_numbers(self, index: int, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        return {name: self._own(values[name], index, name) for name in _OWN}
+
     def _projection(self, values: Tensor | None, index: int) -> Tensor | None:
         slot = self.group.slots[index]
         if slot.morph != "emb":
@@ -219,16 +220,15 @@ class Bank(nn.Module):
 
         Without a hand-written gradient, the pieces and the slot's own numbers become leaves of a small graph that ends here.
         """
-        slot = self.group.slots[index]
-        elements = self._elements(index, rows)
-        pieces = self._read(index, elements, values)
-        own = {name: self._own(values[name], index, name) for name in _OWN}
-        with _exact(self.bank.device.type):
-            if rows is None and fused.can_fuse(slot):
-                piece_parts, own_parts = fused.pull_back(slot, self.seed, pieces, own, gradient.to(pieces[0].dtype))
-                self._add_pieces(index, None, dict(enumerate(piece_parts)), sums)
-                self._add_own(index, own_parts, sums)
+        slot, bank, own = self.group.slots[index], values["bank"], self._own_numbers(index, values)
+        assert bank is not None
+        with _exact(bank.device.type):
+            if rows is None and fused.can_fuse(slot, self.group.size):
+                gradient = gradient.to(bank.dtype)
+                self._add_own(index, fused.pull_back(slot, self.seed, bank, own, gradient, sums.get("bank")), sums)
                 return
+            elements = self._elements(index, rows)
+            pieces = self._read(index, elements, values)
             projection = self._projection(values["projections"], index)
             leaves: dict[tuple[str, int], Tensor] = {("bank", k): piece for k, piece in enumerate(pieces)}
             leaves |= {(name, 0): value for name, value in own.items() if value.numel()}

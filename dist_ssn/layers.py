@@ -186,6 +186,16 @@ class SharedLayer:
             raise ShareError(_no_write(f"{type(self).__name__}.{name}"))
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if name in self._dist_ssn_names:
+            raise ShareError(_no_write(f"{type(self).__name__}.{name}"))
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in self._dist_ssn_names:
+            raise ShareError(_no_write(f"{type(self).__name__}.{name}"))
+        super().register_parameter(name, param)  # type: ignore[misc]
+
     def reset_parameters(self) -> None:
         """Not possible: a bank's numbers belong to many layers."""
         raise ShareError(_no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))
@@ -279,10 +289,7 @@ def _weight_property(name: str) -> property:
         except AttributeError as error:  # which nn.Module.__getattr__ would turn into "no attribute 'weight'"
             raise RuntimeError(f"generating {name} failed: {error}") from error
 
-    def delete(layer: nn.Module) -> None:
-        raise ShareError(_no_write(f"{type(layer).__name__}.{name}"))
-
-    return property(read, None, delete)
+    return property(read)
 
 
 def _new_layer(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

@@ -169,6 +169,9 @@ def relative_error(got: Tensor | None, wanted: Tensor | None) -> float:
     """The largest difference relative to the largest number; a gradient that is None counts as zero."""
     if got is None or wanted is None:
         other = got if got is not None else wanted
-        return float(other.abs().max() > 0) if other is not None else 0.0
+        return float(other.detach().abs().max() > 0) if other is not None else 0.0
+    if not wanted.numel():
+        return 0.0
+    got, wanted = got.detach(), wanted.detach()
     difference = float((got - wanted).abs().max())
     return difference / max(float(wanted.abs().max()), 1e-12) if difference else 0.0

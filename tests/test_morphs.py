@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dist_ssn import Morph, make_plan, share
+from dist_ssn import Morph, Plan, make_plan, share
 from dist_ssn.bank import PARAMETERS, Bank
-from dist_ssn.errors import UserError
+from dist_ssn.errors import BudgetError
 from dist_ssn.morphs import ELEMENTWISE, MORPHS, Chunks, Stretch, readings
 from dist_ssn.plan import Group, Slot
 from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
@@ -25,6 +26,9 @@ from dist_ssn.share import initialize
 from tests.layer_kinds import banks_of, relative_error, shake
 
 BUDGETS = (0.02, 0.1, 0.5, 1.0, 2.0)
+FROZEN_OFFSET = [606, 1111, 1616, -2121, 2626, -3069, 396, -891, -1414, 1881, -2376, -2929, -198]
+FROZEN_HASH = [-1699, 170, 715, -2788, -2105, -2974, -1477, -1988, 513, -1006, -269, 2804, 2879]
+FROZEN_START = [0.191981, 0.11161, -0.41531, 0.048394]
 CHOICES = ("avg/inter", "wavg/mask", "emb/repeat", "wavg/wavg", "inter", "mask", "repeat", "offset", "hash", "auto")
 
 
@@ -95,9 +99,8 @@ def naive_base(slot: Slot, seed: int, bank: np.ndarray, coefficients: np.ndarray
             mask = 1.0 if turn == 0 else coefficients[(turn - 1) * MASK_WINDOW + place % MASK_WINDOW]
             base[i] = mask * bank[(slot.start + i) % size]
     elif slot.morph == "wavg-up":
-        pieces, width = slot.template_shape
         for i in range(n):
-            piece, place = divmod(i, width)
+            piece, place = divmod(i, width := slot.template_shape[1])
             for k in range(templates):
                 base[i] += coefficients[piece * templates + k] * bank[(slot.start + k * width + place) % size]
     else:
@@ -159,11 +162,10 @@ def slots_by_hand(morph: str, size: int) -> list[Slot]:
         ]
     ):
         n = math.prod(shape)
-        fields: dict = {}
         for templates in (3, 1) if morph in ("offset", "hash", "inter", "wavg-up", "avg", "wavg", "emb") else (1,):
             if morph in ("avg", "wavg", "emb") and templates * n > size:
                 continue
-            fields = {"templates": templates}
+            fields: dict = {"templates": templates}
             if morph == "inter":
                 fields |= {"template_shape": (min(shape[0], 2 + place), min(n // shape[0], 2))}
                 fields |= {"coefficients": templates if templates > 1 else 0}
@@ -177,7 +179,9 @@ def slots_by_hand(morph: str, size: int) -> list[Slot]:
             else:
                 fields |= {"coefficients": {"avg": 0, "wavg": templates, "emb": EMBEDDING_SIZE, "repeat": 0}[morph]}
             name = f"weight-{place}-{templates}"
-            slots.append(Slot(name, shape, morph, (11 * place) % size, scale=0.7 + place, init_std=1.0, **fields, **options))
+            slots.append(
+                Slot(name, shape, morph, (11 * place) % size, scale=0.7 + place, init_std=1.0, **fields, **options)
+            )
     return slots
 
 
@@ -194,10 +198,10 @@ def bank_by_hand(morph: str, size: int, seed: int = 3) -> Bank:
 @pytest.mark.parametrize("morph", SLOT_MORPHS)
 def test_pure_and_fast_path_equal_the_naive_reference(morph: str, size: int) -> None:
     """Banks smaller than a weight, larger than one, and larger than three templates of it."""
-    bank = bank_by_hand(morph, size)
     if size < 24 and morph in ("avg", "wavg", "emb"):
-        assert not bank.group.slots, "no weight fits such a bank"
+        assert not slots_by_hand(morph, size), "no weight fits such a bank"
         return
+    bank = bank_by_hand(morph, size)
     assert bank.group.slots
     for index, slot in enumerate(bank.group.slots):
         wanted = torch.from_numpy(naive_weight(bank, index))
@@ -229,7 +233,11 @@ def test_every_morph_of_a_plan_has_a_function() -> None:
 
 
 @given(
-    size=st.integers(1, 40), start=st.integers(0, 39), length=st.integers(1, 150), chunk=st.integers(1, 7), data=st.data()
+    size=st.integers(1, 40),
+    start=st.integers(0, 39),
+    length=st.integers(1, 150),
+    chunk=st.integers(1, 7),
+    data=st.data(),
 )
 def test_giving_is_the_transpose_of_taking(size: int, start: int, length: int, chunk: int, data: st.DataObject) -> None:
     """⟨take(bank), part⟩ = ⟨bank, give(part)⟩, and `at` names the same places, for every way to read a bank."""
@@ -253,6 +261,20 @@ def layers() -> nn.Sequential:
     return model
 
 
+def plan_for(budget: float, mapping: str, morph: str | Morph, model: nn.Module | None = None, seed: int = 0) -> Plan:
+    """The plan of `layers()` for a budget, or for the smallest possible one, which the error must name."""
+    model = model or layers()
+    try:
+        return make_plan(model, budget, mapping=mapping, morph=morph, seed=seed)
+    except BudgetError as error:
+        found = re.search(r"smallest possible budget is ([\d,]+)", str(error))
+        assert found, str(error)
+        least = int(found[1].replace(",", ""))
+        with pytest.raises(BudgetError):
+            make_plan(model, least - 1, mapping=mapping, morph=morph, seed=seed)
+        return make_plan(model, least, mapping=mapping, morph=morph, seed=seed)
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("mapping", ["single", "shape"])
@@ -263,12 +285,12 @@ def test_weights_start_with_their_layers_own_standard_deviation(choice: str, bud
     wanted: dict[str, float] = {}
     seeds = range(6)
     for seed in seeds:
-        plan = make_plan(layers(), budget, mapping=mapping, morph=choice, seed=seed)
+        plan = plan_for(budget, mapping, choice, seed=seed)
         for group in plan.groups:
             bank = Bank(group, plan.seed)
             initialize(bank)
             for index, slot in enumerate(group.slots):
-                squares.setdefault(slot.name, []).append(float(bank(index).double().square().mean()))
+                squares.setdefault(slot.name, []).append(float(bank(index).detach().double().square().mean()))
                 wanted[slot.name] = slot.init_std
                 read = math.prod(slot.template_shape) if slot.morph == "inter" else min(slot.numel, group.size)
                 independent[slot.name] = max(1, read // slot.templates if slot.morph == "wavg-up" else read)
@@ -284,7 +306,7 @@ def test_gains_and_differences_do_not_change_the_start(choice: str) -> None:
     budget = 0.5
     options = Morph(choice, gains=True, rank=2)
     for mapping in ("single", "shape"):
-        plan = make_plan(layers(), budget, mapping=mapping, morph=options)
+        plan = plan_for(budget, mapping, options)
         for group in plan.groups:
             bank = Bank(group, plan.seed, dtype=torch.float64)
             initialize(bank)
@@ -304,35 +326,43 @@ def test_gains_and_differences_do_not_change_the_start(choice: str) -> None:
                     assert relative_error(alone(index), weight) <= 1e-12
 
 
+def unread(plan: Plan) -> dict[str, float]:
+    """Each bank's part that no weight reads."""
+    parts = {}
+    for group in plan.groups:
+        read = np.zeros(group.size, dtype=bool)
+        for slot in group.slots:
+            for reading in readings(slot, plan.seed, group.size):
+                read[reading.at(torch.arange(reading.length), group.size).numpy()] = True
+        parts[group.name] = 1 - float(read.mean())
+    return parts
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_number_of_a_bank_is_read(choice: str, budget: float) -> None:
-    """What is paid for must be of use: each number of a bank is read by some weight, but for a hundredth of it."""
-    for options in (Morph(choice, gains=False, rank=0), Morph(choice, gains=True, rank=2)):
+    """What is paid for must be of use, but for a hundredth.
+
+    Templates of "inter" have whole sides, which costs a small bank up to a tenth; and where "hash" draws n numbers out of
+    B, (1 - n/B) of them are left each time.
+    """
+    for gains, rank in ((False, 0), (True, 2)):
         for mapping in ("single", "shape"):
-            plan = make_plan(layers(), budget, mapping=mapping, morph=options)
+            plan = plan_for(budget, mapping, Morph(choice, gains=gains, rank=rank))
             for group in plan.groups:
-                read = np.zeros(group.size, dtype=bool)
-                for slot in group.slots:
-                    for reading in readings(slot, plan.seed, group.size):
-                        read[reading.at(torch.arange(reading.length), group.size).numpy()] = True
-                assert read.mean() >= 0.99, f"{options}, {mapping}, {group.name}: {read.mean():.1%} of {group.size} are read"
+                missed = math.prod(
+                    max(0.0, 1 - slot.numel / group.size) for slot in group.slots for _ in range(slot.templates)
+                )
+                allowed = {"inter": 0.1, "hash": missed + 0.02}.get(group.slots[0].morph, 0.01)
+                assert unread(plan)[group.name] <= allowed, f"{mapping}, gains {gains}, {group}"
 
 
 def test_a_tight_budget_is_not_spent_on_numbers_that_nobody_reads() -> None:
     """Where what weights have of their own takes nearly all, the rest of the bank must still fit the way it is cut."""
     model = nn.ModuleList([nn.Linear(5, 24), nn.Linear(6, 24), nn.Linear(280, 64), nn.Linear(5, 24)])
-    for budget in (0.15, 0.2, 0.3, 0.5):
-        try:
-            plan = make_plan(model, budget, mapping="single", morph=Morph("emb/inter", gains=True, rank=2))
-        except UserError:
-            continue
-        for group in plan.groups:
-            read = np.zeros(group.size, dtype=bool)
-            for slot in group.slots:
-                for reading in readings(slot, plan.seed, group.size):
-                    read[reading.at(torch.arange(reading.length), group.size).numpy()] = True
-            assert read.mean() >= 0.9, f"budget {budget}: {read.mean():.1%} of {group.size} are read"
+    for percent in range(5, 60, 5):
+        plan = plan_for(percent / 100, "single", Morph("emb/inter", gains=True, rank=2), model)
+        assert unread(plan)["all"] <= 0.1, f"{percent} %: {unread(plan)} of {plan.groups[0].size} is not read"
 
 
 # ------------------------------------------------------------------------------------------------ draws that never change

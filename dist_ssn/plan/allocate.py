@@ -13,7 +13,6 @@ from .types import Group, Slot
 _GAINS_SHARE = 0.3
 """Automatic gains are used where they take at most this part of a weight's share of the budget."""
 _WITH_EXTRAS = ("offset", "hash")
-_ROUNDS = 64
 
 
 class Infeasible(Exception):
@@ -62,20 +61,31 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
     if len(weights) == 1 and share == total:
         slot = replace(cut(weights[0], total, Morph("repeat")), scale=weights[0].init_std / std)
         return Group(name, total, std, (slot,))
-    bank = share
-    for _ in range(_ROUNDS):
-        if bank < 1:
-            raise Infeasible(name)
+
+    def slots_for(bank: int) -> tuple[list[Slot], int]:
+        """The slots in a bank of this size, and the bank that the share can pay beside them."""
         cover = -(-bank // total)
         slots = [
             _with_extras(cut(weight, bank, morph, cover), share * weight.numel / total, morph) for weight in weights
         ]
         projections = {slot.templates for slot in slots if slot.morph == "emb"}
-        rest = share - sum(slot.extras for slot in slots) - EMBEDDING_SIZE * sum(projections)
-        if rest >= bank:
-            return Group(name, rest, std, _place(slots, rest, std))
-        bank = rest
-    raise Infeasible(name)
+        return slots, share - sum(slot.extras for slot in slots) - EMBEDDING_SIZE * sum(projections)
+
+    if share < 1:
+        raise Infeasible(name)
+    low, high = share, share
+    while (rest := slots_for(low)[1]) < low:
+        if rest < 1:
+            raise Infeasible(name)
+        low, high = rest, low
+    # `high` asks for more than the share, `low` may leave some of it over: the largest bank that can be paid lies between.
+    high = min(high, rest + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if slots_for(middle)[1] >= middle else (low, middle)
+    slots, rest = slots_for(low)
+    size = _whole_chunks(rest, slots)
+    return Group(name, size, std, _place(slots, size, std))
 
 
 def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
@@ -91,13 +101,23 @@ def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
     return replace(slot, row_gains=gains, column_gains=gains, rank=min(morph.rank or 0, slot.rows, slot.columns))
 
 
+def _whole_chunks(bank: int, slots: list[Slot]) -> int:
+    """The bank cut to whole chunks of signs, so that a template breaks between chunks only; it loses less than 1 %."""
+    chunk = max(slot.chunk for slot in slots) if all(slot.morph == "offset" for slot in slots) else 1
+    return bank - bank % chunk if bank >= 100 * chunk else bank
+
+
 def _place(slots: list[Slot], bank: int, std: float) -> tuple[Slot, ...]:
     """Gives every slot the stretch after its predecessor's, so that each number of the bank is used equally often.
+
+    Not so for "hash", where each weight draws its own order: near a budget of 1 a part of the bank is drawn by none.
 
     The scale makes up for the morph's own spread (already in `slot.scale`) and for the bank's standard deviation.
     """
     placed, start = [], 0
     for slot in slots:
+        if slot.morph == "offset" and bank % slot.chunk == 0:
+            start = -(-start // slot.chunk) * slot.chunk % bank
         placed.append(replace(slot, start=start, scale=slot.scale * slot.init_std / std))
         start = (start + reach(slot, bank)) % bank
     return tuple(placed)

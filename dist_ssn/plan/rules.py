@@ -129,7 +129,10 @@ def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     templates = min(morph.templates or _MAX_TEMPLATES, bank)
     room = bank // templates
-    height = max(1, min(slot.rows, room, math.isqrt(room * slot.rows // slot.columns)))
+    ideal = max(1, min(slot.rows, room, math.isqrt(room * slot.rows // slot.columns)))
+    near = range(max(1, ideal * 3 // 4), min(slot.rows, room, ideal * 5 // 4 + 1) + 1)
+    # Of the heights near the weight's own proportions, the one that leaves least of the bank unread.
+    height = max(near, key=lambda height: (height * min(slot.columns, room // height), -abs(height - ideal)))
     width = min(slot.columns, room // height)
     spread = _spread(height, slot.rows) * _spread(width, slot.columns)
     coefficients = templates if templates > 1 else 0
