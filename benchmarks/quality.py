@@ -69,7 +69,7 @@ EQUAL: dict[str, dict[str, Any]] = {
 }
 """Dense models with at least as many parameters as the 10 % budget leaves."""
 _ADAMW, _SGD = (3e-3, 6e-3, 1.2e-2, 2.4e-2), (0.05, 0.1, 0.2, 0.4)
-RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD}
+RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD[:3]}
 KINDS = ("dense", "equal", "shared")
 DEFAULT = "offset"
 """The morph that "auto" chooses below a budget of 1, named so that a line says what it measured."""
@@ -109,17 +109,13 @@ def morphs() -> Iterator[Cell]:
         yield cell("gpt", "shared", best["gpt", "shared"], more={"share.seed": seed})
     for mapping in ("shape", "depth:2"):
         yield cell("gpt", "shared", best["gpt", "shared"], more={"share.mapping": mapping})
-    for morph in ("inter", "offset:rank=4"):
-        yield cell("wrn", "shared", best["wrn", "shared"], more={"share.morph": morph})
 
 
 def confirm() -> Iterator[Cell]:
     """More seeds (of weights, data and mapping together) at each method's best rate of `rates`."""
-    best = best_rates(ResultFile("quality").lines())
-    for task in RATES:
-        for kind in KINDS:
-            for seed in SEEDS[1:]:
-                yield cell(task, kind, best[task, kind], seed, {"share.seed": seed} if kind == "shared" else {})
+    for (task, kind), lr in best_rates(ResultFile("quality").lines()).items():
+        for seed in SEEDS[1:]:
+            yield cell(task, kind, lr, seed, {"share.seed": seed} if kind == "shared" else {})
 
 
 def budgets() -> Iterator[Cell]:
@@ -201,14 +197,16 @@ def _mean(runs: list[Cell], key: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="what to measure")
+    parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="only these")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--table", action="store_true", help="print what is measured so far")
     arguments = parser.parse_args()
     results = ResultFile("quality")
     for suite in arguments.suites:
         done = {identity(line) for line in results.lines()}
-        wanted = [one for one in SUITES[suite]() if identity(one) not in done]
+        cells = [one for one in SUITES[suite]() if one["task"] in arguments.tasks]
+        wanted = [one for one in cells if identity(one) not in done]
         print(f"{suite}: {len(wanted)} cells to measure", flush=True)
         with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
             for measured in pool.imap_unordered(run, wanted):

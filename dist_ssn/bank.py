@@ -139,7 +139,7 @@ class Bank(nn.Module):
         """A weight without a graph, with as few passes over its numbers as its morph allows."""
         slot, bank = self.group.slots[index], values["bank"]
         assert bank is not None
-        if rows is not None or not fused.can_fuse(slot, self.group.size):
+        if rows is not None or not fused.can_fuse(slot):
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
             weight = fused.generate(slot, self.seed, bank, self._own_numbers(index, values))
@@ -223,7 +223,7 @@ class Bank(nn.Module):
         slot, bank, own = self.group.slots[index], values["bank"], self._own_numbers(index, values)
         assert bank is not None
         with _exact(bank.device.type):
-            if rows is None and fused.can_fuse(slot, self.group.size):
+            if rows is None and fused.can_fuse(slot):
                 gradient = gradient.to(bank.dtype)
                 self._add_own(index, fused.pull_back(slot, self.seed, bank, own, gradient, sums.get("bank")), sums)
                 return

@@ -5,14 +5,16 @@ and writing n numbers is all that generation costs:
 
     W = Σ_k  scale · α_k · row_i · sign_k,ij · T_k,ij · column_j  +  U·V
 
-Signs come in chunks, and so do a template's breaks at the bank's end: bank and weight are grids of chunks. Where a row is a
-whole number of chunks, sign, coefficient, scale and row gain are one factor per chunk.
+Signs come in chunks, so the weight is a grid of chunks; a template is read in runs of whole chunks, and the chunk in which
+it passes the bank's end in two parts. Where a row is a whole number of chunks, sign, coefficient, scale and row gain are one
+factor per chunk.
 Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B numbers in the bank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,26 +23,23 @@ from .morphs import sign_start, sign_table, split_difference, split_gains
 from .plan.types import Slot
 
 
-def can_fuse(slot: Slot, bank: int) -> bool:
-    """Whether the weight, its place and the bank of `bank` numbers are whole chunks (plans see to that where they can)."""
-    chunk = slot.chunk
-    whole = slot.morph == "offset" and not (slot.numel % chunk or slot.start % chunk or bank % chunk)
-    return whole and slot.zero_row is None
+def can_fuse(slot: Slot) -> bool:
+    """Whether the weight is made by this file: whole chunks of the morph "offset"."""
+    return slot.morph == "offset" and slot.numel % slot.chunk == 0 and slot.zero_row is None
 
 
 def generate(slot: Slot, seed: int, bank: Tensor, own: Mapping[str, Tensor]) -> Tensor:
     """The weight in its shape, from a bank [B]: the value of `morphs.mix` and `finish`, without a graph."""
     row_gains, column_gains = split_gains(slot, own["gains"])
-    source = bank.view(-1, slot.chunk)
-    grid = source.new_empty(slot.numel // slot.chunk, slot.chunk)
+    total = bank.new_empty(slot.numel)
     for k in range(slot.templates):
         factor = _factor(slot, _signs(slot, seed, k, bank), row_gains, own["coefficients"], k)
-        for there, here in _runs(slot, k, bank.numel()):
+        for run in _runs(slot, k, bank.numel()):
             if k == 0:
-                torch.mul(source[there], factor[here], out=grid[here])
+                torch.mul(run.of(bank), run.of_chunks(factor), out=run.at(total))
             else:
-                grid[here].addcmul_(source[there], factor[here])
-    weight = grid.view(slot.rows, slot.columns)
+                run.at(total).addcmul_(run.of(bank), run.of_chunks(factor))
+    weight = total.view(slot.rows, slot.columns)
     if row_gains is not None and not _rows_are_chunks(slot):
         weight.mul_(row_gains.unsqueeze(1))
     if column_gains is not None:
@@ -63,7 +62,7 @@ def pull_back(
     inner = gradient if column_gains is None else gradient * column_gains
     if row_gains is not None and not _rows_are_chunks(slot):
         inner = inner * row_gains.unsqueeze(1)
-    inner = inner.view(-1, slot.chunk)
+    inner = inner.view(-1)
     row_part = None if row_gains is None else torch.zeros_like(row_gains)
     column_part = None if column_gains is None else torch.zeros_like(column_gains)
     coefficient_parts = []
@@ -83,9 +82,8 @@ def pull_back(
                 coefficient_parts.append(both * slot.scale)
         if bank_sum is not None:
             factor = _factor(slot, signs, row_gains, own["coefficients"], k)
-            total = bank_sum.view(-1, slot.chunk)
-            for there, here in _runs(slot, k, bank.numel()):
-                total[there].addcmul_(inner[here], factor[here])
+            for run in _runs(slot, k, bank.numel()):
+                run.of(bank_sum).addcmul_(run.at(inner), run.of_chunks(factor))
     if slot.gains:
         parts["gains"] = torch.cat([part for part in (row_part, column_part) if part is not None])
     if coefficient_parts:
@@ -97,14 +95,44 @@ def _rows_are_chunks(slot: Slot) -> bool:
     return slot.columns % slot.chunk == 0
 
 
-def _runs(slot: Slot, k: int, bank: int) -> Iterator[tuple[slice, slice]]:
-    """Template k as runs of chunks without a break: (chunks of the bank, chunks of the weight)."""
-    size, count = bank // slot.chunk, slot.numel // slot.chunk
-    there, here = (slot.start // slot.chunk + k * count) % size, 0
-    while here < count:
-        length = min(size - there, count - here)
-        yield slice(there, there + length), slice(here, here + length)
-        there, here = 0, here + length
+class _Run(NamedTuple):
+    """Numbers of a template that lie in one piece in the bank: some whole chunks, or a part of one."""
+
+    there: int
+    """Where it begins in the bank."""
+    here: int
+    """Where it begins in the weight."""
+    length: int
+    chunk: int
+
+    def of(self, bank: Tensor) -> Tensor:
+        """Its numbers in the bank, [chunks, numbers of each]."""
+        return self._rows(bank[self.there : self.there + self.length])
+
+    def at(self, weight: Tensor) -> Tensor:
+        """Its numbers in the weight [n], [chunks, numbers of each]."""
+        return self._rows(weight[self.here : self.here + self.length])
+
+    def of_chunks(self, factor: Tensor) -> Tensor:
+        """Its chunks' part of what there is one of per chunk [q, 1]."""
+        return factor[self.here // self.chunk : -(-(self.here + self.length) // self.chunk)]
+
+    def _rows(self, numbers: Tensor) -> Tensor:
+        return numbers.view(-1, min(self.chunk, self.length))
+
+
+def _runs(slot: Slot, k: int, bank: int) -> Iterator[_Run]:
+    """Template k, cut where it passes the bank's end, and there at the borders of the chunk too."""
+    there, here, end = (slot.start + k * slot.numel) % bank, 0, slot.numel
+    while here < end:
+        length = min(bank - there, end - here)
+        to_border = -here % slot.chunk
+        if to_border:
+            length = min(length, to_border)
+        elif length > slot.chunk:
+            length -= length % slot.chunk
+        yield _Run(there, here, length, slot.chunk)
+        there, here = (there + length) % bank, here + length
 
 
 def _signs(slot: Slot, seed: int, k: int, bank: Tensor) -> Tensor:
@@ -126,8 +154,7 @@ def _factor(slot: Slot, signs: Tensor, row_gains: Tensor | None, coefficients: T
 
 def _signed(slot: Slot, k: int, signs: Tensor, bank: Tensor) -> Tensor:
     """Template k times its signs, [R, C]."""
-    source = bank.view(-1, slot.chunk)
-    grid = source.new_empty(slot.numel // slot.chunk, slot.chunk)
-    for there, here in _runs(slot, k, bank.numel()):
-        torch.mul(source[there], signs[here], out=grid[here])
-    return grid.view(slot.rows, slot.columns)
+    total = bank.new_empty(slot.numel)
+    for run in _runs(slot, k, bank.numel()):
+        torch.mul(run.of(bank), run.of_chunks(signs), out=run.at(total))
+    return total.view(slot.rows, slot.columns)

@@ -84,7 +84,7 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
         middle = (low + high) // 2
         low, high = (middle, high) if slots_for(middle)[1] >= middle else (low, middle)
     slots, rest = slots_for(low)
-    size = _whole_chunks(rest, slots)
+    size = _out_of_step(rest, slots)
     return Group(name, size, std, _place(slots, size, std))
 
 
@@ -101,10 +101,13 @@ def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
     return replace(slot, row_gains=gains, column_gains=gains, rank=min(morph.rank or 0, slot.rows, slot.columns))
 
 
-def _whole_chunks(bank: int, slots: list[Slot]) -> int:
-    """The bank cut to whole chunks of signs, so that a template breaks between chunks only; it loses less than 1 %."""
-    chunk = max(slot.chunk for slot in slots) if all(slot.morph == "offset" for slot in slots) else 1
-    return bank - bank % chunk if bank >= 100 * chunk else bank
+def _out_of_step(bank: int, slots: list[Slot]) -> int:
+    """The bank's size, one less where a power of two divides it: with each pass over it, rows must begin elsewhere.
+
+    Where rows of several weights lie one upon the other in the bank, learning is much worse (benchmarks/results/quality:
+    mapping "shape").
+    """
+    return bank - 1 if bank % 2 == 0 and bank > 1 and all(slot.morph == "offset" for slot in slots) else bank
 
 
 def _place(slots: list[Slot], bank: int, std: float) -> tuple[Slot, ...]:
@@ -116,8 +119,6 @@ def _place(slots: list[Slot], bank: int, std: float) -> tuple[Slot, ...]:
     """
     placed, start = [], 0
     for slot in slots:
-        if slot.morph == "offset" and bank % slot.chunk == 0:
-            start = -(-start // slot.chunk) * slot.chunk % bank
         placed.append(replace(slot, start=start, scale=slot.scale * slot.init_std / std))
         start = (start + reach(slot, bank)) % bank
     return tuple(placed)

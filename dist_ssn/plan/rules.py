@@ -127,7 +127,7 @@ def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 
 def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
-    templates = min(morph.templates or _MAX_TEMPLATES, bank)
+    templates = max(1, min(morph.templates or _MAX_TEMPLATES, bank // 10))  # a tiny bank is not cut into crumbs
     room = bank // templates
     ideal = max(1, min(slot.rows, room, math.isqrt(room * slot.rows // slot.columns)))
     near = range(max(1, ideal * 3 // 4), min(slot.rows, room, ideal * 5 // 4 + 1) + 1)
