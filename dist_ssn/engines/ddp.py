@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
-from dist_ssn.errors import UserError
+from dist_ssn.errors import ShareError, UserError
+from dist_ssn.share import shared_plan
 
 MIB = 1024 * 1024
 _BANK = re.compile(r"(^|\.)dist_ssn\.[^.]+\.bank$")
@@ -100,6 +101,7 @@ class DDPEngine:
         if self.world_size > 1:
             trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             with purpose("initialization"):
+                _compare_plans(model)
                 # Buffers are broadcast before each forward only if the model has any, which is DDP's default; the
                 # argument for it changes its name between releases.
                 self.model = DistributedDataParallel(
@@ -158,6 +160,22 @@ class DDPEngine:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+
+def _compare_plans(model: nn.Module) -> None:
+    """Costs 16 bytes. DDP copies rank 0's parameters to all, but not the plan by which each rank reads them.
+
+    Raises: ShareError on every rank, when not all have one plan.
+    """
+    plan = shared_plan(model)
+    number = int(plan.fingerprint, 16) >> 1 if plan is not None else 0
+    extremes = torch.tensor([number, -number], device=next(model.parameters()).device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise ShareError(
+            "the ranks' models follow different plans, so each would read the same bank in another way: seed all ranks "
+            "alike before the model is built, or give them one plan, share(model, plan=...)"
+        )
 
 
 def _check(model: nn.Module, optimizer: Optimizer, clip_norm: float | None, bucket_mb: float | None) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import DDPEngine
+from dist_ssn.errors import ShareError
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
 from tests.ranks import run_ranks
@@ -81,3 +82,18 @@ def test_ranks_together_do_what_one_process_does(name: str, budget: float, world
             assert torch.equal(found, ranks[0]["parameters"][key]), f"{key} differs between ranks"
             error = (found - expected).norm() / expected.norm().clamp_min(1e-12)
             assert error <= 1e-6 or expected.norm() < 1e-6, f"{key}: relative difference {error:.1e}"
+
+
+def _differing(rank: int, world_size: int) -> str:
+    torch.manual_seed(0)
+    model = dist_ssn.share(_Recurrent(), 0.1, seed=rank)
+    try:
+        DDPEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    except ShareError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_ranks_with_different_plans_stop_together() -> None:
+    said = run_ranks(_differing, 2)
+    assert said[0] == said[1] and "different plans" in said[0]
