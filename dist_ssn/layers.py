@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .bank import Bank, Values
 from .errors import ShareError
+from .guard import guarded, no_write
 from .private import Hooks, assert_soon, is_tracing, saved_tensor_hooks
 
 _CAST = (nn.Linear, nn.modules.conv._ConvNd)
@@ -119,56 +120,6 @@ def _autocast_dtype(layer: nn.Module, bank: Bank) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-class GeneratedWeight(Tensor):
-    """A weight that was read outside its layer's forward: a temporary, which nothing may write to."""
-
-    _dist_ssn_name: str = ""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        written: Any = kwargs.get("out")
-        foreach = name.startswith("_foreach_")
-        if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__"):
-            written = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
-        elif name.startswith("__i") and name[3:-2] in _IN_PLACE:
-            written = args[0]
-        guarded = next((a for a in (args[0] if foreach and args else args) if isinstance(a, GeneratedWeight)), None)
-        with torch._C.DisableTorchFunctionSubclass():
-            for target in written if isinstance(written, (list, tuple)) else [written]:
-                if isinstance(target, GeneratedWeight) and name not in _HARMLESS:
-                    raise ShareError(_no_write(target._dist_ssn_name))
-            result = func(*args, **kwargs)
-            return result if guarded is None or foreach else _guard_views(result, guarded)
-
-
-def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
-    """`result`, with every tensor in it that shares the weight's memory guarded as the weight is."""
-    if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
-        return type(result)(_guard_views(part, weight) for part in result)
-    if type(result) is not Tensor or result.layout is not torch.strided or not result.numel():
-        return result
-    same = result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-    return _guarded(result, weight._dist_ssn_name) if same else result
-
-
-_IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
-_HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
-
-
-def _guarded(weight: Tensor, name: str) -> Tensor:
-    guarded = weight.as_subclass(GeneratedWeight)
-    guarded._dist_ssn_name = name
-    return guarded
-
-
-def _no_write(name: str) -> str:
-    return (
-        f"{name} is generated from a bank, so writing to it would be lost: initialize before share(), train the bank, "
-        "or write to materialize(model)"
-    )
-
-
 class SharedLayer:
     """What the subclass of a shared layer adds to its base class."""
 
@@ -183,22 +134,22 @@ class SharedLayer:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._dist_ssn_names:
-            raise ShareError(_no_write(f"{type(self).__name__}.{name}"))
+            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if name in self._dist_ssn_names:
-            raise ShareError(_no_write(f"{type(self).__name__}.{name}"))
+            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self._dist_ssn_names:
-            raise ShareError(_no_write(f"{type(self).__name__}.{name}"))
+            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
         """Not possible: a bank's numbers belong to many layers."""
-        raise ShareError(_no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))
+        raise ShareError(no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = getattr(self, "__getstate__", self.__dict__.copy)()
@@ -285,7 +236,7 @@ def _weight_property(name: str) -> property:
             scope: _Scope | None = getattr(_state, "scope", None)
             if scope is not None:
                 return scope.read(bank, index)
-            return _guarded(bank(index), bank.group.slots[index].name)
+            return guarded(bank(index), bank.group.slots[index].name)
         except AttributeError as error:  # which nn.Module.__getattr__ would turn into "no attribute 'weight'"
             raise RuntimeError(f"generating {name} failed: {error}") from error
 
