@@ -10,7 +10,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -328,7 +328,7 @@ def _as_list(what: str, selectors: Selector | Iterable[Selector] | None) -> list
     if selectors is None:
         return []
     single = isinstance(selectors, (str, type)) or not isinstance(selectors, Iterable)
-    listed = [selectors] if single else list(selectors)
+    listed: list[Any] = [selectors] if single else list(selectors)  # pyright: ignore[reportArgumentType]
     for selector in listed:
         if not isinstance(selector, (str, type)):
             raise ShareError(
@@ -342,7 +342,7 @@ def _shown(selector: Selector) -> str:
 
 
 def _selected(selectors: Sequence[Selector], places: Sequence[_Place], modules: dict[str, nn.Module]) -> set[Selector]:
-    """Those of `selectors` that select the parameter: by a name of its own or of a module around it, or by such a module's class."""
+    """Those of `selectors` that select the parameter: by its name, that of a module around it, or such a module's class."""
     if not selectors:
         return set()
     paths = {path for place in places for path in _paths(place.name)}

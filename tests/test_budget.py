@@ -63,10 +63,16 @@ def test_every_form(budget: Any, numbers: int) -> None:
         ("5/step", "unknown unit '/step'"),
         ("5%/step", "unknown unit '%/step'"),
         ("5M/step", "unknown unit 'M/step'"),
-        *[(text, "cannot be read") for text in ("", " ", "%", "MB", "apples", "nan", "inf", "1.", "0x10", "1,000", "10%%", "5MB/s")],
-        *[(text, "cannot be read") for text in ("1 000", "_1", "--1", "1..2", "٥", "x" * 10_000)],
+        *[
+            (text, "cannot be read")
+            for text in ("", " ", "%", "MB", "apples", "nan", "inf", "1.", "0x10", "1,000", "10%%")
+        ],
+        *[(text, "cannot be read") for text in ("5MB/s", "1 000", "_1", "--1", "1..2", "٥", "x" * 10_000)],
         *[(number, "is not a positive finite number") for number in (0, -1, 0.0, -0.5, math.nan, math.inf, -math.inf)],
-        *[(text, "is not a positive finite number") for text in ("0", "-1", "-1.5", "0%", "-5%", "-5MB", "0B/step", "1e999")],
+        *[
+            (text, "is not a positive finite number")
+            for text in ("0", "-1", "-1.5", "0%", "-5%", "-5MB", "0B/step", "1e999")
+        ],
         *[(number, "more than any machine holds") for number in (2**53 + 1, 10**5000, "9" * 300, "1e300M")],
         (-(10**5000), "not a positive finite number"),
         ("1" * 5000, "not a positive finite number"),
@@ -74,7 +80,10 @@ def test_every_form(budget: Any, numbers: int) -> None:
         (5e6, "5000000.0 is read as a fraction"),
         *[(thing, f"is of type {kind}: give") for thing, kind in ((True, "bool"), (None, "NoneType"), ([], "list"))],
         *[(thing, f"is of type {kind}: give") for thing, kind in (({}, "dict"), ((0.1,), "tuple"), (b"5M", "bytes"))],
-        ("4kB/step", "allows 1,000 numbers per step, but the parameters that are not shared alone send 1,000: .* 4000B/step"),
+        (
+            "4kB/step",
+            "allows 1,000 numbers per step, but the parameters that are not shared alone send 1,000: .* 4000B/step",
+        ),
     ],
     ids=lambda value: repr(value)[:20] if not isinstance(value, int) or abs(value) < 10**100 else "huge",
 )

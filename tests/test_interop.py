@@ -253,6 +253,7 @@ def test_activation_checkpointing(reentrant: bool, tokens: Tensor, monkeypatch: 
     assert kept[1] < 0.6 * kept[0], kept
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_checkpointing_within_checkpointing(tokens: Tensor) -> None:
     for outer in (True, False):
         for inner in (True, False):
@@ -603,7 +604,7 @@ def test_every_kind_of_layer_can_be_copied_and_pickled(kind: str) -> None:
     model = share(KINDS[kind].build().double(), 0.6)
     inputs = KINDS[kind].inputs()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert float(loss_of(twin(*inputs))) == float(loss_of(model(*inputs)))
+        assert torch.equal(loss_of(twin(*inputs)), loss_of(model(*inputs)))
         loss_of(twin(*inputs)).backward()
         assert all(bank.bank.grad is None for bank in banks_of(model))
         assert all(bank.bank.grad is not None for bank in banks_of(twin))
@@ -674,6 +675,7 @@ def test_generated_weights_cannot_be_replaced_in_a_functional_call(tokens: Tenso
     assert "weight" not in {name for name, p in model.get_submodule("head").named_parameters() if p is not None}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_func_grad_and_per_sample_gradients(tokens: Tensor) -> None:
     model = net()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -756,11 +758,11 @@ def test_hooks_of_a_bank_fire_around_every_read(tokens: Tensor) -> None:
     assert len(calls) > forward and calls == ["before", "after"] * (len(calls) // 2)
 
 
-@pytest.mark.parametrize("morph", ["offset:gains=true,rank=1", "hash:templates=2"])
+@pytest.mark.parametrize("morph", ["offset:gains=true,rank=1", "hash"])
 def test_compile(morph: str, tokens: Tensor) -> None:
     """No error, no graph break, one graph for all equal blocks' classes, and the same gradients."""
     torch._dynamo.reset()
-    model = net(0.4, morph)
+    model = net(0.4, morph, blocks=2)
     wanted = pure_gradients(model, tokens)
     explained = torch._dynamo.explain(model)(tokens)
     assert explained.graph_break_count == 0, explained.break_reasons
