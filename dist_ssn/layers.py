@@ -230,6 +230,8 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 def _weight_property(name: str) -> property:
     def read(layer: nn.Module) -> Tensor:
         bank, index = layer.__dict__["_dist_ssn_slots"][name]
+        if layer._parameters.get(name) is not None:  # put there behind our back, by functional_call say
+            raise ShareError(no_write(bank.group.slots[index].name))
         try:
             if is_tracing():
                 return bank(index)

@@ -109,15 +109,19 @@ def find_specs(
     """
     _check_model(model)
     wanted, unwanted = _as_list("include", include), _as_list("exclude", exclude)
+    selectors = {*wanted, *unwanted}
+    globs = [
+        selector for selector in selectors if isinstance(selector, str) and any(sign in selector for sign in "*?[")
+    ]
     modules = dict(model.named_modules(remove_duplicate=False))
     weights: list[LayerSpec] = []
     left_out: list[tuple[str, str]] = []
     problems: list[str] = []
     kinds: dict[tuple[torch.dtype, torch.device], str] = {}
-    used: set[Selector] = set()
+    used: set[Any] = set()
     own = 0
     for parameter, places in _parameters(modules).items():
-        selected = _selected([*wanted, *unwanted], places, modules)
+        selected = _selected(selectors, globs, places, modules)
         used |= selected
         reason = _reason_to_leave(parameter, places)
         if reason is None and wanted and selected.isdisjoint(wanted):
@@ -136,7 +140,8 @@ def find_specs(
         if parameter.ndim >= 2:
             left_out.append((places[0].name, reason))
 
-    problems += [f"{_shown(s)} selects no parameter" for s in dict.fromkeys([*wanted, *unwanted]) if s not in used]
+    idle = [selector for selector in dict.fromkeys([*wanted, *unwanted]) if selector not in used]
+    problems += [f"{_shown(selector)} selects no parameter" for selector in idle]
     if len(kinds) > 1:
         found = ", ".join(f"{name} is {dtype} on {device}" for (dtype, device), name in kinds.items())
         problems.append(
@@ -261,9 +266,8 @@ def _fans(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
     """(fan in, fan out) of one output number."""
     receptive = math.prod(shape[2:])
     fan_in, fan_out = shape[1] * receptive, shape[0] * receptive
-    turned = (
-        isinstance(module, _TRANSPOSED) or type(module).__name__ == "Conv1D"
-    )  # the latter: Hugging Face's, (in, out)
+    is_hugging_face = type(module).__name__ == "Conv1D"  # whose weight is (in, out)
+    turned = is_hugging_face or isinstance(module, _TRANSPOSED)
     return (fan_out, fan_in) if turned else (fan_in, fan_out)
 
 
@@ -286,13 +290,8 @@ def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int],
     if default is not None and _is_sample(values, measured, count, *default):
         return default[0]
     fan_in, fan_out = fans
-    fans_of_blocks = [
-        fan_in,
-        fan_out,
-        fan_out / 3,
-        fan_out / 4,
-    ]  # packed projections of attention and LSTM: 3 and 4 blocks of rows
-    usual = [math.sqrt(v / f) for f in fans_of_blocks for v in (1 / 3, 1.0, 2.0)]
+    # The packed projections of attention and LSTM have 3 and 4 blocks of rows.
+    usual = [math.sqrt(v / f) for f in (fan_in, fan_out, fan_out / 3, fan_out / 4) for v in (1 / 3, 1.0, 2.0)]
     usual += [math.sqrt(2 / (fan_in + fan_out)), *_USUAL_STD]
     # Formulas for the same number may differ in its last bit: rounded, the first of them wins, whatever the sample.
     nearest = min(usual, key=lambda std: round(abs(std / measured - 1), 9))
@@ -341,23 +340,16 @@ def _shown(selector: Selector) -> str:
     return repr(selector) if isinstance(selector, str) else f"class {selector.__name__}"
 
 
-def _selected(selectors: Sequence[Selector], places: Sequence[_Place], modules: dict[str, nn.Module]) -> set[Selector]:
-    """Those of `selectors` that select the parameter: by its name, that of a module around it, or such a module's class."""
+def _selected(
+    selectors: set[Any], globs: Sequence[str], places: Sequence[_Place], modules: dict[str, nn.Module]
+) -> set[Any]:
+    """Those that select the parameter: by its name, that of a module around it, or such a module's class."""
     if not selectors:
         return set()
     paths = {path for place in places for path in _paths(place.name)}
-    classes = {cls for path in paths | {""} for cls in type(modules.get(path)).__mro__}
+    classes = {cls for path in paths | {""} if path in modules for cls in type(modules[path]).__mro__}
     labels = paths | classes | {cls.__name__ for cls in classes - {nn.Module, object}}
-    return {
-        selector
-        for selector in selectors
-        if selector in labels
-        or (
-            isinstance(selector, str)
-            and any(c in selector for c in "*?[")
-            and any(fnmatch.fnmatchcase(p, selector) for p in paths)
-        )
-    }
+    return labels & selectors | {glob for glob in globs if any(fnmatch.fnmatchcase(path, glob) for path in paths)}
 
 
 def _paths(name: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -142,14 +143,13 @@ def test_a_bank_larger_than_the_weights_can_be_read_by_every_upward_morph(kind: 
             size = int(budget * specs.numel)
             slots = []
             for place, weight in enumerate(specs.weights):
-                slot = Slot(weight.name, weight.shape, morph, (7 * place) % size, 1, 1.3, 1.0, zero_row=weight.zero_row)
-                fields: dict[str, object] = {}
+                fields: dict[str, Any] = {"zero_row": weight.zero_row, "aliases": weight.aliases}
                 if morph == "inter":
-                    fields = {"template_shape": (weight.rows, max(1, weight.columns // 2))}
+                    fields |= {"template_shape": (weight.rows, max(1, weight.columns // 2))}
                 elif morph == "wavg-up":
-                    width = weight.numel // 2 + 1
-                    fields = {"templates": 2, "template_shape": (2, width), "coefficients": 4}
-                slots.append(Slot(**(slot.__dict__ | fields)))
+                    fields |= {"template_shape": (2, weight.numel // 2 + 1), "coefficients": 4}
+                templates, start = 2 if morph == "wavg-up" else 1, (7 * place) % size
+                slots.append(Slot(weight.name, weight.shape, morph, start, templates, 1.3, 1.0, **fields))
             extras = sum(slot.extras for slot in slots)
             plan = Plan((Group("by-hand", size, 0.5, tuple(slots)),), size + extras)
             share(model, plan=Plan.from_json(plan.to_json()))
@@ -197,7 +197,7 @@ def check_sequential(model: nn.Sequential, what: str) -> None:
 @pytest.mark.parametrize("trained", ["bank", "coefficients", "projections", "gains", "differences"])
 def test_any_part_of_a_bank_can_be_trained_alone(morph: str, trained: str) -> None:
     """With the other parts frozen, the gradient of the one that is left is what it was."""
-    budget = 0.9 if morph in DOWN else 0.4
+    budget = 0.9 if morph in DOWN else 0.6
 
     def build() -> nn.Module:
         torch.manual_seed(0)

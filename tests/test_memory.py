@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from dist_ssn import parameter_groups, share
 from dist_ssn.bank import Bank
@@ -84,11 +85,11 @@ def layers_alive(made: list[tuple[str, int, StorageWeakRef]]) -> set[str]:
     return {layer for layer, _, memory in made if not memory.expired()}
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpoint"])
 @pytest.mark.parametrize("morph", ["auto", "offset:gains=true,rank=2", "hash:templates=2", "inter"])
 @pytest.mark.parametrize("name", CASES)
 def test_at_most_two_layers_weights_are_alive(
-    name: str, morph: str, checkpoint: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, morph: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In forward and in backward, looked at after every single operation; and none at all between the two."""
     model, batch = CASES[name]()
@@ -101,10 +102,8 @@ def test_at_most_two_layers_weights_are_alive(
         most = now if len(now) > len(most) else most
 
     with generated(monkeypatch) as made, Watch(look):
-        if checkpoint:
-            loss = torch.utils.checkpoint.checkpoint(model, batch, use_reentrant=False).square().mean()
-        else:
-            loss = model(batch).square().mean()
+        output = checkpoint(model, batch, use_reentrant=False) if checkpointing else model(batch)
+        loss = output.square().mean()
         forward = len(made)
         assert not layers_alive(made), "between forward and backward"
         loss.backward()

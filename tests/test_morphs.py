@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,13 @@ from tests.layer_kinds import banks_of, relative_error, shake
 BUDGETS = (0.02, 0.1, 0.5, 1.0, 2.0)
 FROZEN_OFFSET = [606, 1111, 1616, -2121, 2626, -3069, 396, -891, -1414, 1881, -2376, -2929, -198]
 FROZEN_HASH = [-1699, 170, 715, -2788, -2105, -2974, -1477, -1988, 513, -1006, -269, 2804, 2879]
-FROZEN_START = [0.191981, 0.11161, -0.41531, 0.048394]
+FROZEN_START = {
+    "bank": [-0.46607, 0.40196, -0.81109, 0.05455],
+    "coefficients": [-0.49023, -0.87159, -1.0, -1.0],
+    "projections": [-0.09159, -0.25521, -0.06427, 0.71195],
+    "gains": [1.0, 1.0, 1.0, 1.0],
+    "differences": [0.43361, 1.27541, 1.02527, -0.34548],
+}
 CHOICES = ("avg/inter", "wavg/mask", "emb/repeat", "wavg/wavg", "inter", "mask", "repeat", "offset", "hash", "auto")
 
 
@@ -153,19 +160,18 @@ def naive_weight(bank: Bank, index: int) -> np.ndarray:
 def slots_by_hand(morph: str, size: int) -> list[Slot]:
     """Weights of several shapes for one bank of `size` numbers, with and without everything that a slot can have."""
     slots = []
-    for place, (shape, options) in enumerate(
-        [
-            ((6, 8), {}),
-            ((5, 2, 3), {"row_gains": True}),
-            ((8, 3), {"column_gains": True, "rank": 2}),
-            ((4, 7), {"row_gains": True, "column_gains": True, "rank": 1, "zero_row": 2}),
-        ]
-    ):
+    cases: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+        ((6, 8), {}),
+        ((5, 2, 3), {"row_gains": True}),
+        ((8, 3), {"column_gains": True, "rank": 2}),
+        ((4, 7), {"row_gains": True, "column_gains": True, "rank": 1, "zero_row": 2}),
+    ]
+    for place, (shape, options) in enumerate(cases):
         n = math.prod(shape)
         for templates in (3, 1) if morph in ("offset", "hash", "inter", "wavg-up", "avg", "wavg", "emb") else (1,):
             if morph in ("avg", "wavg", "emb") and templates * n > size:
                 continue
-            fields: dict = {"templates": templates}
+            fields: dict[str, Any] = {"templates": templates}
             if morph == "inter":
                 fields |= {"template_shape": (min(shape[0], 2 + place), min(n // shape[0], 2))}
                 fields |= {"coefficients": templates if templates > 1 else 0}
@@ -256,8 +262,7 @@ def test_giving_is_the_transpose_of_taking(size: int, start: int, length: int, c
 def layers() -> nn.Sequential:
     """Weights of several shapes and initial standard deviations, the largest more than twice the smallest."""
     model = nn.Sequential(nn.Linear(96, 128), nn.Linear(128, 96), nn.Conv2d(16, 64, 3), nn.Linear(200, 64))
-    assert isinstance(model[3], nn.Linear)
-    nn.init.normal_(model[3].weight, std=0.02)
+    nn.init.normal_(model.get_parameter("3.weight"), std=0.02)
     return model
 
 
@@ -392,16 +397,22 @@ def test_pseudo_random_draws_are_frozen() -> None:
 
 
 def test_initial_values_are_frozen() -> None:
-    """Every rank makes them for itself, on its own machine, from the plan alone."""
-    torch.manual_seed(1)
-    first = share(nn.Sequential(nn.Linear(20, 30)), 0.5)
-    torch.manual_seed(2)
-    second = share(nn.Sequential(nn.Linear(20, 30)), 0.5)
-    for mine, theirs in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
-        if mine.ndim == 1 and mine.numel() != 30:
-            assert torch.equal(mine, theirs)
-    (bank,) = banks_of(first)
-    assert [round(number, 6) for number in bank.bank[:4].tolist()] == FROZEN_START
+    """Every rank makes them for itself, on its own machine, from the plan alone, whatever its random state is."""
+    slots = (
+        Slot("a.weight", (8, 8), "wavg", 0, 2, 1.0, 1.0, coefficients=2, row_gains=True, rank=1),
+        Slot("b.weight", (8, 8), "mask", 0, 1, 1.0, 1.0, coefficients=9),
+        Slot("c.weight", (8, 8), "emb", 0, 3, 1.0, 1.0, coefficients=8),
+    )
+    starts = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        bank = Bank(Group("all", 200, 0.5, slots), seed=7)
+        initialize(bank)
+        starts.append({name: parameter.detach().clone() for name, parameter in bank.named_parameters()})
+    first, second = starts
+    assert all(torch.equal(first[name], second[name]) for name in first) and set(first) == set(PARAMETERS)
+    assert {name: [round(number, 5) for number in first[name][:4].tolist()] for name in first} == FROZEN_START
 
 
 @pytest.mark.parametrize("morph", SLOT_MORPHS)

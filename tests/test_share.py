@@ -41,8 +41,11 @@ class Net(nn.Module):
         return self.head(self.norm(x + self.back(torch.relu(self.hidden(x)))))
 
 
+SINGLE: dict[str, Any] = {"mapping": "single"}
+
+
 def shared(budget: float = 0.2, **options: Any) -> nn.Module:
-    return share(Net(), budget, **({"mapping": "single"} | options))
+    return share(Net(), budget, **(SINGLE | options))
 
 
 @pytest.fixture
@@ -60,7 +63,7 @@ def test_a_plan_rebuilds_the_model_exactly(options: dict[str, Any], tokens: Tens
     """Through JSON, and whatever the random seed of the day: banks start the same, and make the same weights."""
     first = shared(seed=5, **options)
     plan = shared_plan(first)
-    assert plan is not None and plan == make_plan(Net(), 0.2, seed=5, **({"mapping": "single"} | options))
+    assert plan is not None and plan == make_plan(Net(), 0.2, seed=5, **(SINGLE | options))
     torch.manual_seed(77)
     second = share(Net(), plan=Plan.from_json(plan.to_json()))
     assert shared_plan(second) == plan
@@ -133,7 +136,7 @@ def test_a_state_dict_of_another_plan_is_refused(other: dict[str, Any], said: st
     """And it is said which plan differs where."""
     model = shared()
     with pytest.raises(PlanError, match="belongs to another plan") as error:
-        model.load_state_dict(share(Net(), **({"mapping": "single"} | other)).state_dict())
+        model.load_state_dict(share(Net(), **(SINGLE | other)).state_dict())
     assert any(part in str(error.value) for part in said.split("|")), error.value
 
 
@@ -359,7 +362,7 @@ WRITES: dict[str, Callable[[nn.Linear], Any]] = {
     "flatten().zero_": lambda layer: layer.weight.data.flatten().zero_(),
     "unbind": lambda layer: layer.weight.data.unbind(0)[0].zero_(),
     "out=": lambda layer: torch.zeros(48, 24, out=layer.weight.data),
-    "foreach": lambda layer: torch._foreach_mul_([layer.weight.data], 2.0),
+    "foreach": lambda layer: torch._foreach_mul_([layer.weight.data], 2.0),  # pyright: ignore
     "clamp_": lambda layer: layer.weight.data.clamp_(-0.1, 0.1),
     "requires_grad =": lambda layer: setattr(layer.weight, "requires_grad", False),
 }
@@ -380,16 +383,17 @@ def test_writing_to_a_generated_weight_is_refused(way: str, tokens: Tensor) -> N
 def test_writing_to_recurrent_and_attention_weights_is_refused() -> None:
     lstm, attention = share(nn.LSTM(20, 30), 0.5), share(nn.MultiheadAttention(20, 4), 0.5)
     assert isinstance(lstm, nn.LSTM) and isinstance(attention, nn.MultiheadAttention)
+    hidden: Any = lstm.weight_hh_l0
     for write in (
-        lambda: nn.init.orthogonal_(lstm.weight_hh_l0),
-        lambda: lstm.weight_hh_l0.data.chunk(4)[1].fill_(1.0),
+        lambda: nn.init.orthogonal_(hidden),
+        lambda: hidden.data.chunk(4)[1].fill_(1.0),
         lambda: nn.init.xavier_uniform_(lstm.all_weights[0][0]),
         lambda: attention._reset_parameters(),
         lambda: nn.init.xavier_uniform_(attention.in_proj_weight),
     ):
         with pytest.raises(ShareError, match="generated from a bank"):
             write()
-    nn.init.zeros_(lstm.bias_hh_l0)  # the layer's own, and free to be written to
+    nn.init.zeros_(lstm.get_parameter("bias_hh_l0"))  # the layer's own, and free to be written to
 
 
 def test_reading_a_generated_weight_is_free(tokens: Tensor) -> None:

@@ -1,91 +1,169 @@
-"""The budget's arithmetic: from groups of weights to bank sizes and slots. Never over the budget, and nothing of it left idle."""
+"""The budget's arithmetic: from groups of weights to bank sizes and slots.
+
+Every plan uses its whole budget, with two exceptions: a bank of "offset" may be one number smaller, so that its size is odd; and
+where each group is a single weight and the budget is at least their sum, all weights stay dense and the rest is left.
+
+Every number of a bank is read by some weight, with these exceptions: what does not fill the templates of "inter" and
+"wavg-up" or a chunk of "hash", which draws its chunks at random besides; a bank above the weights' sum, where the number of
+templates that the user fixed, or the 8 of "emb", are too few for it; and where the next template would cost more than it reads,
+the few numbers up to the size at which it pays.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ..specs import LayerSpec
-from .mapping import group_std
-from .rules import EMBEDDING_SIZE, Morph, cut, reach
+from .mapping import Groups, group_std
+from .rules import EMBEDDING_SIZE, MAX_TEMPLATES, Morph, cut, reach
 from .types import Group, Slot
 
 _GAINS_SHARE = 0.3
 """Automatic gains are used where they take at most this part of a weight's share of the budget."""
 _WITH_EXTRAS = ("offset", "hash")
+_AVERAGES = ("avg", "wavg")
 
 
 class Infeasible(Exception):
     """The budget is too small for what each weight must have."""
 
 
-def allocate(groups: dict[str, list[LayerSpec]], budget: int, morph: Morph) -> tuple[Group, ...]:
+def allocate(groups: Groups, budget: int, morph: Morph) -> tuple[Group, ...]:
     """Sizes every bank and cuts every weight.
 
-    The budget is split in proportion to the groups' sizes; a group of one weight that would get at least the weight's own
-    size keeps it as it is ("repeat" of a bank of n numbers), and what it has to spare goes to the others.
+    The budget is split in proportion to the groups' sizes. A group of one weight that would get at least the weight's own
+    size keeps it as it is ("repeat" of a bank of n numbers), and what it has to spare goes to the others; a group that would
+    get too little to be made at all gets the least that it needs, at the others' expense.
 
     Raises:
-        Infeasible: some group's share cannot hold one number of bank and what its weights must have beside it.
+        Infeasible: the groups need more than the budget, each with one number of bank and what its weights must have beside it.
     """
-    shares = split(budget, groups)
-    return tuple(_solve(name, weights, shares[name], morph) for name, weights in groups.items())
-
-
-def split(budget: int, groups: dict[str, list[LayerSpec]]) -> dict[str, int]:
-    """Each group's share of `budget`, by largest remainder; single weights are capped at their size while others remain."""
-    sizes = {name: sum(weight.numel for weight in weights) for name, weights in groups.items()}
-    capped: dict[str, int] = {}
+    floors: dict[str, int] = {}
     while True:
-        open_sizes = {name: size for name, size in sizes.items() if name not in capped}
-        shares = _in_proportion(budget - sum(capped.values()), open_sizes)
+        shares = split(budget, groups, floors)
+        solved = {name: _solve(name, weights, shares[name], morph) for name, weights in groups.items()}
+        banks = tuple(group for group in solved.values() if group is not None)
+        if len(banks) == len(groups):
+            return banks
+        floors |= {name: _least(tuple(groups[name]), morph)[0] for name, group in solved.items() if group is None}
+
+
+def split(budget: int, groups: Groups, floors: dict[str, int]) -> dict[str, int]:
+    """Each group's share of `budget`, by largest remainder, except for what `floors` gives.
+
+    Single weights are capped at their size while others remain.
+
+    Raises:
+        Infeasible: `floors` is above the budget.
+    """
+    sizes = {name: sum(weight.numel for weight in weights) for name, weights in groups.items()}
+    fixed = dict(floors)
+    while True:
+        rest = budget - sum(fixed.values())
+        if rest < 0:
+            raise Infeasible
+        shares = _in_proportion(rest, {name: size for name, size in sizes.items() if name not in fixed})
         full = {name: sizes[name] for name in shares if len(groups[name]) == 1 and shares[name] >= sizes[name]}
-        capped |= full
+        fixed |= full
         if not full:
-            return capped | shares
+            return fixed | shares
 
 
 def _in_proportion(total: int, sizes: dict[str, int]) -> dict[str, int]:
     whole = sum(sizes.values())
     shares = {name: total * size // whole for name, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda name: (-(total * sizes[name] % whole), list(sizes).index(name)))
-    for name in by_remainder[: total - sum(shares.values())] if sizes else []:
+    by_remainder = sorted(sizes, key=lambda name: -(total * sizes[name] % whole))
+    for name in by_remainder[: total - sum(shares.values())]:
         shares[name] += 1
     return shares
 
 
-def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) -> Group:
-    """The largest bank that `share` allows beside the numbers of the weights' own, which depend on the bank's size in turn."""
+def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) -> Group | None:
+    """The group with the largest bank that `share` allows beside the numbers of the weights' own; None where it is too small.
+
+    How many those are depends on the bank's size in turn.
+    """
     std = group_std(weights)
-    total = sum(weight.numel for weight in weights)
-    if len(weights) == 1 and share == total:
-        slot = replace(cut(weights[0], total, Morph("repeat")), scale=weights[0].init_std / std)
-        return Group(name, total, std, (slot,))
-
-    def slots_for(bank: int) -> tuple[list[Slot], int]:
-        """The slots in a bank of this size, and the bank that the share can pay beside them."""
-        cover = -(-bank // total)
-        slots = [
-            _with_extras(cut(weight, bank, morph, cover), share * weight.numel / total, morph) for weight in weights
-        ]
-        projections = {slot.templates for slot in slots if slot.morph == "emb"}
-        return slots, share - sum(slot.extras for slot in slots) - EMBEDDING_SIZE * sum(projections)
-
-    if share < 1:
-        raise Infeasible(name)
-    low, high = share, share
-    while (rest := slots_for(low)[1]) < low:
-        if rest < 1:
-            raise Infeasible(name)
-        low, high = rest, low
-    # `high` asks for more than the share, `low` may leave some of it over: the largest bank that can be paid lies between.
-    high = min(high, rest + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if slots_for(middle)[1] >= middle else (low, middle)
-    slots, rest = slots_for(low)
+    if len(weights) == 1 and share == weights[0].numel:
+        slot = replace(cut(weights[0], share, Morph("repeat")), scale=weights[0].init_std / std)
+        return Group(name, share, std, (slot,))
+    sizes = _bracket(weights, share, morph)
+    if sizes is None:
+        morph = replace(morph, gains=morph.gains or False)  # automatic gains give way
+        least, bank = _least(tuple(weights), morph)
+        if share < least:
+            return None
+        sizes = bank, share + 1
+    bank, too_large = sizes
+    slots, rest = _attempt(weights, share, bank, morph)
+    while rest > bank and too_large - bank > 1:
+        middle = (bank + too_large) // 2
+        tried, left = _attempt(weights, share, middle, morph)
+        if left < middle:
+            too_large = middle
+        else:
+            bank, slots, rest = middle, tried, left
     size = _out_of_step(rest, slots)
     return Group(name, size, std, _place(slots, size, std))
+
+
+def _bracket(weights: Sequence[LayerSpec], share: int, morph: Morph) -> tuple[int, int] | None:
+    """(a bank's size that fits, a larger one that does not), where trying from above finds one."""
+    bank, too_large = share, share + 1
+    while bank >= 1:
+        rest = _attempt(weights, share, bank, morph)[1]
+        if rest >= bank:
+            return bank, too_large
+        # Where a larger bank needs fewer numbers beside it ("mask"), none between rest and bank fits; where it needs more
+        # ("wavg"), rest may be far too low.
+        bank, too_large = max(rest, bank // 2), bank
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _least(weights: tuple[LayerSpec, ...], morph: Morph) -> tuple[int, int]:
+    """(the least share with which the group can be made, the bank's size in it)."""
+
+    def need(bank: int) -> int:
+        return bank - _attempt(weights, 0, bank, morph)[1]
+
+    banks = [1]
+    while banks[-1] < 2 * max(weight.numel for weight in weights):
+        banks.append(banks[-1] * 3 // 2 + 1)
+    best = min(banks, key=need)
+    step = best
+    while step := step // 2:
+        best = min((best, max(1, best - step), best + step), key=need)
+    if len(weights) == 1 and need(best) > weights[0].numel:
+        return weights[0].numel, weights[0].numel
+    return need(best), best
+
+
+def _attempt(weights: Sequence[LayerSpec], share: int, bank: int, morph: Morph) -> tuple[list[Slot], int]:
+    """The slots for a bank of this size, and what `share` leaves for the bank beside the numbers of their own."""
+    total = sum(weight.numel for weight in weights)
+    cover = _cover([weight.numel for weight in weights], bank, morph)
+    slots = [_with_extras(cut(weight, bank, morph, cover), share * weight.numel / total, morph) for weight in weights]
+    projections = {slot.templates for slot in slots if slot.morph == "emb"}
+    return slots, share - sum(slot.extras for slot in slots) - EMBEDDING_SIZE * sum(projections)
+
+
+def _cover(sizes: Sequence[int], bank: int, morph: Morph) -> int:
+    """The least K with which weights of these sizes together read all of the bank, as far as they can."""
+
+    def read(templates: int) -> int:
+        """Numbers read by averages: one stretch where B < 2n, at most as many templates as the bank has room for."""
+        return sum(min(max(1, bank // n), templates) * n for n in sizes)
+
+    low, high = -(-bank // sum(sizes)), bank // min(sizes)
+    if morph.down not in _AVERAGES or read(max(low, MAX_TEMPLATES)) >= bank or read(high) < bank:
+        return low
+    while high - low > 1:  # low is too few, high is enough
+        middle = (low + high) // 2
+        low, high = (low, middle) if read(middle) >= bank else (middle, high)
+    return high
 
 
 def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:

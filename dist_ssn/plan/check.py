@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import types
 import typing
 from typing import Any
 
 from ..errors import PlanError
-from .rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
-from .types import FORMAT, Group, Plan, Slot
+from .mapping import GROUP_NAME
+from .rules import CHUNK, EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
+from .types import FORMAT, LARGEST, Group, Plan, Slot
 
-_LARGEST = 2**40
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,99}")
+_MOST_DIMENSIONS = 64  # as in torch
 
 
 def plan_from_data(data: Any) -> Plan:
@@ -25,7 +24,7 @@ def plan_from_data(data: Any) -> Plan:
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise PlanError(f"not a plan of format {FORMAT} (found {found!r}): give what Plan.to_json() wrote")
+        raise PlanError(f"not a plan of format {FORMAT} (found {_shown(found)}): give what Plan.to_json() wrote")
     plan = _build(Plan, {key: value for key, value in data.items() if key != "format"}, "plan")
     names = [slot.name for _, slot in plan.slots()]
     if len(set(names)) != len(names):
@@ -48,7 +47,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
         raise PlanError(f"{where}: an object is needed, not {type(data).__name__}")
     if set(data) != set(fields):
         odd = sorted(set(data) ^ set(fields))
-        raise PlanError(f"{where}: field {odd[0]!r} is {'unknown' if odd[0] in data else 'missing'}")
+        raise PlanError(f"{where}: field {odd[0]!r:.60} is {'unknown' if odd[0] in data else 'missing'}")
     hints = typing.get_type_hints(cls)
     return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in fields})
 
@@ -59,39 +58,50 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return None if value is None else _value(arguments[0], value, where)
     if origin is tuple:
         if not isinstance(value, list) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
-            raise PlanError(f"{where}: a list is needed, not {value!r:.60}")
+            raise PlanError(f"{where}: a list is needed, not {_shown(value)}")
         return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+    if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
         return value
+    if hint is float and isinstance(value, float) and math.isfinite(value):
+        return value
+    if hint is float and isinstance(value, int):
+        return float(_value(int, value, where))
     if hint in (str, bool) and isinstance(value, hint):
         return value
-    raise PlanError(f"{where}: {value!r:.60} is no valid {getattr(hint, '__name__', hint)}")
+    raise PlanError(f"{where}: {_shown(value)} is no valid {getattr(hint, '__name__', hint)}")
+
+
+def _shown(value: Any) -> str:
+    """`value` in a few characters; lists and objects may be nested too deep to be printed."""
+    return {list: "a list", dict: "an object"}.get(type(value), f"{value!r:.60}")
 
 
 def _check_group(group: Group) -> None:
-    where = f"plan, bank {group.name!r}"
-    if not _NAME.fullmatch(group.name):
+    where = f"plan, bank {group.name!r:.200}"
+    if not GROUP_NAME.fullmatch(group.name):
         raise PlanError(f"{where}: a group's name has letters, digits, - and _, a letter first")
     if group.size < 1 or group.init_std <= 0 or not group.slots:
         raise PlanError(f"{where}: it needs at least one number, one weight, and init_std > 0")
     for slot in group.slots:
         problem = _problem(slot, group.size)
         if problem:
-            raise PlanError(f"{where}, weight {slot.name!r}: {problem}")
+            raise PlanError(f"{where}, weight {slot.name!r:.200}: {problem}")
 
 
 def _problem(slot: Slot, bank: int) -> str | None:
+    if not 2 <= len(slot.shape) <= _MOST_DIMENSIONS or min(slot.shape) < 1 or slot.numel > LARGEST:
+        return f"its shape {slot.shape!r:.60} is no shape of a weight"
     n, templates = slot.numel, slot.templates
-    if len(slot.shape) < 2 or min(slot.shape) < 1 or n > _LARGEST:
-        return f"its shape {slot.shape} is no shape of a weight"
+    if not slot.name:
+        return "its name is empty"
     if slot.morph not in SLOT_MORPHS:
         return f"unknown morph {slot.morph!r}: known are {', '.join(SLOT_MORPHS)}"
     if not 0 <= slot.start < bank or templates < 1 or min(slot.rank, slot.chunk, slot.coefficients) < 0:
         return "start, templates, rank, chunk or coefficients are out of range"
+    if slot.scale <= 0 or slot.init_std <= 0:
+        return "scale and init_std must be above zero"
     if slot.rank > min(slot.rows, slot.columns):
         return f"rank {slot.rank} is more than its matrix {slot.rows}×{slot.columns} has"
     if slot.zero_row is not None and not 0 <= slot.zero_row < slot.rows:
@@ -102,14 +112,18 @@ def _problem(slot: Slot, bank: int) -> str | None:
         "wavg": (templates * n <= bank, templates),
         "emb": (templates * n <= bank and templates <= EMBEDDING_SIZE, EMBEDDING_SIZE),
         "repeat": (templates == 1, 0),
-        "mask": (templates == 1, MASK_WINDOW * (math.ceil(n / bank) - 1)),
+        "mask": (templates == 1, MASK_WINDOW * (-(-n // bank) - 1)),
         "inter": (0 < height <= slot.rows and 0 < width <= slot.columns and templates * height * width <= bank,
                   templates if templates > 1 else 0),
         "wavg-up": (width > 0 and templates * width <= bank and height * width >= n, height * templates),
-        "offset": (slot.chunk >= 1, templates if templates > 1 else 0),
+        "offset": (1 <= slot.chunk <= max(n, CHUNK), templates if templates > 1 else 0),
         "hash": (1 <= slot.chunk <= bank, templates if templates > 1 else 0),
     }  # fmt: skip
     fits, coefficients = wanted[slot.morph]
+    if slot.chunk and slot.morph not in ("offset", "hash"):
+        return f"morph {slot.morph!r} has no chunks"
+    if (height or width) and slot.morph not in ("inter", "wavg-up"):
+        return f"morph {slot.morph!r} has no template_shape"
     if not fits:
         return f"its templates do not fit morph {slot.morph!r} and a bank of {bank}"
     if slot.coefficients != coefficients and not (slot.morph == "mask" and slot.coefficients > coefficients):

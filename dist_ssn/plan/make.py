@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import nn
 
 from ..budget import Budget, resolve_budget
-from ..errors import BudgetError
-from ..specs import LayerSpec, Selector, Specs, find_specs
+from ..errors import BudgetError, PlanError
+from ..specs import Selector, Specs, find_specs
 from .allocate import Infeasible, allocate
 from .mapping import map_weights
 from .rules import Morph, parse_morph
-from .types import Group, Plan
+from .types import LARGEST, Group, Plan
 
 HIGH_BUDGET = 1.0
 """From this fraction on, "auto" mixes templates of one shape instead of reading one bank many times."""
@@ -42,43 +43,58 @@ def make_plan(
     Raises:
         ShareError: the model has nothing to share.
         BudgetError: the budget cannot be read, or is too small: the message says the smallest possible one.
-        PlanError: unknown mapping or morph.
+        PlanError: unknown mapping or morph, or no weights.
     """
     if isinstance(specs, nn.Module):
         specs = find_specs(specs, include, exclude)
+    elif not isinstance(specs, Specs):
+        raise PlanError(
+            f"cannot plan for an object of type {type(specs).__name__}: give a model, or what find_specs() returned"
+        )
+    elif include is not None or exclude is not None:
+        raise PlanError(
+            "include and exclude select among a model's weights: give the model, or give them to find_specs()"
+        )
+    if not specs.weights:
+        raise PlanError("there are no weights to plan for: give a model, or what find_specs() returned")
+    if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) > LARGEST:
+        raise PlanError(f"seed {seed!r:.60} must be an integer of at most 53 bits")
+    morph = parse_morph(morph)
     allowed = resolve_budget(budget, specs)
-    chosen = parse_morph(morph)
-    fraction = allowed / specs.numel
-    if mapping == "auto":
-        mapping = "shape" if fraction >= HIGH_BUDGET else "scale"
-    if chosen.name == "auto":
-        # One bank read in many ways below the model's own size; a mixture of templates above (measured: docs/quality.md).
-        name = "wavg" if fraction >= HIGH_BUDGET else "offset"
-        chosen = Morph(name, chosen.templates, chosen.chunk, chosen.gains, chosen.rank)
-    groups = map_weights(specs.weights, mapping, seed)
-    banks = _try(groups, allowed, chosen)
+    banks = _allocate(specs, allowed, mapping, morph, seed)
     if banks is None:
-        least = _smallest(groups, allowed, specs.numel, chosen)
         raise BudgetError(
-            f"budget {budget!r} allows {allowed:,} trainable numbers, too few for {len(specs.weights)} weights in "
-            f"{len(groups)} bank(s) with morph {chosen.name!r}: the smallest possible budget is {least:,}"
+            f"budget {budget!r} allows {allowed:,} trainable numbers, too few for {len(specs.weights)} weights with mapping "
+            f"{mapping!r:.60} and morph {morph.name!r}: {_smallest(specs, allowed, mapping, morph, seed)}"
         )
     return Plan(banks, allowed, seed)
 
 
-def _try(groups: dict[str, list[LayerSpec]], budget: int, morph: Morph) -> tuple[Group, ...] | None:
+def _allocate(
+    specs: Specs, allowed: int, mapping: str | Mapping[str, str], morph: Morph, seed: int
+) -> tuple[Group, ...] | None:
+    """The banks for a budget, with what "auto" stands for there; None where it is too small."""
+    high = allowed >= HIGH_BUDGET * specs.numel
+    if mapping == "auto":
+        mapping = "shape" if high else "scale"
+    if morph.name == "auto":
+        # One bank read in many ways below the model's own size; a mixture of templates above (measured: docs/quality.md).
+        morph = replace(morph, name="wavg" if high else "offset")
+    groups = map_weights(specs.weights, mapping, seed)
     try:
-        return allocate(groups, budget, morph)
+        return allocate(groups, allowed, morph)
     except Infeasible:
         return None
 
 
-def _smallest(groups: dict[str, list[LayerSpec]], low: int, high: int, morph: Morph) -> int:
-    """The least feasible budget above the infeasible `low`, by doubling and bisection."""
-    high = max(high, low + 1)
-    while _try(groups, high, morph) is None:
+def _smallest(specs: Specs, low: int, mapping: str | Mapping[str, str], morph: Morph, seed: int) -> str:
+    """A sentence on the least feasible budget above the infeasible `low`, which is found by doubling and bisection."""
+    high = max(specs.numel, low + 1)
+    while _allocate(specs, high, mapping, morph, seed) is None:
         low, high = high, 2 * high
+        if high > LARGEST:
+            return "no budget is enough for them"
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _try(groups, middle, morph) is not None else (middle, high)
-    return high
+        low, high = (low, middle) if _allocate(specs, middle, mapping, morph, seed) is not None else (middle, high)
+    return f"the smallest possible budget is {high:,}"

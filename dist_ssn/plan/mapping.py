@@ -47,7 +47,7 @@ def at_random(weights: Weights, count: int, seed: int) -> Groups:
     """`count` banks of about equal numbers of weights, drawn by a hash of (seed, name)."""
     drawn = sorted(weights, key=lambda weight: hashlib.sha256(f"{seed}/{weight.name}".encode()).digest())
     place = {weight.name: i % count for i, weight in enumerate(drawn)}
-    groups: Groups = {f"random-{i}": [] for i in range(min(count, len(drawn)))}
+    groups: Groups = {f"random-{i}": [] for i in range(min(count, len(weights)))}
     for weight in weights:
         groups[f"random-{place[weight.name]}"].append(weight)
     return groups
@@ -76,6 +76,7 @@ MAPPINGS: dict[str, Callable[[Weights, int, int], Groups]] = {
     "scale": by_scale,
 }
 _DEFAULT_COUNT = 4
+GROUP_NAME = re.compile("[A-Za-z][A-Za-z0-9_-]*")
 
 
 def map_weights(weights: Weights, mapping: str | Mapping[str, str], seed: int) -> Groups:
@@ -83,30 +84,41 @@ def map_weights(weights: Weights, mapping: str | Mapping[str, str], seed: int) -
 
     Args:
         mapping: a key of `MAPPINGS`; with a number of groups as "depth:3" or "random:8"; or {glob: group name}, in which the
-            first glob that matches a weight's name decides.
+            first glob that matches one of a weight's names decides.
 
     Raises:
         PlanError: unknown mapping, a weight that no glob matches, or a glob that matches nothing.
     """
     if isinstance(mapping, Mapping):
         return _by_hand(weights, mapping)
+    if not isinstance(mapping, str):
+        raise PlanError(
+            f'mapping {mapping!r:.60} is of type {type(mapping).__name__}: give a name, or a dict {{"glob": "group"}}'
+        )
     name, _, number = mapping.partition(":")
     if name not in MAPPINGS:
         raise PlanError(unknown_choice("mapping", mapping, [*MAPPINGS, "auto"]) + ', or a dict {"glob": "group"}')
-    if number and (not number.isdigit() or int(number) < 1 or name not in ("depth", "random")):
+    if number and not (name in ("depth", "random") and re.fullmatch("[1-9][0-9]{0,8}", number)):
         raise PlanError(f'mapping {mapping!r}: a number of groups goes with depth and random only, as "depth:3"')
     return MAPPINGS[name](weights, int(number or _DEFAULT_COUNT), seed)
 
 
 def _by_hand(weights: Weights, mapping: Mapping[str, str]) -> Groups:
-    bad = [name for name in mapping.values() if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name))]
-    if bad:
-        raise PlanError(f"group name {bad[0]!r} in the mapping: use letters, digits, - and _, a letter first")
+    for glob, name in mapping.items():
+        if not isinstance(glob, str):
+            raise PlanError(
+                f"the mapping's key {glob!r:.60} is of type {type(glob).__name__}: give globs over the weights' names"
+            )
+        if not isinstance(name, str) or not GROUP_NAME.fullmatch(name):
+            raise PlanError(f"group name {name!r:.60} in the mapping: use letters, digits, - and _, a letter first")
     groups: Groups = {}
     unused = set(mapping)
     missing = []
     for weight in weights:
-        glob = next((glob for glob in mapping if fnmatch.fnmatchcase(weight.name, glob)), None)
+        names = (weight.name, *weight.aliases)
+        glob = next(
+            (glob for glob in mapping if any(name == glob or fnmatch.fnmatchcase(name, glob) for name in names)), None
+        )
         if glob is None:
             missing.append(weight.name)
             continue

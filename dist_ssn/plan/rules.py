@@ -7,7 +7,9 @@ of the code published with it; "offset" and "hash" are ours (see `dist_ssn.morph
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +25,11 @@ MASK_WINDOW = 9
 EMBEDDING_SIZE = 8
 """Length of a layer's embedding under "emb"."""
 
-_MAX_TEMPLATES = 4
-_CHUNK = 64
+MAX_TEMPLATES = 4
+"""K of a weight that has room for it, unless the bank needs more readers."""
+CHUNK = 64
+"""Numbers in a row with one sign, where the user does not say."""
+_LARGEST_OPTION = 10**9
 _DOWN, _UP, _ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")
 
 
@@ -69,6 +74,10 @@ def parse_morph(morph: str | Morph) -> Morph:
         name, _, options = morph.partition(":")
         given: dict[str, Any] = dict(_option(morph, text) for text in options.split(",") if text)
         morph = Morph(name, **given)
+    if not isinstance(morph, Morph) or not isinstance(morph.name, str):
+        raise PlanError(
+            f"morph {morph!r:.60} is of type {type(morph).__name__}: give a text such as 'offset:rank=4', or a Morph"
+        )
     known = {*_DOWN, *_UP, *_ANY, "auto"}
     parts = morph.name.split("/")
     for part in parts:
@@ -80,8 +89,14 @@ def parse_morph(morph: str | Morph) -> Morph:
         )
     for name, least in (("templates", 1), ("chunk", 1), ("rank", 0)):
         value = getattr(morph, name)
-        if value is not None and value < least:
-            raise PlanError(f"morph {morph.name!r}: {name}={value} is out of range, the least is {least}")
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST_OPTION
+        ):
+            raise PlanError(f"morph {morph.name!r}: {name}={value!r:.30} must be an integer of at least {least}")
+    if morph.gains not in (None, True, False):
+        raise PlanError(f"morph {morph.name!r}: gains={morph.gains!r:.30} must be true or false")
+    if morph.chunk is not None and not {"auto", *_ANY} & set(parts):
+        raise PlanError(f"morph {morph.name!r} has no chunks: chunk=N goes with {' and '.join(_ANY)}")
     if morph.templates is not None and morph.down == "emb" and morph.templates > EMBEDDING_SIZE:
         raise PlanError(
             f"morph 'emb': templates={morph.templates} is more than the {EMBEDDING_SIZE} numbers of an embedding"
@@ -93,7 +108,7 @@ def _option(morph: str, text: str) -> tuple[str, int | bool]:
     name, _, value = text.partition("=")
     if name == "gains" and value in ("true", "false"):
         return name, value == "true"
-    if name in ("templates", "chunk", "rank") and value.isdigit():
+    if name in ("templates", "chunk", "rank") and re.fullmatch("[0-9]{1,9}", value):
         return name, int(value)
     raise PlanError(
         f"morph {morph!r}: cannot read {text!r}; options are templates=N, chunk=N, rank=N and gains=true|false"
@@ -114,7 +129,7 @@ def cut(weight: LayerSpec, bank: int, morph: Morph, cover: int = 1) -> Slot:
 
 
 def _cut_average(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
-    templates = min(bank // slot.numel, morph.templates or max(cover, _MAX_TEMPLATES))
+    templates = min(bank // slot.numel, morph.templates or max(cover, MAX_TEMPLATES))
     if slot.morph == "emb":
         templates = min(templates, EMBEDDING_SIZE)
     coefficients = {"avg": 0, "wavg": templates, "emb": EMBEDDING_SIZE}[slot.morph]
@@ -127,13 +142,8 @@ def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 
 def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
-    templates = max(1, min(morph.templates or _MAX_TEMPLATES, bank // 10))  # a tiny bank is not cut into crumbs
-    room = bank // templates
-    ideal = max(1, min(slot.rows, room, math.isqrt(room * slot.rows // slot.columns)))
-    near = range(max(1, ideal * 3 // 4), min(slot.rows, room, ideal * 5 // 4 + 1) + 1)
-    # Of the heights near the weight's own proportions, the one that leaves least of the bank unread.
-    height = max(near, key=lambda height: (height * min(slot.columns, room // height), -abs(height - ideal)))
-    width = min(slot.columns, room // height)
+    templates = max(1, min(morph.templates or MAX_TEMPLATES, bank // 10))  # a tiny bank is not cut into crumbs
+    height, width = _template_shape(bank // templates, slot.rows, slot.columns)
     spread = _spread(height, slot.rows) * _spread(width, slot.columns)
     coefficients = templates if templates > 1 else 0
     return replace(
@@ -145,8 +155,17 @@ def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def _template_shape(room: int, rows: int, columns: int) -> tuple[int, int]:
+    """Of the shapes near the proportions of rows × columns, the one that leaves the least of `room` numbers unread."""
+    ideal = max(1, min(rows, room, math.isqrt(room * rows // columns)))
+    near = range(max(1, ideal * 3 // 4), min(rows, room, ideal * 5 // 4 + 1) + 1)
+    height = max(near, key=lambda height: (height * min(columns, room // height), -abs(height - ideal)))
+    return height, min(columns, room // height)
+
+
 def _cut_mask(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
-    return replace(slot, coefficients=MASK_WINDOW * (math.ceil(slot.numel / bank) - 1))
+    return replace(slot, coefficients=MASK_WINDOW * (-(-slot.numel // bank) - 1))
 
 
 def _cut_mix(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
@@ -158,11 +177,9 @@ def _cut_mix(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 def _cut_signed(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     templates = morph.templates or cover
-    chunk = morph.chunk or _CHUNK
+    chunk = min(morph.chunk, slot.numel) if morph.chunk else CHUNK
     if slot.morph == "hash":
-        chunk = max(
-            1, min(chunk, bank // 100)
-        )  # what is left over of the bank behind its last whole chunk is never read
+        chunk = max(1, min(chunk, bank // 100))  # what remains of the bank behind its last whole chunk is never read
     return replace(slot, templates=templates, coefficients=templates if templates > 1 else 0, chunk=chunk)
 
 
@@ -189,17 +206,7 @@ def reach(slot: Slot, bank: int) -> int:
     return slot.templates * slot.numel
 
 
-def resize_matrix(size: int, source: int) -> np.ndarray:
-    """The matrix [size, source] of one-dimensional linear resizing with half-pixel centres (`align_corners=False`)."""
-    place = np.clip((np.arange(size) + 0.5) * source / size - 0.5, 0, None)
-    low = np.minimum(place.astype(np.int64), source - 1)
-    high = np.minimum(low + 1, source - 1)
-    matrix = np.zeros((size, source))
-    np.add.at(matrix, (np.arange(size), low), 1 - (place - low))
-    np.add.at(matrix, (np.arange(size), high), place - low)
-    return matrix
-
-
+@functools.lru_cache(maxsize=4096)
 def _spread(source: int, size: int) -> float:
     """Variance of a resized white sequence, relative to the source's: resizing smooths."""
     place = np.clip((np.arange(size) + 0.5) * source / size - 0.5, 0, source - 1)

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import PlanError
 
 FORMAT = 1
+LARGEST = 2**53
+"""No size, seed or budget in a plan is above: numbers that JSON readers everywhere keep exactly."""
 _MORPHS_WITH_EMBEDDING = ("emb",)
 
 
@@ -149,7 +152,11 @@ class Plan:
 
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (
+            TypeError,
+            ValueError,
+            RecursionError,
+        ) as error:  # ValueError: malformed, or an integer of thousands of digits
             raise PlanError(f"the plan is not valid JSON ({error}): give what Plan.to_json() wrote") from error
         return plan_from_data(data)
 
@@ -185,7 +192,7 @@ class Plan:
             details += ["gains"] if slot.gains else []
             details += [f"rank {slot.rank}"] if slot.rank else []
             morph = f"{slot.morph} ({', '.join(details)})" if details else slot.morph
-            table.add_row(slot.name, "×".join(map(str, slot.shape)), group.name, morph, f"{slot.extras:,}")
+            table.add_row(escape(slot.name), "×".join(map(str, slot.shape)), group.name, morph, f"{slot.extras:,}")
         table.add_section()
         for group in self.groups:
             table.add_row(
