@@ -693,6 +693,43 @@ def test_func_grad_and_per_sample_gradients(tokens: Tensor) -> None:
     assert relative_error(product, torch.stack([g.square().sum() for g in slopes.values()]).sum()) <= EXACT
 
 
+def test_ensembles_and_batched_gradients(tokens: Tensor) -> None:
+    """Many models of one plan under vmap; Jacobians of inputs in one go. For parameters that is refused, never wrong."""
+    models = [net() for _ in range(3)]
+    for model in models[1:]:
+        shake(model)
+    stacked, _ = torch.func.stack_module_state(models)
+    outputs = torch.func.vmap(lambda p: torch.func.functional_call(models[0], p, (tokens,)))(stacked)
+    assert relative_error(outputs, torch.stack([model(tokens) for model in models])) <= EXACT
+    block = models[1].get_submodule("blocks.0")
+    x = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    together = torch.autograd.functional.jacobian(block, x, vectorize=True)
+    assert isinstance(together, Tensor)
+    one_by_one = torch.autograd.functional.jacobian(block, x)
+    assert isinstance(one_by_one, Tensor) and relative_error(together, one_by_one) <= EXACT
+    (bank,) = banks_of(models[1])
+    units = torch.eye(12, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.autograd.grad(block(x), bank.bank, units, is_grads_batched=True)
+    be_pure(models[1])
+    (slopes,) = torch.autograd.grad(block(x), bank.bank, units, is_grads_batched=True)
+    (first,) = torch.autograd.grad(block(x), bank.bank, units[0])
+    assert relative_error(slopes[0], first) <= EXACT
+
+
+def test_channels_last() -> None:
+    """Activations in another memory order, and the model moved to it."""
+    model = share(nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).double(), 0.5)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last)
+    results = []
+    for pure in (False, True):
+        be_pure(model, pure)
+        loss_of(model(x)).backward()
+        results.append(gradients(model))
+    assert_equal(*results)
+
+
 def test_per_sample_gradients_of_a_layer_with_odd_reads() -> None:
     """Attention and recurrent layers, and a layer that is the root itself."""
     for kind in ("attention-packed", "unknown", "gru-cell"):

@@ -517,6 +517,21 @@ def test_a_single_layer_as_root() -> None:
         assert all(bank.bank.grad is not None for bank in banks_of(model))
 
 
+@pytest.mark.parametrize("root", [nn.Sequential, nn.ModuleList])
+def test_a_parametrized_layer_can_be_shared(root: Callable[..., nn.Module]) -> None:
+    """What torch's weight_norm holds for a layer is a weight like others; and its list of parametrizations stays as it is."""
+    layers = [nn.utils.parametrizations.weight_norm(nn.Linear(20, 30)), nn.Linear(30, 5)]
+    model = share(root(*layers) if root is nn.Sequential else root(layers), 0.5).double()
+    shake(model)
+    dense, x = materialize(model), torch.randn(3, 20, dtype=torch.float64)
+    for each in (model, dense):
+        assert len(each.get_submodule("0.parametrizations.weight")) == 1  # type: ignore[arg-type]
+    hidden, wanted = model.get_submodule("0")(x), dense.get_submodule("0")(x)
+    assert relative_error(hidden, wanted) <= 1e-12
+    model.get_submodule("1")(hidden).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_root_that_calls_all_its_children() -> None:
     """Banks are children of the root there: called like a layer, they pass their input on."""
 

@@ -347,7 +347,9 @@ def test_a_selector_that_selects_nothing(include: Selector) -> None:
 
 @pytest.mark.parametrize("include", [3, [nn.Linear(2, 2)], [None], nn.Sequential(nn.Linear(2, 2)), {"head": 1, 5: 2}])
 def test_what_is_no_selector(include: Any) -> None:
-    with pytest.raises(ShareError, match="include holds an object of type .*: give names, globs or classes of modules"):
+    with pytest.raises(
+        ShareError, match=r"include holds an object of type .*: give names, globs or classes of modules"
+    ):
         find_specs(Model(), include=include)
 
 
