@@ -175,3 +175,23 @@ def relative_error(got: Tensor | None, wanted: Tensor | None) -> float:
     got, wanted = got.detach(), wanted.detach()
     difference = float((got - wanted).abs().max())
     return difference / max(float(wanted.abs().max()), 1e-12) if difference else 0.0
+
+
+def pulled_back(model: nn.Module, dense: nn.Module) -> dict[str, Tensor | None]:
+    """Gradients of the banks' parameters, from those of the dense weights, through the pure generation."""
+    be_pure(model)
+    gradients: dict[str, Tensor | None] = {}
+    for path, bank in model.named_modules():
+        if not isinstance(bank, Bank):
+            continue
+        weights, theirs = [], []
+        for index, slot in enumerate(bank.group.slots):
+            gradient = dense.get_parameter(slot.name).grad
+            if gradient is not None:
+                weights.append(bank(index))
+                theirs.append(gradient)
+        parts = torch.autograd.grad(weights, list(bank.parameters()), theirs, allow_unused=True)
+        for (name, _), part in zip(bank.named_parameters(), parts, strict=True):
+            gradients[f"{path}.{name}"] = part
+    be_pure(model, False)
+    return gradients

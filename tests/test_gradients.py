@@ -18,7 +18,7 @@ from dist_ssn import Morph, Plan, make_plan, materialize, share
 from dist_ssn.errors import BudgetError, PlanError
 from dist_ssn.plan import Group, Slot
 from dist_ssn.specs import find_specs
-from tests.layer_kinds import KINDS, Inputs, Twins, banks_of, be_pure, loss_of, relative_error, shake
+from tests.layer_kinds import KINDS, Inputs, Twins, banks_of, be_pure, loss_of, pulled_back, relative_error, shake
 
 BUDGETS = (0.02, 0.1, 0.5, 1.0, 2.0)
 DOWN, UP, ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")
@@ -43,24 +43,6 @@ def run(model: nn.Module, inputs: Inputs) -> tuple[Gradients, Gradients]:
     loss.backward()
     around: Gradients = {f"input {i}": x.grad for i, x in enumerate(inputs)} | {"loss": loss.detach()}
     return {name: p.grad for name, p in model.named_parameters()}, around
-
-
-def pulled_back(model: nn.Module, dense: nn.Module) -> Gradients:
-    """Gradients of the banks' parameters, from those of the dense weights, through the pure generation."""
-    be_pure(model)
-    gradients: Gradients = {}
-    for bank in banks_of(model):
-        weights, theirs = [], []
-        for index, slot in enumerate(bank.group.slots):
-            gradient = dense.get_parameter(slot.name).grad
-            if gradient is not None:
-                weights.append(bank(index))
-                theirs.append(gradient)
-        parts = torch.autograd.grad(weights, list(bank.parameters()), theirs, allow_unused=True)
-        for (name, _), part in zip(bank.named_parameters(), parts, strict=True):
-            gradients[f"dist_ssn.{bank.group.name}.{name}"] = part
-    be_pure(model, False)
-    return gradients
 
 
 def check(model: nn.Module, inputs: Inputs, what: str) -> None:

@@ -316,7 +316,6 @@ ALL = [weight.name for weight in find_specs(Model()).weights]
         (["head", nn.Embedding], lambda name: name.startswith(("head", "table"))),
         (iter(["head", "head.weight"]), lambda name: name == "head.weight"),
     ],
-    ids=str,
 )
 def test_selectors(selector: Any, selected: Callable[[str], bool]) -> None:
     selectors = selector if isinstance(selector, (str, type)) else list(selector)
