@@ -166,16 +166,23 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
-    owner = model
-    if isinstance(
-        model, _CONTAINERS
-    ):  # a container calls or lists all its children: the first layer owns the banks there
-        owner = model.get_submodule(next(iter(slots)))
+    owner = _owner(model, next(iter(slots)))
     if hasattr(owner, _ATTRIBUTE):
         raise ShareError(f"{type(owner).__name__} has an attribute {_ATTRIBUTE!r} already: rename it")
     for module, layer_slots in slots.items():
         share_layer(model.get_submodule(module), layer_slots)
     owner.add_module(_ATTRIBUTE, banks)
+
+
+def _owner(model: nn.Module, first: str) -> nn.Module:
+    """The module that the banks belong to: the root, but where it is a container, which calls or lists all its children.
+
+    Then it is the module around the first weight (named `first`) that is none: the layer, or who keeps its parametrization.
+    """
+    path = first if isinstance(model, _CONTAINERS) else ""
+    while path and isinstance(model.get_submodule(path), _CONTAINERS):
+        path = path.rpartition(".")[0]
+    return model.get_submodule(path)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ KINDS: dict[str, Kind] = {
     "embedding-by-frequency": Kind(lambda: nn.Embedding(30, 8, scale_grad_by_freq=True), _tokens(*_FEW)),
     "embedding-bag": Kind(lambda: nn.EmbeddingBag(30, 8, mode="sum", padding_idx=3), _tokens(*_FEW)),
     "rnn": Kind(lambda: nn.RNN(8, 10), _floats(4, 2, 8)),
-    "lstm": Kind(lambda: nn.LSTM(5, 6, bidirectional=True, batch_first=True), _floats(2, 4, 5)),
+    "lstm": Kind(lambda: nn.LSTM(12, 6, bidirectional=True, batch_first=True), _floats(2, 4, 12)),
     "lstm-projected": Kind(lambda: nn.LSTM(6, 8, proj_size=4), _floats(4, 2, 6)),
     "gru": Kind(lambda: nn.GRU(6, 8), _floats(4, 2, 6)),
     "rnn-cell": Kind(lambda: nn.RNNCell(9, 11), _floats(3, 9)),

@@ -111,7 +111,7 @@ def _option(morph: str, text: str) -> tuple[str, int | bool]:
     if name in ("templates", "chunk", "rank") and re.fullmatch("[0-9]{1,9}", value):
         return name, int(value)
     raise PlanError(
-        f"morph {morph!r}: cannot read {text!r}; options are templates=N, chunk=N, rank=N and gains=true|false"
+        f"morph {morph!r}: cannot read {text!r:.60}; options are templates=N, chunk=N, rank=N and gains=true|false"
     )
 
 
@@ -209,7 +209,12 @@ def reach(slot: Slot, bank: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _spread(source: int, size: int) -> float:
     """Variance of a resized white sequence, relative to the source's: resizing smooths."""
-    place = np.clip((np.arange(size) + 0.5) * source / size - 0.5, 0, source - 1)
+    place = np.clip((_some(size) + 0.5) * source / size - 0.5, 0, source - 1)
     part = place - np.floor(place)
     part[np.floor(place) >= source - 1] = 0
     return float(np.mean(part**2 + (1 - part) ** 2))
+
+
+def _some(size: int) -> np.ndarray:
+    """The indices below `size`, or a million of them, evenly spaced."""
+    return np.arange(size) if size <= 2**20 else np.linspace(0, size - 1, 2**20).astype(np.int64)
