@@ -40,14 +40,23 @@ def allocate(groups: Groups, budget: int, morph: Morph) -> tuple[Group, ...]:
     Raises:
         Infeasible: the groups need more than the budget, each with one number of bank and what its weights must have beside it.
     """
-    floors: dict[str, int] = {}
-    while True:
-        shares = split(budget, groups, floors)
+    shares = split(budget, groups, {})
+    solved = {name: _solve(name, weights, shares[name], morph) for name, weights in groups.items()}
+    if None in solved.values():
+        leasts = {name: _least(tuple(weights), morph)[0] for name, weights in groups.items()}
+        floors: dict[str, int] = {}
+        while short := {name: leasts[name] for name in groups if shares[name] < leasts[name]}:
+            floors |= short
+            shares = split(budget, groups, floors)
         solved = {name: _solve(name, weights, shares[name], morph) for name, weights in groups.items()}
-        banks = tuple(group for group in solved.values() if group is not None)
-        if len(banks) == len(groups):
-            return banks
-        floors |= {name: _least(tuple(groups[name]), morph)[0] for name, group in solved.items() if group is None}
+    banks = tuple(group for group in solved.values() if group is not None)
+    assert len(banks) == len(groups)  # since each has at least what it needs
+    return banks
+
+
+def least(groups: Groups, morph: Morph) -> int:
+    """A budget that is enough for the groups, and hardly ever more than the smallest."""
+    return sum(_least(tuple(weights), morph)[0] for weights in groups.values())
 
 
 def split(budget: int, groups: Groups, floors: dict[str, int]) -> dict[str, int]:
@@ -91,10 +100,10 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
         return Group(name, share, std, (slot,))
     sizes = _bracket(weights, share, morph)
     if sizes is None:
-        morph = replace(morph, gains=morph.gains or False)  # automatic gains give way
         least, bank = _least(tuple(weights), morph)
         if share < least:
             return None
+        morph = replace(morph, gains=morph.gains or False)  # automatic gains give way
         sizes = bank, share + 1
     bank, too_large = sizes
     slots, rest = _attempt(weights, share, bank, morph)
@@ -122,9 +131,9 @@ def _bracket(weights: Sequence[LayerSpec], share: int, morph: Morph) -> tuple[in
     return None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _least(weights: tuple[LayerSpec, ...], morph: Morph) -> tuple[int, int]:
-    """(the least share with which the group can be made, the bank's size in it)."""
+    """(the least share with which the group can be made, without automatic gains; the bank's size in it)."""
 
     def need(bank: int) -> int:
         return bank - _attempt(weights, 0, bank, morph)[1]
@@ -176,6 +185,8 @@ def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
     gains = morph.gains
     if gains is None:
         gains = automatic and around <= _GAINS_SHARE * share
+    if not gains and not morph.rank:
+        return slot
     return replace(slot, row_gains=gains, column_gains=gains, rank=min(morph.rank or 0, slot.rows, slot.columns))
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from ..budget import Budget, resolve_budget
 from ..errors import BudgetError, PlanError
 from ..specs import Selector, Specs, find_specs
-from .allocate import Infeasible, allocate
-from .mapping import map_weights
+from .allocate import Infeasible, allocate, least
+from .mapping import Groups, map_weights
 from .rules import Morph, parse_morph
 from .types import LARGEST, Group, Plan
 
@@ -70,17 +70,24 @@ def make_plan(
     return Plan(banks, allowed, seed)
 
 
-def _allocate(
+def _resolve(
     specs: Specs, allowed: int, mapping: str | Mapping[str, str], morph: Morph, seed: int
-) -> tuple[Group, ...] | None:
-    """The banks for a budget, with what "auto" stands for there; None where it is too small."""
+) -> tuple[Groups, Morph]:
+    """The groups and the morph, with what "auto" stands for at this budget."""
     high = allowed >= HIGH_BUDGET * specs.numel
     if mapping == "auto":
         mapping = "shape" if high else "scale"
     if morph.name == "auto":
         # One bank read in many ways below the model's own size; a mixture of templates above (measured: docs/quality.md).
         morph = replace(morph, name="wavg" if high else "offset")
-    groups = map_weights(specs.weights, mapping, seed)
+    return map_weights(specs.weights, mapping, seed), morph
+
+
+def _allocate(
+    specs: Specs, allowed: int, mapping: str | Mapping[str, str], morph: Morph, seed: int
+) -> tuple[Group, ...] | None:
+    """The banks for a budget; None where it is too small."""
+    groups, morph = _resolve(specs, allowed, mapping, morph, seed)
     try:
         return allocate(groups, allowed, morph)
     except Infeasible:
@@ -88,13 +95,14 @@ def _allocate(
 
 
 def _smallest(specs: Specs, low: int, mapping: str | Mapping[str, str], morph: Morph, seed: int) -> str:
-    """A sentence on the least feasible budget above the infeasible `low`, which is found by doubling and bisection."""
-    high = max(specs.numel, low + 1)
+    """A sentence on the least feasible budget above the infeasible `low`."""
+    high = max(least(*_resolve(specs, low, mapping, morph, seed)), low + 1)
     while _allocate(specs, high, mapping, morph, seed) is None:
         low, high = high, 2 * high
         if high > LARGEST:
             return "no budget is enough for them"
+    probe = high - 1  # which hardly ever works
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _allocate(specs, middle, mapping, morph, seed) is not None else (middle, high)
+        low, high = (low, probe) if _allocate(specs, probe, mapping, morph, seed) is not None else (probe, high)
+        probe = (low + high) // 2
     return f"the smallest possible budget is {high:,}"

@@ -194,7 +194,9 @@ def fingerprints() -> list[str]:
     weights = [LayerSpec(f"w{i}", shape, "X", 5, 0.1 + i % 3, (f"v{i}", f"u{i}")) for i, shape in enumerate(shapes)]
     specs = Specs(tuple(weights))
     names = {f"w{i}": f"g{i % 3}" for i in range(12)}
-    plans = [plan_or_least(specs, 0.6, morph=m, mapping=k) for m in MORPH_TEXTS for k in (*MAPPING_TEXTS, names)]
+    mappings = [*MAPPING_TEXTS, names]
+    pairs = [(morph, mappings[(i + shift) % 9]) for i, morph in enumerate(MORPH_TEXTS) for shift in (0, 4)]
+    plans = [plan_or_least(specs, 0.6, morph=morph, mapping=mapping) for morph, mapping in pairs]
     return [plan.fingerprint if isinstance(plan, Plan) else str(plan) for plan in plans]
 
 
@@ -234,11 +236,11 @@ def test_a_thousand_weights_take_less_than_a_second(morph: str, budget: float) -
     assert time.process_time() - start < 1
 
 
-def test_an_impossible_budget_for_a_hundred_weights_is_told_soon() -> None:
+def test_an_impossible_budget_for_a_hundred_groups_is_told_soon() -> None:
     specs = Specs(tuple(LayerSpec(f"w{i}", (64, 64 + i), "Linear", 64, 0.1) for i in range(100)))
     start = time.process_time()
     assert isinstance(plan_or_least(specs, 10, morph="wavg", mapping="shape"), int)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 5
 
 
 def test_a_model_is_read_as_its_specs_are() -> None:
