@@ -1,0 +1,62 @@
+"""What a training loop needs of an engine, and no more."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+OptimizerState = dict[str, dict[str, Any]]
+"""name of a parameter → the optimizer's tensors and plain numbers for it ("exp_avg": …, "step": …)."""
+
+
+class Engine(Protocol):
+    """Trains one model on several processes. Made in two stages, since some engines replace parameters::
+
+        module = SomeEngine.prepare(share(model, 0.1))                      # in place where it can be
+        optimizer = AdamW(parameter_groups(module), lr=1e-3)
+        engine = SomeEngine(module, optimizer, scheduler=…, clip_norm=1.0)
+
+    One step::
+
+        for micro in range(accumulation):
+            last = micro == accumulation - 1
+            with engine.accumulating(last):
+                engine.backward(loss_of(engine.model(inputs)) / accumulation, last)
+        engine.step()
+    """
+
+    rank: int
+    world_size: int
+    module: nn.Module
+    """The model itself: for evaluation, on all processes together."""
+    model: nn.Module
+    """What to call for a forward in training."""
+    optimizer: Optimizer
+
+    @staticmethod
+    def prepare(model: nn.Module) -> nn.Module:
+        """Replaces the parameters by what the engine works on, before the optimizer is made; returns the model."""
+        ...
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Put around forward and backward of one micro-batch: nothing is averaged unless it is the step's last."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Gradients of `loss`, a scalar: this process's mean, divided by the number of micro-batches."""
+        ...
+
+    def step(self) -> Tensor | None:
+        """Clips by the global norm, updates parameters and learning rate, drops the gradients; returns the norm if clipping."""
+        ...
+
+    def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        """The whole parameters by name, and the optimizer's state for each; all processes call, rank 0's answer counts."""
+        ...
+
+    def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
+        """The reverse: takes what `gathered` returned, which every process holds whole."""
+        ...
