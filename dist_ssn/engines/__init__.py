@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_ssn.engines.ddp import DDPEngine
+from dist_ssn.engines.protocol import Engine, OptimizerState
 from dist_ssn.engines.world import World, init_world
 
-__all__ = ["DDPEngine", "World", "init_world"]
+__all__ = ["DDPEngine", "Engine", "OptimizerState", "World", "init_world"]

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
+from dist_ssn.engines.protocol import OptimizerState, load_whole_state, whole_state
 from dist_ssn.errors import ShareError, UserError
 from dist_ssn.share import shared_plan
 
@@ -112,6 +113,11 @@ class DDPEngine:
                     find_unused_parameters=find_unused_parameters,
                 )
 
+    @staticmethod
+    def prepare(model: nn.Module) -> nn.Module:
+        """The model as it is: DDP works on whole parameters."""
+        return model
+
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         """Put around forward and backward of one micro-batch: nothing is sent unless it is the step's last."""
@@ -160,6 +166,13 @@ class DDPEngine:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def gathered(self) -> tuple[dict[str, torch.Tensor], OptimizerState]:
+        """Every process holds everything: no collective."""
+        return whole_state(self.module, self.optimizer)
+
+    def scatter(self, parameters: dict[str, torch.Tensor], optimizer: OptimizerState) -> None:
+        load_whole_state(self.module, self.optimizer, parameters, optimizer)
 
 
 def _compare_plans(model: nn.Module) -> None:

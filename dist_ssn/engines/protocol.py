@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,3 +61,24 @@ class Engine(Protocol):
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """The reverse: takes what `gathered` returned, which every process holds whole."""
         ...
+
+
+def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], OptimizerState]:
+    """What `Engine.gathered` returns where every process holds whole parameters."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    state = {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()}
+    return {name: parameter.detach() for parameter, name in names.items()}, state
+
+
+def load_whole_state(
+    model: nn.Module, optimizer: Optimizer, parameters: dict[str, Tensor], state: OptimizerState
+) -> None:
+    """What `Engine.scatter` does where every process holds whole parameters."""
+    names: dict[Tensor, str] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(parameters[name])
+            names[parameter] = name
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
+    optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})

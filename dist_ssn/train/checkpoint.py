@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_ssn import errors
+from dist_ssn.engines.protocol import Engine, OptimizerState
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.plan import Plan
 from dist_ssn.share import plan_difference
@@ -41,6 +42,10 @@ _NAME = re.compile(r"step-(\d{8,})")
 _SENTENCE_BYTES = 2048  # what a failing rank may tell the others
 _STATE = {"step": int, "run": dict, "extra": dict, "optimizer": dict, "files": dict}  # the fields of state.json
 T = TypeVar("T")
+
+
+class NotFinite(CheckpointError):
+    """A parameter is no number any more, so that nobody could go on from it."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,7 @@ def save(
     folder: str | os.PathLike[str],
     *,
     step: int,
-    model: nn.Module,
-    optimizer: Optimizer,
+    engine: Engine,
     recipe_json: str,
     plan: Plan | None,
     keep: int = 2,
@@ -69,7 +73,7 @@ def save(
 ) -> Path:
     """Writes `folder/step-<step>` so that it appears whole or not at all, then removes all but the newest `keep`.
 
-    One process writes (rank 0); every rank holds the same tensors.
+    All processes call it, and what they hold in parts comes together; rank 0 writes.
 
     Args:
         run: counters of the run, as JSON.
@@ -77,20 +81,27 @@ def save(
     Returns: the checkpoint's path.
 
     Raises:
+        NotFinite: a parameter is not finite.
         CheckpointError: it could not be written; earlier checkpoints are untouched and nothing is left over.
     """
     folder = Path(folder)
     if keep < 1:
         raise CheckpointError(f"checkpoint.keep is {keep}: at least one checkpoint must be kept")
     target = folder / f"step-{step:08d}"
+    parameters, optimizer_state = engine.gathered()
+    if engine.rank != 0:
+        return target
+    if bad := [name for name, tensor in parameters.items() if not torch.isfinite(tensor).all()]:
+        raise NotFinite(f"after step {step} {bad[0]} is not finite, so no checkpoint was written")
     temporary = _temporary(target)
-    entries = _entries(model)
-    optimizer_tensors, scalars = _optimizer_entries(optimizer, model)
+    entries = _entries(engine.module)
+    tensors = {**entries.tensors, **{entries.first_names[name]: tensor for name, tensor in parameters.items()}}
+    optimizer_tensors, scalars = _sorted_out(optimizer_state)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clean(folder)
         temporary.mkdir()
-        save_file({name: _plain(tensor) for name, tensor in entries.tensors.items()}, temporary / "model.safetensors")
+        save_file({name: _plain(tensor) for name, tensor in tensors.items()}, temporary / "model.safetensors")
         save_file(
             {name: _plain(tensor) for name, tensor in optimizer_tensors.items()}, temporary / "optimizer.safetensors"
         )
@@ -101,7 +112,7 @@ def save(
             "step": step,
             "run": dict(run or {}),
             "extra": entries.extra,
-            "optimizer": {"class": type(optimizer).__name__, "scalars": scalars},
+            "optimizer": {"class": type(engine.optimizer).__name__, "scalars": scalars},
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "files": {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())},
         }
@@ -188,14 +199,13 @@ def _entries(model: nn.Module) -> _Entries:
     return entries
 
 
-def _optimizer_entries(optimizer: Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's state by parameter name: its tensors, and its plain numbers."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+def _sorted_out(state: OptimizerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as `<key>/<name of the parameter>`: its tensors, and its plain numbers."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            (tensors if isinstance(value, Tensor) else scalars)[f"{key}/{names[parameter]}"] = value
+    for name, entries in state.items():
+        for key, value in entries.items():
+            (tensors if isinstance(value, Tensor) else scalars)[f"{key}/{name}"] = value
     return tensors, scalars
 
 
@@ -215,16 +225,14 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
     return found[-1][1] if found else None
 
 
-def load(
-    path: str | os.PathLike[str], *, model: nn.Module, plan: Plan | None, optimizer: Optimizer | None = None
-) -> State:
-    """Loads a checkpoint into `model`, and `optimizer` if given, on any number of ranks; nothing unless all of it fits.
+def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> State:
+    """Loads a checkpoint into what `engine` trains, on any number of ranks and by any engine; nothing unless all of it fits.
 
     The optimizer's tensors are restored, its settings (rates, decay) left as they are: the caller's recipe sets them.
 
     Args:
         path: a checkpoint, or a folder of checkpoints, whose newest is meant.
-        plan: the plan of `model`, None if it is dense.
+        plan: the plan of the engine's model, None if it is dense.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another model, plan or optimizer.
@@ -234,21 +242,22 @@ def load(
         path = newest
     state = _verified_state(path)
     _check_plan(path, plan)
+    model = engine.module
     entries = _entries(model)
     loaded = _read_tensors(path / "model.safetensors")
     _check_tensors(path, loaded, entries.tensors)
-    optimizer_state = None
-    if optimizer is not None:
-        optimizer_state = _optimizer_state(path, state["optimizer"], optimizer, model)
-    tensors = {name: loaded[first] for name, first in entries.first_names.items()}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained)
+    parameters = {name: loaded[entries.first_names[name]] for name, _ in model.named_parameters()}
+    # What no engine looks after: running statistics, and what modules keep beside tensors.
+    rest = {name: loaded[first] for name, first in entries.first_names.items() if first not in parameters}
     try:
-        model.load_state_dict({**tensors, **entries.extra, **state["extra"]})
+        model.load_state_dict({**rest, **entries.extra, **state["extra"]}, strict=False)
     except RuntimeError as error:
         raise CheckpointError(
             f"the checkpoint {path} does not fit this model: {' '.join(str(error).split())}"
         ) from None
-    if optimizer is not None and optimizer_state is not None:
-        optimizer.load_state_dict(optimizer_state)
+    engine.scatter(parameters, optimizer_state)
     return State(path, state["step"], state["run"], json.loads((path / "recipe.json").read_text()))
 
 
@@ -317,33 +326,32 @@ def _check_tensors(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[s
         ]
         raise CheckpointError(f"the checkpoint {path} is of another model: {'; '.join(parts)}")
     for name, tensor in expected.items():
-        if loaded[name].shape != tensor.shape:
+        shape = getattr(
+            tensor, "ds_shape", tensor.shape
+        )  # DeepSpeed's stage 3 empties a parameter and keeps its shape there
+        if loaded[name].shape != shape:
             raise CheckpointError(
                 f"the checkpoint {path} is of another model: {name} has the shape {tuple(loaded[name].shape)} there "
-                f"and {tuple(tensor.shape)} here"
+                f"and {tuple(shape)} here"
             )
 
 
-def _optimizer_state(path: Path, saved: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """What `optimizer.load_state_dict` takes, its settings the present ones."""
+def _optimizer_state(path: Path, saved: dict[str, Any], optimizer: Optimizer, trained: set[str]) -> OptimizerState:
+    """The optimizer's state by parameter name."""
     if saved["class"] != type(optimizer).__name__:
         raise CheckpointError(
             f"the checkpoint {path} was written with the optimizer {saved['class']} and this run uses "
             f"{type(optimizer).__name__}"
         )
-    by_name: dict[str, dict[str, Any]] = {}
-    entries: dict[str, Any] = {**_read_tensors(path / "optimizer.safetensors"), **saved["scalars"]}
-    for entry, value in entries.items():
+    state: OptimizerState = {}
+    for entry, value in {**_read_tensors(path / "optimizer.safetensors"), **saved["scalars"]}.items():
         key, _, name = entry.partition("/")
-        by_name.setdefault(name, {})[key] = value
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    if strangers := sorted(by_name.keys() - set(ordered)):
+        state.setdefault(name, {})[key] = value
+    if strangers := sorted(state.keys() - trained):
         raise CheckpointError(
             f"the checkpoint {path} has optimizer state for {strangers[0]}, which this run's optimizer does not train"
         )
-    state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
-    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    return state
 
 
 # ---------------------------------------------------------------- several ranks

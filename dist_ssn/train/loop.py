@@ -26,13 +26,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ssn.comm import CommMeter
-from dist_ssn.engines import DDPEngine, World, init_world
+from dist_ssn.engines import DDPEngine, Engine, World, init_world
 from dist_ssn.errors import CheckpointError, PlanError, RecipeError, UserError, unknown_choice
 from dist_ssn.plan import Plan
 from dist_ssn.share import share, shared_plan
 from dist_ssn.track import Console, Trackers, build_tracker, jsonable, set_aside, write_whole
 from dist_ssn.train import checkpoint
-from dist_ssn.train.checkpoint import together
+from dist_ssn.train.checkpoint import NotFinite, together
 from dist_ssn.train.data import Task, load_task
 from dist_ssn.train.models import build_model
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor
@@ -168,10 +168,7 @@ class _Run:
         self.task, self.model = self._agree(self._build)
         self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
         self.schedule = self._agree(lambda: build_schedule(self.optimizer, recipe.schedule, recipe.steps))
-        if recipe.checkpoint.resume:
-            self._resume()
-        self._agree(self._open_folder)
-        self.engine = ENGINES[recipe.engine.name](
+        self.engine: Engine = ENGINES[recipe.engine.name](
             self.model,
             self.optimizer,
             scheduler=self.schedule,
@@ -179,6 +176,9 @@ class _Run:
             static_graph=recipe.engine.static_graph,
             find_unused_parameters=recipe.engine.find_unused_parameters,
         )
+        if recipe.checkpoint.resume:
+            self._resume()
+        self._agree(self._open_folder)
         self._reset_losses()
 
     def _build(self) -> tuple[Task, nn.Module]:
@@ -218,7 +218,7 @@ class _Run:
         found = checkpoint.latest(self.folder / "checkpoints")
         if found is None:
             return None
-        saved = checkpoint.load(found, model=self.model, optimizer=self.optimizer, plan=shared_plan(self.model))
+        saved = checkpoint.load(found, engine=self.engine, plan=shared_plan(self.model))
         try:
             self.counters = _Counters(**saved.run)
         except TypeError as error:
@@ -409,24 +409,21 @@ class _Run:
     def _save(self) -> None:
         counters = dataclasses.replace(self.counters, ledger=self._ledger(), per_step=self._per_step())
 
-        def write() -> Path | None:
-            if self.world.rank != 0:
-                return None
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
-                raise UserError(
-                    f"the run {self.recipe.name} was stopped: after step {counters.step} its parameters are not "
-                    f"finite, so no checkpoint was written; try a lower optimizer.lr; {self._where_to_go_on()}"
+        def write() -> Path:
+            try:
+                return checkpoint.save(
+                    self.folder / "checkpoints",
+                    step=counters.step,
+                    engine=self.engine,
+                    recipe_json=self.recipe.to_json(),
+                    plan=shared_plan(self.model),
+                    keep=self.recipe.checkpoint.keep,
+                    run=jsonable(dataclasses.asdict(counters)),
                 )
-            return checkpoint.save(
-                self.folder / "checkpoints",
-                step=counters.step,
-                model=self.model,
-                optimizer=self.optimizer,
-                recipe_json=self.recipe.to_json(),
-                plan=shared_plan(self.model),
-                keep=self.recipe.checkpoint.keep,
-                run=jsonable(dataclasses.asdict(counters)),
-            )
+            except NotFinite as error:
+                raise UserError(
+                    f"the run {self.recipe.name} was stopped: {error}; try a lower optimizer.lr; {self._where_to_go_on()}"
+                ) from None
 
         self._agree(write, "checkpoint")
         self.last_checkpoint = checkpoint.latest(self.folder / "checkpoints")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dist_ssn
+from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.train import checkpoint
 from tests.ranks import run_ranks
@@ -71,8 +72,7 @@ def saved(folder: Path, trained: Trained, number: int = 3, keep: int = 2) -> Pat
     return checkpoint.save(
         folder,
         step=number,
-        model=model,
-        optimizer=optimizer,
+        engine=DDPEngine(model, optimizer),
         recipe_json='{"name": "test"}',
         plan=dist_ssn.shared_plan(model),
         keep=keep,
@@ -81,7 +81,7 @@ def saved(folder: Path, trained: Trained, number: int = 3, keep: int = 2) -> Pat
 
 
 def loaded(path: Path, trained: Trained) -> checkpoint.State:
-    return checkpoint.load(path, model=trained[0], optimizer=trained[1], plan=dist_ssn.shared_plan(trained[0]))
+    return checkpoint.load(path, engine=DDPEngine(*trained), plan=dist_ssn.shared_plan(trained[0]))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -257,7 +257,7 @@ def test_another_architecture_says_which_tensors(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="2 tensors of the model are not in it, the first is bias; 8 of its tensors"
     ):
-        checkpoint.load(path, model=model, plan=None)
+        checkpoint.load(path, engine=DDPEngine(model, torch.optim.AdamW(model.parameters())), plan=None)
 
 
 def test_a_missing_checkpoint(tmp_path: Path) -> None:
