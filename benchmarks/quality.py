@@ -139,7 +139,7 @@ def run(wanted: Cell) -> Cell:
     """Trains one cell in this process; returns it with its measurements."""
     commit = provenance()["commit"]
     from dist_ssn.train.loop import train
-    from dist_ssn.train.recipe import load_recipe
+    from dist_ssn.train.recipe_file import load_recipe
 
     with tempfile.TemporaryDirectory() as folder:
         settings = {

@@ -28,7 +28,7 @@ Example: dist-ssn report runs/quickstart --output plots"""
 
 def train(arguments: Sequence[str]) -> None:
     """Runs `dist-ssn train`."""
-    from dist_ssn.train.recipe import parse_recipe
+    from dist_ssn.train.recipe_file import parse_recipe
 
     recipe, given = parse_recipe(arguments, "dist-ssn train", TRAIN, {"--no-progress": "show no progress bar"})
     from dist_ssn.train import loop
@@ -38,7 +38,7 @@ def train(arguments: Sequence[str]) -> None:
 
 def plan(arguments: Sequence[str]) -> None:
     """Runs `dist-ssn plan`."""
-    from dist_ssn.train.recipe import parse_recipe
+    from dist_ssn.train.recipe_file import parse_recipe
 
     flags = {"--json": "print the plan as JSON, which share.plan reads"}
     recipe, given = parse_recipe(arguments, "dist-ssn plan", PLAN, flags)

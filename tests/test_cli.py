@@ -13,7 +13,8 @@ import pytest
 from dist_ssn.cli import main
 from dist_ssn.errors import BudgetError
 from dist_ssn.plan import Plan
-from dist_ssn.train.recipe import Recipe, load_recipe
+from dist_ssn.train.recipe import Recipe
+from dist_ssn.train.recipe_file import load_recipe
 
 
 def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:

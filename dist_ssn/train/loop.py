@@ -36,7 +36,8 @@ from dist_ssn.train.checkpoint import NotFinite, together
 from dist_ssn.train.data import Task, load_task
 from dist_ssn.train.models import build_model
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor
-from dist_ssn.train.recipe import Recipe, ShareConfig, validate
+from dist_ssn.train.recipe import Recipe, ShareConfig
+from dist_ssn.train.recipe_values import validate
 
 ENGINES = {"ddp": DDPEngine}
 LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first

@@ -10,19 +10,10 @@ import pytest
 from dist_ssn.errors import RecipeError
 from dist_ssn.train.data import data_hints
 from dist_ssn.train.models import build_model
-from dist_ssn.train.recipe import (
-    _EXPECTED,
-    DataConfig,
-    OptimizerConfig,
-    Recipe,
-    ShareConfig,
-    _keys,
-    bundled_recipes,
-    load_recipe,
-    parse_recipe,
-    recipe_parser,
-    validate,
-)
+from dist_ssn.train.recipe import DataConfig, OptimizerConfig, Recipe, ShareConfig
+from dist_ssn.train.recipe_file import load_recipe, parse_recipe, recipe_from_json
+from dist_ssn.train.recipe_keys import _EXPECTED, bundled_recipes, recipe_keys, recipe_parser
+from dist_ssn.train.recipe_values import validate
 
 
 @pytest.fixture
@@ -97,7 +88,7 @@ def test_model_args_keep_their_types(file: Path) -> None:
     file.write_text('model_args: {a: "3", b: 3, c: "x: y", d: "null", e: 1e-3, f: ["4", 4], g: true, h: 2024-01-01}')
     args = {"a": "3", "b": 3, "c": "x: y", "d": "null", "e": 0.001, "f": ["4", 4], "g": True, "h": "2024-01-01"}
     recipe = load_recipe(file)
-    assert recipe.model_args == args and Recipe.from_json(recipe.to_json()) == recipe
+    assert recipe.model_args == args and recipe_from_json(recipe.to_json()) == recipe
     more = {"--model_args.b=1e-4": 1e-4, "--model_args.b='5'": "5", "--model_args.b={x: 1}": {"x": 1}}
     more |= {
         "--model_args.b=batch": "batch",
@@ -120,7 +111,7 @@ def test_the_command_line_wins_wherever_it_stands(file: Path) -> None:
 def test_built_in_recipes(name: str) -> None:
     recipe = load_recipe(name)
     validate(recipe, world_size=2)
-    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert recipe_from_json(recipe.to_json()) == recipe
     assert recipe.share.budget is not None
     small = {"width": 1} if recipe.model == "wide_resnet" else {}
     build_model(recipe.model, recipe.model_args | small, data_hints(recipe.data))
@@ -138,7 +129,7 @@ def test_json_round_trip_of_every_field() -> None:
         clip_norm=None,
         patience=4,
     )
-    assert Recipe.from_json(changed.to_json()) == changed
+    assert recipe_from_json(changed.to_json()) == changed
 
 
 @pytest.mark.parametrize(
@@ -153,7 +144,7 @@ def test_json_round_trip_of_every_field() -> None:
 )
 def test_wrong_json(text: str, wanted: str) -> None:
     with pytest.raises(RecipeError, match=wanted):
-        Recipe.from_json(text)
+        recipe_from_json(text)
 
 
 @pytest.mark.parametrize(
@@ -300,8 +291,8 @@ def test_the_batch_is_checked_against_torchruns_processes(monkeypatch: pytest.Mo
 
 
 def test_every_type_has_words_and_every_key_a_line_of_help() -> None:
-    assert set(_keys().values()) <= set(_EXPECTED)
+    assert set(recipe_keys().values()) <= set(_EXPECTED)
     text = recipe_parser().format_help()
-    for key in _keys():
+    for key in recipe_keys():
         line = re.search(rf"^  --{re.escape(key)} .*?(?=^  --|^\S|\Z)", text, re.M | re.S)
         assert line and re.sub(rf"--{key} \S+|\(type.*", "", line[0], flags=re.S).strip(), key

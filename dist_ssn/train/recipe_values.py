@@ -1,0 +1,114 @@
+"""What the values of a recipe may be."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_ssn.errors import unknown_choice
+from dist_ssn.train.data import DATA
+from dist_ssn.train.models import MODELS
+from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
+from dist_ssn.train.recipe import Recipe
+from dist_ssn.train.recipe_keys import raise_all, recipe_keys, type_problems
+
+# Values that are one of a few names.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "data.name": tuple(DATA),
+    "optimizer.name": tuple(OPTIMIZERS),
+    "schedule.name": tuple(SCHEDULES),
+    "engine.name": ("ddp",),
+    "wandb.mode": ("disabled", "offline", "online"),
+    "precision": ("fp32", "bf16"),
+}
+
+
+def validate(recipe: Recipe, world_size: int) -> None:
+    """Checks every value of a recipe, for a run on `world_size` processes, and reports all problems at once.
+
+    Raises:
+        RecipeError: one sentence with each wrong key, its value, and what would be right.
+    """
+    problems = recipe_problems(recipe, world_size)
+    raise_all([f"recipe {recipe.name!r}: {problem}" for problem in problems.values()])
+
+
+def recipe_problems(recipe: Recipe, world_size: int) -> dict[str, str]:
+    """Key → what is wrong with it, types first: a value of a wrong type is not looked at further."""
+    values = {key: functools.reduce(getattr, key.split("."), recipe) for key in recipe_keys()}
+    problems = type_problems(values)
+    for key, problem in _value_problems(values, world_size, wrong=set(problems)):
+        problems.setdefault(key, f"{key} {problem}")
+    return problems
+
+
+def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str]) -> Iterator[tuple[str, str]]:
+    def given(*keys: str) -> bool:
+        return all(key not in wrong and values[key] is not None for key in keys)
+
+    for key in (
+        *("steps", "batch_size", "accumulation", "evaluate_every", "evaluate_batches", "patience", "threads"),
+        *("data.limit", "checkpoint.every", "checkpoint.keep"),
+    ):
+        if given(key) and values[key] < 1:
+            yield key, f"must be at least 1, got {values[key]}"
+    for key in ("seed", "share.seed", "schedule.warmup"):
+        if given(key) and values[key] < 0:
+            yield key, f"must be 0 or more, got {values[key]}"
+    for key, low, high, rule in (
+        ("optimizer.lr", math.ulp(0), math.inf, "a number above 0"),
+        ("clip_norm", math.ulp(0), math.inf, "a number above 0, or null for no clipping"),
+        ("optimizer.weight_decay", 0, math.inf, "0 or more"),
+        ("optimizer.momentum", 0, 1, "at least 0 and below 1"),
+        ("schedule.final", 0, math.nextafter(1, 2), "between 0 and 1"),
+        ("schedule.gamma", math.ulp(0), math.nextafter(1, 2), "above 0 and at most 1"),
+        ("data.validation", math.ulp(0), 1, "above 0 and below 1"),
+    ):
+        if given(key) and not low <= values[key] < high:  # nan and inf fail too
+            yield key, f"must be {rule}, got {values[key]}"
+    if given("optimizer.betas") and not all(0 <= beta < 1 for beta in values["optimizer.betas"]):
+        yield "optimizer.betas", f"must be two numbers, at least 0 and below 1, got {list(values['optimizer.betas'])}"
+    for key, known in CHOICES.items():
+        if given(key) and values[key] not in known:
+            yield key, f"is an {unknown_choice('name', values[key], known)}"
+    for key in ("name", "output", "model"):
+        if given(key) and not values[key].strip():
+            yield key, "must not be empty"
+    if given("name") and (Path(values["name"]).name != values["name"] or values["name"] == ".."):
+        yield "name", f"must be a plain name, for it names the run's folder, got {values['name']!r}"
+    if given("output") and Path(values["output"]).exists() and not Path(values["output"]).is_dir():
+        yield "output", f"must be a folder, but {values['output']!r} is a file"
+    if given("model") and values["model"] not in MODELS and "." not in values["model"]:
+        known = unknown_choice("name", values["model"], MODELS)
+        yield "model", f"is an {known}; a model of your own is an import path such as my_module.build"
+    if given("model_args") and not _is_json(values["model_args"]):
+        yield "model_args", "must hold only text, numbers, true, false, null, lists and dicts of them"
+    if given("steps", "schedule.warmup") and values["schedule.warmup"] > values["steps"] > 0:
+        yield "schedule.warmup", f"must be at most the {values['steps']} steps, got {values['schedule.warmup']}"
+    milestones = values["schedule.milestones"] if given("schedule.milestones") else ()
+    if list(milestones) != sorted(set(milestones)) or any(milestone < 1 for milestone in milestones):
+        yield "schedule.milestones", f"must be rising step numbers, got {list(milestones)}"
+    if given("schedule.name", "schedule.milestones") and values["schedule.name"] == "step" and not milestones:
+        yield "schedule.milestones", "must name at least one step, for schedule.name is step"
+    if given("share.plan") and not Path(values["share.plan"]).is_file():
+        yield "share.plan", f"must be a plan's JSON file, but {values['share.plan']!r} does not exist"
+    if given("batch_size", "accumulation") and min(values["batch_size"], values["accumulation"]) > 0:
+        parts = world_size * values["accumulation"]
+        if values["batch_size"] % parts:
+            yield (
+                "batch_size",
+                f"must be divisible by processes × accumulation = {world_size} × {values['accumulation']} = {parts}, "
+                f"got {values['batch_size']}; the next one is {parts * math.ceil(values['batch_size'] / parts)}",
+            )
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
