@@ -69,19 +69,20 @@ EQUAL: dict[str, dict[str, Any]] = {
 }
 """Dense models with at least as many parameters as the 10 % budget leaves."""
 _ADAMW, _SGD = (3e-3, 6e-3, 1.2e-2, 2.4e-2), (0.05, 0.1, 0.2, 0.4)
-RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD[:3]}
+RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD}
 KINDS = ("dense", "equal", "shared")
-DEFAULT = "offset"
-"""The morph that "auto" chooses below a budget of 1, named so that a line says what it measured."""
-MORPHS = (
-    "offset:rank=4",
-    "offset:gains=false",
-    "offset:templates=2",
-    "offset:chunk=8",
-    "hash",
-    "inter",
-    "mask",
-)
+DEFAULT = "offset:chunk=16"
+"""What "auto" chooses below a budget of 1 (gains where a weight is a matrix), named so that a line says what it measured."""
+MORPHS: dict[str, tuple[str, ...]] = {
+    "gpt": (
+        *("offset:chunk=64", "offset:chunk=8", "offset:chunk=16,gains=false", "offset:chunk=16,templates=2"),
+        *("offset:chunk=16,rank=4", "hash", "inter", "mask"),
+    ),
+    "wrn": (
+        *("offset:chunk=64", "offset:chunk=9", "offset:chunk=16,gains=true", "offset:chunk=16,templates=2"),
+        *("offset:chunk=16,rank=2", "hash", "inter", "mask"),
+    ),
+}
 SEEDS = (0, 1, 2)
 
 
@@ -101,14 +102,15 @@ def rates() -> Iterator[Cell]:
 
 
 def morphs() -> Iterator[Cell]:
-    """Every morph at 10 % and the default's best rate; the default over seeds of its mapping, and over mappings."""
+    """Every morph at 10 % and the default's best rate, over seeds of its mapping; the default over mappings, too."""
     best = best_rates(ResultFile("quality").lines())
-    for morph in MORPHS:
-        yield cell("gpt", "shared", best["gpt", "shared"], more={"share.morph": morph})
-    for seed in SEEDS[1:]:
-        yield cell("gpt", "shared", best["gpt", "shared"], more={"share.seed": seed})
-    for mapping in ("shape", "depth:2"):
-        yield cell("gpt", "shared", best["gpt", "shared"], more={"share.mapping": mapping})
+    for task, names in MORPHS.items():
+        for seed in SEEDS:
+            for morph in (DEFAULT, *names) if seed else names:  # the default at seed 0 is a cell of `rates`
+                more = {"share.morph": morph} | ({"share.seed": seed} if seed else {})
+                yield cell(task, "shared", best[task, "shared"], more=more)
+        for mapping in ("shape", "depth:2"):
+            yield cell(task, "shared", best[task, "shared"], more={"share.mapping": mapping})
 
 
 def confirm() -> Iterator[Cell]:
@@ -119,12 +121,13 @@ def confirm() -> Iterator[Cell]:
 
 
 def budgets() -> Iterator[Cell]:
-    """Where the best rate lies at each budget, for AdamW and SGD."""
-    for optimizer, grid in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.2, 0.4, 0.8, 1.6)}.items():
+    """Where the best rate lies at each budget, for AdamW and SGD: the mean of three seeds."""
+    for optimizer, grid in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.05, 0.1, 0.2, 0.4)}.items():
         for budget in (None, 0.02, 0.1, 0.5, 1.0):
-            for lr in grid:
-                more = {"optimizer.name": optimizer} | ({"share.budget": budget} if budget else {})
-                yield cell("gpt-small", "budgets", lr, more=more)
+            shared = {"share.budget": budget, "share.morph": "auto"} if budget else {}
+            for lr in (*grid, 6.4e-2) if (optimizer, budget) == ("adamw", 0.02) else grid:
+                for seed in SEEDS:
+                    yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})
 
 
 SUITES: dict[str, Callable[[], Iterator[Cell]]] = {

@@ -6,7 +6,7 @@ Letters: S = bytes that one rank hands to a collective; n = ranks in the collect
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,3 +153,20 @@ class Ledger:
                 }
                 for row in (self._rows[key] for key in keys)
             ]
+
+
+def merged_rows(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two ledgers' rows as one: sums by collective and purpose; a time that one does not know is unknown."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in (*before, *now):
+        key = (row["purpose"], row["collective"])
+        if key in rows:
+            sums = {
+                name: None if value is None or row[name] is None else value + row[name]
+                for name, value in rows[key].items()
+                if not isinstance(value, str)
+            }
+            rows[key] = {**rows[key], **sums}
+        else:
+            rows[key] = dict(row)
+    return list(rows.values())

@@ -178,9 +178,10 @@ def _cover(sizes: Sequence[int], bank: int, morph: Morph) -> int:
 def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
     """Adds the low-rank difference that was asked for, and gains where they fit beside the bank in the weight's share.
 
-    A difference is never automatic: what it takes from the bank costs more than it brings (benchmarks/results/quality).
+    Gains are automatic for matrices only: convolutions mostly stand between norms, whose own factors do the same
+    (docs/quality.md). A difference is never automatic: what it takes from the bank costs more than it brings.
     """
-    automatic = slot.morph in _WITH_EXTRAS
+    automatic = slot.morph in _WITH_EXTRAS and len(slot.shape) == 2
     around = slot.rows + slot.columns
     gains = morph.gains
     if gains is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import PlanError
 from .mapping import GROUP_NAME
-from .rules import CHUNK, EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
+from .rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
 from .types import FORMAT, LARGEST, Group, Plan, Slot
 
 _MOST_DIMENSIONS = 64  # as in torch
@@ -116,7 +116,7 @@ def _problem(slot: Slot, bank: int) -> str | None:
         "inter": (0 < height <= slot.rows and 0 < width <= slot.columns and templates * height * width <= bank,
                   templates if templates > 1 else 0),
         "wavg-up": (width > 0 and templates * width <= bank and height * width >= n, height * templates),
-        "offset": (1 <= slot.chunk <= max(n, CHUNK), templates if templates > 1 else 0),
+        "offset": (1 <= slot.chunk <= n, templates if templates > 1 else 0),
         "hash": (1 <= slot.chunk <= bank, templates if templates > 1 else 0),
     }  # fmt: skip
     fits, coefficients = wanted[slot.morph]

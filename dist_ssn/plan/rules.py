@@ -27,8 +27,8 @@ EMBEDDING_SIZE = 8
 
 MAX_TEMPLATES = 4
 """K of a weight that has room for it, unless the bank needs more readers."""
-CHUNK = 64
-"""Numbers in a row with one sign, where the user does not say."""
+CHUNK = 16
+"""Numbers in a row with one sign, where the user does not say: fewer learn no better, and 64 learn worse (docs/quality.md)."""
 _LARGEST_OPTION = 10**9
 _DOWN, _UP, _ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")
 
@@ -177,7 +177,7 @@ def _cut_mix(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 def _cut_signed(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     templates = morph.templates or cover
-    chunk = min(morph.chunk, slot.numel) if morph.chunk else CHUNK
+    chunk = min(morph.chunk or CHUNK, slot.numel)
     if slot.morph == "hash":
         chunk = max(1, min(chunk, bank // 100))  # what remains of the bank behind its last whole chunk is never read
     return replace(slot, templates=templates, coefficients=templates if templates > 1 else 0, chunk=chunk)

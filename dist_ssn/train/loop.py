@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,25 +26,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ssn.comm import CommMeter
+from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.engines import DDPEngine, Engine, World, init_world
-from dist_ssn.errors import CheckpointError, PlanError, RecipeError, UserError, unknown_choice
-from dist_ssn.plan import Plan
-from dist_ssn.share import share, shared_plan
+from dist_ssn.errors import CheckpointError, UserError
+from dist_ssn.share import shared_plan
 from dist_ssn.track import Console, Trackers, build_tracker, jsonable, set_aside, write_whole
 from dist_ssn.train import checkpoint
+from dist_ssn.train.build import build
 from dist_ssn.train.checkpoint import NotFinite, together
-from dist_ssn.train.data import Task, load_task
-from dist_ssn.train.models import build_model
-from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor
-from dist_ssn.train.recipe import Recipe, ShareConfig
-from dist_ssn.train.recipe_values import validate
+from dist_ssn.train.clock import Clock
+from dist_ssn.train.evaluate import evaluate
+from dist_ssn.train.losses import Losses
+from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
+from dist_ssn.train.recipe import Recipe, changed_settings
 
 ENGINES = {"ddp": DDPEngine}
 LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first
-WARM_UP = 5  # steps that the median time of a step leaves out
 PATIENCE_SECONDS = 20  # how long a failed rank waits for the others before it ends
 BAR_SECONDS = 0.2  # how often the progress bar is redrawn
-SETTINGS_OF_A_START = ("name", "output", "threads", "checkpoint", "engine", "wandb")  # may differ when a run goes on
 T = TypeVar("T")
 
 
@@ -100,39 +99,6 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Clock:
-    """Seconds of each step, without making the host wait for a CUDA device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self.times: list[float] = []
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        if self._cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._open.append((start, end))
-        else:
-            began = time.perf_counter()
-            yield
-            self.times.append(time.perf_counter() - began)
-
-    def settle(self) -> None:
-        """Reads what the device has measured; waits for it."""
-        for start, end in self._open:
-            end.synchronize()
-            self.times.append(start.elapsed_time(end) / 1000)
-        self._open.clear()
-
-    def median(self) -> float:
-        """Seconds of a step, without those of the warm-up."""
-        return statistics.median(self.times[min(WARM_UP, len(self.times) // 2) :])
-
-
 @dataclass
 class _Counters:
     """What a run carries over a checkpoint besides tensors, as JSON."""
@@ -154,7 +120,8 @@ class _Run:
         self.tracker = Trackers([])
         self.folder = Path(recipe.output) / recipe.name
         self.counters = _Counters()
-        self.clock = _Clock(world.device)
+        self.clock = Clock(world.device)
+        self.losses = Losses(world.device)
         self.last_checkpoint: Path | None = None
         self.saved_step: int | None = None
         self.after_first_step = (0, 0.0)
@@ -166,7 +133,7 @@ class _Run:
     def prepare(self) -> None:
         """Checks and builds everything; whatever is wrong on one rank stops all of them."""
         recipe = self.recipe
-        self.task, self.model = self._agree(self._build)
+        self.task, self.model = self._agree(lambda: build(recipe, self.world))
         self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
         self.schedule = self._agree(lambda: build_schedule(self.optimizer, recipe.schedule, recipe.steps))
         self.engine: Engine = ENGINES[recipe.engine.name](
@@ -180,21 +147,6 @@ class _Run:
         if recipe.checkpoint.resume:
             self._resume()
         self._agree(self._open_folder)
-        self._reset_losses()
-
-    def _build(self) -> tuple[Task, nn.Module]:
-        recipe = self.recipe
-        validate(recipe, self.world.world_size)
-        if recipe.engine.name not in ENGINES:
-            raise RecipeError(f"{unknown_choice('engine', recipe.engine.name, ENGINES)} (engine.name)")
-        task = load_task(recipe.data, context=recipe.model_args.get("context"), seed=recipe.seed)
-        # Both say now, and not when they are needed, whether there is data enough for these ranks and this batch.
-        world = self.world
-        task.batch(0, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
-        task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches)
-        torch.manual_seed(recipe.seed)
-        model = build_model(recipe.model, recipe.model_args, task)
-        return task, share_as(model, recipe.share).to(self.world.device)
 
     def _resume(self) -> None:
         saved = self._agree(self._load, "checkpoint")
@@ -212,7 +164,7 @@ class _Run:
             return
         fast_forward(self.schedule, saved.step)
         self.notes.append(f"goes on from {saved.path}")
-        if changed := _changed_settings(saved.recipe, json.loads(self.recipe.to_json())):
+        if changed := changed_settings(saved.recipe, json.loads(self.recipe.to_json())):
             self.notes.append(f"it goes on with other settings than before: {'; '.join(changed)}")
 
     def _load(self) -> checkpoint.State | None:
@@ -293,19 +245,11 @@ class _Run:
                 self.engine.backward(loss, last)
             total += loss.detach()
         self.engine.step()
-        self.loss_sum += total
-        bad = torch.where(torch.isfinite(total), self.first_bad, torch.full_like(self.first_bad, step))
-        self.first_bad = torch.minimum(self.first_bad, bad)
-        self.loss_count += 1
+        self.losses.add(step, total)
         return total
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
-
-    def _reset_losses(self) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        self.loss_count = 0
-        self.first_bad = torch.tensor(torch.iinfo(torch.int64).max, device=self.world.device)
 
     def _show(self, loss: Tensor, steps: int) -> None:
         """Moves the bar, now and then; reading the loss makes the host wait, so not in every step."""
@@ -324,12 +268,19 @@ class _Run:
     # ------------------------------------------------------------ between steps
 
     def _log(self, seen: int, evaluate: bool) -> None:
-        recipe, train_loss = self.recipe, self._mean_loss()
+        recipe = self.recipe
+        with self.meter.purpose("metrics"):
+            mean, first_bad = self.losses.take(self.world.world_size)
+        if first_bad is not None:
+            raise UserError(
+                f"the run {recipe.name} was stopped: its training loss became {mean} in step {first_bad + 1}; try a lower "
+                f"optimizer.lr than {recipe.optimizer.lr:g}, a warm-up or a clip_norm; {self._where_to_go_on()}"
+            )
         self.clock.settle()
         times = self.clock.times[seen:]
         self.counters.seconds += sum(times)
         values: dict[str, Any] = {
-            "train_loss": train_loss,
+            "train_loss": mean,
             "learning_rate": recipe.optimizer.lr * rate_factor(recipe.schedule, self.counters.step - 1, recipe.steps),
             "samples_per_second": recipe.batch_size * len(times) / sum(times),
             "seconds": self.counters.seconds,
@@ -342,70 +293,18 @@ class _Run:
             self.counters.history.append({"step": self.counters.step, **{key: values[key] for key in kept}})
         self._agree(lambda: self.tracker.log(self.counters.step, values), "metrics")
 
-    def _mean_loss(self) -> float:
-        """The mean training loss of all ranks since the last call.
-
-        Raises:
-            UserError: it is not finite; on every rank, with the first step in which it was not on any of them.
-        """
-        total, ranks = self.loss_sum, self.world.world_size
-        if ranks > 1:
-            with self.meter.purpose("metrics"):
-                dist.all_reduce(total)
-        mean = total.item() / (self.loss_count * ranks)
-        if not np.isfinite(mean):
-            if ranks > 1:
-                with self.meter.purpose("metrics"):
-                    dist.all_reduce(self.first_bad, op=dist.ReduceOp.MIN)
-            raise UserError(
-                f"the run {self.recipe.name} was stopped: its training loss became {mean} in step "
-                f"{int(self.first_bad.item()) + 1}; try a lower optimizer.lr than {self.recipe.optimizer.lr:g}, a "
-                f"warm-up or a clip_norm; {self._where_to_go_on()}"
-            )
-        self._reset_losses()
-        return mean
-
     def _where_to_go_on(self) -> str:
         if self.last_checkpoint is None:
             return "no checkpoint was written before"
         return f"the last checkpoint is {self.last_checkpoint}"
 
-    @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Means over the validation samples of all ranks, each key with "validation_" before it."""
-        recipe, world = self.recipe, self.world
-        self._equal_buffers()
-        self.model.eval()
-        sums: dict[str, Tensor] = {}
-        for batch in self.task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches):
-            inputs, targets = (part.to(world.device, non_blocking=True) for part in batch)
-            with self._autocast():
-                found = self.task.metrics(self.model(inputs), targets)
-            for key, value in found.items():
-                sums[key] = sums.get(key, 0) + value.double()
-        self.model.train()
-        stacked = torch.stack([sums[key] for key in sorted(sums)])
-        if world.world_size > 1:
-            with self.meter.purpose("metrics"):
-                dist.all_reduce(stacked)
-        totals = dict(zip(sorted(sums), stacked.tolist(), strict=True))
-        count = totals.pop("count")
-        means = {f"validation_{key}": value / count for key, value in totals.items()}
+        means = evaluate(self.engine.module, self.task, self.recipe, self.world, self.meter, self._autocast())
         counters, loss = self.counters, means["validation_loss"]
         improved = counters.best is None or loss < counters.best
         counters.best = loss if improved else counters.best
         counters.stale = 0 if improved else counters.stale + 1
         return means
-
-    def _equal_buffers(self) -> None:
-        """Gives every rank rank 0's running statistics, as DDP does before its next forward: those are saved, too."""
-        if self.world.world_size == 1:
-            return
-        kept = self.model.state_dict(keep_vars=True)
-        with self.meter.purpose("metrics"):
-            for name, buffer in self.model.named_buffers():
-                if name in kept:
-                    dist.broadcast(buffer, src=0)
 
     def _save(self) -> None:
         counters = dataclasses.replace(self.counters, ledger=self._ledger(), per_step=self._per_step())
@@ -441,7 +340,7 @@ class _Run:
         row: dict[str, Any] = {
             "name": self.recipe.name,
             "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            "optimizer_bytes": _state_bytes(self.optimizer),
+            "optimizer_bytes": state_bytes(self.optimizer),
             **self._per_step(),
             "total_bytes": self._ring_bytes(),
             **{key: value for key, value in last.items() if key.startswith("validation_")},
@@ -512,69 +411,8 @@ class _Run:
         return round(sum(entry["ring_bytes"] for entry in self._ledger()))
 
     def _ledger(self) -> list[dict[str, Any]]:
-        return _merged(self.counters.ledger, self.meter.ledger.rows())
+        return merged_rows(self.counters.ledger, self.meter.ledger.rows())
 
     def _agree(self, action: Callable[[], T], purpose: str = "other") -> T:
         with self.meter.purpose(purpose):
             return together(action, self.world.device)
-
-
-def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
-    """Shares `model` in place as a recipe says, by budget or by a plan's file; neither leaves it dense.
-
-    Raises:
-        PlanError: the plan's file cannot be read.
-    """
-    if config.plan is not None:
-        try:
-            plan = Plan.from_json(Path(config.plan).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"share.plan: cannot read {config.plan}: {error}") from error
-        return share(model, None, plan=plan)
-    if config.budget is None:
-        return model
-    return share(
-        model,
-        config.budget,
-        mapping=config.mapping,
-        morph=config.morph,
-        include=config.include,
-        exclude=config.exclude,
-        seed=config.seed,
-    )
-
-
-def _merged(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two ledgers' rows as one: sums by collective and purpose; a time that one does not know is unknown."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in (*before, *now):
-        key = (row["purpose"], row["collective"])
-        if key in rows:
-            sums = {
-                name: None if value is None or row[name] is None else value + row[name]
-                for name, value in rows[key].items()
-                if not isinstance(value, str)
-            }
-            rows[key] = {**rows[key], **sums}
-        else:
-            rows[key] = dict(row)
-    return list(rows.values())
-
-
-def _changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In which settings two recipes differ, other than those that say how a run is started."""
-    old, new = (dict(_flat(recipe)) for recipe in (before, now))
-    return [f"{key} was {old.get(key)} and is {value}" for key, value in new.items() if old.get(key) != value]
-
-
-def _flat(recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key, value in recipe.items():
-        if key not in SETTINGS_OF_A_START:
-            yield from (
-                ((f"{key}.{name}", part) for name, part in value.items()) if isinstance(value, dict) else [(key, value)]
-            )
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in states if isinstance(value, Tensor))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -96,3 +96,9 @@ def fast_forward(schedule: LambdaLR, step: int) -> None:
     )
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the optimizer's tensors on this rank."""
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in states if isinstance(value, Tensor))

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+SETTINGS_OF_A_START = ("name", "output", "threads", "checkpoint", "engine", "wandb")  # may differ when a run goes on
 
 
 @dataclass(frozen=True)
@@ -193,3 +197,17 @@ class Recipe:
     def to_json(self) -> str:
         """This recipe as JSON text, which `from_json` reads back to an equal recipe."""
         return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In which settings two recipes differ, other than those that say how a run is started."""
+    old, new = (dict(_flat(recipe)) for recipe in (before, now))
+    return [f"{key} was {old.get(key)} and is {value}" for key, value in new.items() if old.get(key) != value]
+
+
+def _flat(recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in recipe.items():
+        if key not in SETTINGS_OF_A_START:
+            yield from (
+                ((f"{key}.{name}", part) for name, part in value.items()) if isinstance(value, dict) else [(key, value)]
+            )

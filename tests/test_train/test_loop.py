@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dist_ssn
+from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.errors import CheckpointError, RecipeError, UserError
-from dist_ssn.train import loop
 from dist_ssn.train.loop import RunResult, train
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor
 from dist_ssn.train.recipe import (
@@ -394,6 +394,6 @@ def test_ledgers_add_up() -> None:
         {"purpose": "gradients", "collective": "all_reduce", "operations": 1, "ring_bytes": 4.0, "seconds": 0.5},
         {"purpose": "metrics", "collective": "all_reduce", "operations": 1, "ring_bytes": 1.0, "seconds": 0.5},
     ]
-    merged = loop._merged(before, now)
+    merged = merged_rows(before, now)
     assert merged[0] == before[0] | {"operations": 3, "ring_bytes": 12.0}
     assert merged[1] == now[1]

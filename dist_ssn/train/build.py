@@ -1,0 +1,58 @@
+"""From a recipe to its task and its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dist_ssn.engines import World
+from dist_ssn.errors import PlanError
+from dist_ssn.plan import Plan
+from dist_ssn.share import share
+from dist_ssn.train.data import Task, load_task
+from dist_ssn.train.models import build_model
+from dist_ssn.train.recipe import Recipe, ShareConfig
+from dist_ssn.train.recipe_values import validate
+
+
+def build(recipe: Recipe, world: World) -> tuple[Task, nn.Module]:
+    """The task and the model, shared as the recipe says, on this process's device.
+
+    Raises:
+        UserError: the recipe, the data or the model is not usable by so many processes.
+    """
+    validate(recipe, world.world_size)
+    task = load_task(recipe.data, context=recipe.model_args.get("context"), seed=recipe.seed)
+    # Both say now, and not when they are needed, whether there is data enough for these ranks and this batch.
+    task.batch(0, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
+    task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches)
+    torch.manual_seed(recipe.seed)
+    model = build_model(recipe.model, recipe.model_args, task)
+    return task, share_as(model, recipe.share).to(world.device)
+
+
+def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
+    """Shares `model` in place as a recipe says, by budget or by a plan's file; neither leaves it dense.
+
+    Raises:
+        PlanError: the plan's file cannot be read.
+    """
+    if config.plan is not None:
+        try:
+            plan = Plan.from_json(Path(config.plan).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"share.plan: cannot read {config.plan}: {error}") from error
+        return share(model, None, plan=plan)
+    if config.budget is None:
+        return model
+    return share(
+        model,
+        config.budget,
+        mapping=config.mapping,
+        morph=config.morph,
+        include=config.include,
+        exclude=config.exclude,
+        seed=config.seed,
+    )

@@ -1,0 +1,54 @@
+"""Validation on all ranks together."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ssn.comm import CommMeter
+from dist_ssn.engines import World
+from dist_ssn.train.data import Task
+from dist_ssn.train.recipe import Recipe
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    world: World,
+    meter: CommMeter,
+    autocast: AbstractContextManager[object],
+) -> dict[str, float]:
+    """Means over the validation samples of all ranks, each key with "validation_" before it."""
+    _equal_buffers(model, world, meter)
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    for batch in task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches):
+        inputs, targets = (part.to(world.device, non_blocking=True) for part in batch)
+        with autocast:
+            found = task.metrics(model(inputs), targets)
+        for key, value in found.items():
+            sums[key] = sums.get(key, 0) + value.double()
+    model.train()
+    stacked = torch.stack([sums[key] for key in sorted(sums)])
+    if world.world_size > 1:
+        with meter.purpose("metrics"):
+            dist.all_reduce(stacked)
+    totals = dict(zip(sorted(sums), stacked.tolist(), strict=True))
+    count = totals.pop("count")
+    return {f"validation_{key}": value / count for key, value in totals.items()}
+
+
+def _equal_buffers(model: nn.Module, world: World, meter: CommMeter) -> None:
+    """Gives every rank rank 0's running statistics, as DDP does before its next forward: those are saved, too."""
+    if world.world_size == 1:
+        return
+    kept = model.state_dict(keep_vars=True)
+    with meter.purpose("metrics"):
+        for name, buffer in model.named_buffers():
+            if name in kept:
+                dist.broadcast(buffer, src=0)
