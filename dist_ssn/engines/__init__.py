@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+
 from dist_ssn.engines.ddp import DDPEngine
+from dist_ssn.engines.divergence import check_equal
 from dist_ssn.engines.protocol import Engine, OptimizerState
 from dist_ssn.engines.world import World, init_world
 
-__all__ = ["DDPEngine", "Engine", "OptimizerState", "World", "init_world"]
+ENGINES = {
+    "ddp": "dist_ssn.engines.ddp:DDPEngine",
+}
+"""name → module:class. A module is imported when its engine is asked for."""
+
+
+def engine_class(name: str) -> type[Engine]:
+    """The class of an engine, a key of `ENGINES`."""
+    module, _, attribute = ENGINES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+__all__ = ["ENGINES", "DDPEngine", "Engine", "OptimizerState", "World", "check_equal", "engine_class", "init_world"]

@@ -76,6 +76,8 @@ class DDPEngine:
     Raises: UserError when the model has nothing to train, or the optimizer holds parameters of another model.
     """
 
+    replicated = True
+
     def __init__(
         self,
         model: nn.Module,

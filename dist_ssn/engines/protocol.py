@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 OptimizerState = dict[str, dict[str, Any]]
 """name of a parameter → the optimizer's tensors and plain numbers for it ("exp_avg": …, "step": …)."""
@@ -36,6 +37,20 @@ class Engine(Protocol):
     model: nn.Module
     """What to call for a forward in training."""
     optimizer: Optimizer
+    replicated: bool
+    """Whether every process holds all parameters whole, so that they can be compared."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scheduler: LRScheduler | None = None,
+        clip_norm: float | None = None,
+        **options: Any,
+    ) -> None:
+        """Each engine has options of its own. With one process, all work as if there were no engine."""
+        ...
 
     @staticmethod
     def prepare(model: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dist_ssn.comm import CommMeter
 from dist_ssn.comm.ledger import merged_rows
-from dist_ssn.engines import DDPEngine, Engine, World, init_world
+from dist_ssn.engines import Engine, World, check_equal, engine_class, init_world
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.share import shared_plan
 from dist_ssn.track import Console, Trackers, build_tracker, jsonable, set_aside, write_whole
@@ -38,9 +38,8 @@ from dist_ssn.train.clock import Clock
 from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
-from dist_ssn.train.recipe import Recipe, changed_settings
+from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe, changed_settings
 
-ENGINES = {"ddp": DDPEngine}
 LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first
 PATIENCE_SECONDS = 20  # how long a failed rank waits for the others before it ends
 BAR_SECONDS = 0.2  # how often the progress bar is redrawn
@@ -133,16 +132,17 @@ class _Run:
     def prepare(self) -> None:
         """Checks and builds everything; whatever is wrong on one rank stops all of them."""
         recipe = self.recipe
-        self.task, self.model = self._agree(lambda: build(recipe, self.world))
+        engine = self._agree(lambda: engine_class(recipe.engine.name))
+        self.task, model = self._agree(lambda: build(recipe, self.world))
+        self.model = engine.prepare(model)
         self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
         self.schedule = self._agree(lambda: build_schedule(self.optimizer, recipe.schedule, recipe.steps))
-        self.engine: Engine = ENGINES[recipe.engine.name](
+        self.engine: Engine = engine(
             self.model,
             self.optimizer,
             scheduler=self.schedule,
             clip_norm=recipe.clip_norm,
-            static_graph=recipe.engine.static_graph,
-            find_unused_parameters=recipe.engine.find_unused_parameters,
+            **{name: getattr(recipe.engine, name) for name in ENGINE_OPTIONS[recipe.engine.name]},
         )
         if recipe.checkpoint.resume:
             self._resume()
@@ -219,6 +219,12 @@ class _Run:
             with self.clock.step():
                 loss = self._step(counters.step)
             counters.step += 1
+            if (
+                recipe.engine.compare_every
+                and counters.step % recipe.engine.compare_every == 0
+                and self.engine.replicated
+            ):
+                check_equal(self.engine.module, counters.step)
             if counters.step == first + 1:
                 self.after_first_step = self._step_bytes()
             self._show(loss, counters.step - first)

@@ -120,11 +120,19 @@ class EngineConfig:
         name: ddp
         static_graph: every step uses the same layers in the same order (ddp)
         find_unused_parameters: some steps leave layers out (ddp)
+        compare_every: steps between two proofs that all ranks hold the same parameters; null: none
     """
 
     name: str = "ddp"
     static_graph: bool = False
     find_unused_parameters: bool = False
+    compare_every: int | None = 100
+
+
+ENGINE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "ddp": ("static_graph", "find_unused_parameters"),
+}
+"""engine → which keys of `EngineConfig` it takes as arguments."""
 
 
 @dataclass(frozen=True)

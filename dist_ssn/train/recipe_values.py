@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_ssn.engines import ENGINES
 from dist_ssn.errors import unknown_choice
 from dist_ssn.train.data import DATA
 from dist_ssn.train.models import MODELS
@@ -21,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.name": tuple(DATA),
     "optimizer.name": tuple(OPTIMIZERS),
     "schedule.name": tuple(SCHEDULES),
-    "engine.name": ("ddp",),
+    "engine.name": tuple(ENGINES),
     "wandb.mode": ("disabled", "offline", "online"),
     "precision": ("fp32", "bf16"),
 }
@@ -52,7 +53,7 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
 
     for key in (
         *("steps", "batch_size", "accumulation", "evaluate_every", "evaluate_batches", "patience", "threads"),
-        *("data.limit", "checkpoint.every", "checkpoint.keep"),
+        *("data.limit", "checkpoint.every", "checkpoint.keep", "engine.compare_every"),
     ):
         if given(key) and values[key] < 1:
             yield key, f"must be at least 1, got {values[key]}"
