@@ -1,13 +1,14 @@
 """dist_ssn: train neural networks over slow networks by generating their weights from a few small banks.
 
 model = dist_ssn.share(model, 0.1)                                   # 10 % of the weights' numbers, before the optimizer
-optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(model), lr=1e-3)
+optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(model, lr=1e-3))
 model = torch.nn.parallel.DistributedDataParallel(model)             # sends a tenth
 """
 
 from .comm.meter import CommMeter
+from .groups import parameter_groups
 from .plan import Morph, Plan, make_plan
-from .share import materialize, parameter_groups, share, shared_plan, summary
+from .share import materialize, share, shared_plan, summary
 
 __all__ = [
     "CommMeter",

@@ -317,29 +317,3 @@ def summary(model: nn.Module) -> Summary:
     sets = _bank_sets(model)
     shared = sum(p.numel() for banks in sets for p in banks.parameters() if p.requires_grad)
     return Summary(total, total - shared, tuple(banks.plan for banks in sets))
-
-
-def parameter_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: banks, differences and matrices decay; gains, coefficients, biases and norms don't.
-
-    Works on dense models too, so that both are trained alike.
-    """
-    undecayed = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Bank)
-        for parameter in (module.coefficients, module.projections, module.gains)
-    }
-    decayed = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Bank)
-        for parameter in (module.bank, module.differences)
-    }
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            decays = id(parameter) in decayed or (parameter.ndim >= 2 and id(parameter) not in undecayed)
-            groups[decays].append(parameter)
-    kinds = [{"params": groups[True], "weight_decay": weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
-    return [kind for kind in kinds if kind["params"]]

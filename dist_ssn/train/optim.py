@@ -12,17 +12,19 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_ssn.errors import RecipeError, unknown_choice
-from dist_ssn.share import parameter_groups
+from dist_ssn.groups import parameter_groups
 
 if TYPE_CHECKING:
     from dist_ssn.train.recipe import OptimizerConfig, ScheduleConfig
 
 
-def _adamw(groups: list, config: OptimizerConfig) -> Optimizer:
+def _adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    groups = parameter_groups(model, config.weight_decay, lr=config.lr)
     return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay)
 
 
-def _sgd(groups: list, config: OptimizerConfig) -> Optimizer:
+def _sgd(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    groups = parameter_groups(model, config.weight_decay)
     nesterov = config.nesterov and config.momentum > 0
     return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay)
 
@@ -39,7 +41,7 @@ def _step(progress: float, step: int, config: ScheduleConfig) -> float:
     return config.gamma ** bisect.bisect_right(sorted(config.milestones), step)
 
 
-OPTIMIZERS: dict[str, Callable[[list, OptimizerConfig], Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
+OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
 
 # Each takes the part of the run that is done (0 to 1, counted from the end of the warm-up), the step, and the config.
 SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
@@ -57,7 +59,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """
     if config.name not in OPTIMIZERS:
         raise RecipeError(f"{unknown_choice('optimizer', config.name, OPTIMIZERS)} (optimizer.name)")
-    return OPTIMIZERS[config.name](parameter_groups(model, weight_decay=config.weight_decay), config)
+    return OPTIMIZERS[config.name](model, config)
 
 
 def rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
