@@ -97,7 +97,7 @@ def _problem(slot: Slot, bank: int) -> str | None:
     if not slot.name:
         return "its name is empty"
     if slot.morph not in SLOT_MORPHS:
-        return f"unknown morph {slot.morph!r}: known are {', '.join(SLOT_MORPHS)}"
+        return f"unknown morph {slot.morph!r:.60}: known are {', '.join(SLOT_MORPHS)}"
     if not 0 <= slot.start < bank or templates < 1 or min(slot.rank, slot.chunk, slot.coefficients) < 0:
         return "start, templates, rank, chunk or coefficients are out of range"
     if slot.scale <= 0 or slot.init_std <= 0:
