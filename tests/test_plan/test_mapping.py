@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def test_scale_keeps_near_standard_deviations_together(stds: list[float]) -> Non
         assert [w.name for w in group] == [w.name for w in weights if w in group]
     assert sorted(w.name for group in groups for w in group) == sorted(w.name for w in weights)
     spans = sorted((min(w.init_std for w in group), max(w.init_std for w in group)) for group in groups)
-    assert all(mine[1] < others[0] for mine, others in zip(spans, spans[1:], strict=False))
+    assert all(mine[1] < others[0] for mine, others in itertools.pairwise(spans))
 
 
 def test_the_order_of_a_mapping_by_hand_matters_only_where_globs_overlap() -> None:

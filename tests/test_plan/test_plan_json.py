@@ -1,4 +1,4 @@
-"""A plan as JSON: nothing is lost, and whatever somebody has changed in it is refused with one sentence, before anything is made."""
+"""A plan as JSON: nothing is lost, and what somebody has changed in it is refused in one sentence, before anything is made."""
 
 from __future__ import annotations
 
