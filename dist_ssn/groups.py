@@ -9,7 +9,7 @@ from torch import nn
 from .bank import Bank
 
 _EXPONENT = 3 / 8
-"""How a bank's rate under Adam grows with the number of its uses (docs/quality.md: between 1/4 and 1/2 all do)."""
+"""How the rate under Adam grows with the number of uses (measured: docs/quality.md)."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.01, lr: float | None = None) -> list[dict[str, Any]]:
@@ -20,21 +20,25 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01, lr: float | N
     Args:
         weight_decay: of those that decay.
         lr: the dense model's learning rate, for Adam and its relatives. They move every number by about the rate, however many
-            weights pull at it; a number that stands for many must move further. So each bank gets a rate of its own, `bank_rate`,
-            and a decay that is as strong as at `lr`. Leave it out with SGD, whose steps grow with the uses by themselves.
+            weights pull at it; a number that stands for many must move further. So each bank, and what its weights have of
+            their own, get `adam_rate` for the bank's uses; biases and norms that for the whole model's; decay stays as strong
+            as at `lr`. Leave it out with SGD, whose steps grow with the uses by themselves.
     """
-    banks = {id(m.bank): m for m in model.modules() if isinstance(m, Bank)}
-    differences = {id(m.differences) for m in banks.values()}
-    mixed = {id(p) for m in banks.values() for p in (m.coefficients, m.projections, m.gains)}
+    banks = [module for module in model.modules() if isinstance(module, Bank)]
+    of_bank = {id(p): bank for bank in banks for p in bank.parameters(recurse=False)}
+    decayed = {id(p) for bank in banks for p in (bank.bank, bank.differences)}
+    numel, size = (sum(getattr(bank.group, name) for bank in banks) for name in ("numel", "size"))
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        bank = banks.get(id(parameter))
-        decays = (
-            bank is not None or id(parameter) in differences or (parameter.ndim >= 2 and id(parameter) not in mixed)
-        )
-        factor = bank_rate(1.0, bank) if bank is not None and lr is not None else 1.0
+        bank = of_bank.get(id(parameter))
+        decays = id(parameter) in decayed or (bank is None and parameter.ndim >= 2)
+        factor = 1.0
+        if lr is not None and bank is not None:
+            factor = adam_rate(1.0, bank.group.numel / bank.group.size)
+        elif lr is not None and banks and parameter.ndim < 2:
+            factor = adam_rate(1.0, numel / size)
         groups.setdefault((factor, decays), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay / factor if decays else 0.0}
@@ -43,6 +47,6 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01, lr: float | N
     ]
 
 
-def bank_rate(lr: float, bank: Bank) -> float:
-    """The rate at which a bank learns under Adam where the dense model's is `lr`."""
-    return lr * max(1.0, bank.group.numel / bank.group.size) ** _EXPONENT
+def adam_rate(lr: float, uses: float) -> float:
+    """The rate under Adam of numbers that stand for `uses` numbers each, where the dense model's is `lr`."""
+    return lr * max(1.0, uses) ** _EXPONENT

@@ -287,17 +287,20 @@ def test_parameter_groups_hold_each_trainable_parameter_once(morph: str, budget:
     torch.optim.AdamW(groups, lr=1e-3)
 
 
-def test_a_bank_s_rate_under_adam_grows_with_its_uses_and_its_decay_does_not() -> None:
-    model = share(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), 0.1)
-    bank = next(p for name, p in model.named_parameters() if name.endswith(".bank"))
+def test_rates_under_adam_grow_with_the_uses_of_a_bank_and_decay_does_not() -> None:
+    inner = share(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), 0.1, mapping="single", morph="offset:gains=true")
+    model = nn.Sequential(inner, nn.Linear(64, 3))
+    of = {name: p for name, p in model.named_parameters()}
     groups = {id(p): group for group in parameter_groups(model, 0.2, lr=1e-3) for p in group["params"]}
-    uses = 2 * 64 * 64 / bank.numel()
-    assert groups[id(bank)]["lr"] == pytest.approx(1e-3 * uses ** (3 / 8)) and uses > 10
-    assert groups[id(bank)]["lr"] * groups[id(bank)]["weight_decay"] == pytest.approx(1e-3 * 0.2)
-    assert {groups[id(p)]["lr"] for p in model.parameters() if p is not bank} == {1e-3}
+    rates = {name: groups[id(p)]["lr"] for name, p in of.items()}
+    bank = next(name for name in of if name.endswith(".bank"))
+    uses = 2 * 64 * 64 / of[bank].numel()
+    high = pytest.approx(1e-3 * uses ** (3 / 8))
+    assert rates.pop("1.weight") == 1e-3 and uses > 10  # a matrix that is not shared
+    assert len(rates) == 5 and all(rate == high for rate in rates.values())
+    assert groups[id(of[bank])]["lr"] * groups[id(of[bank])]["weight_decay"] == pytest.approx(1e-3 * 0.2)
     assert all("lr" not in group for group in parameter_groups(model, 0.2))
-    dense = {group["lr"] for group in parameter_groups(nn.Linear(4, 4), lr=1e-3)}
-    assert dense == {1e-3}
+    assert {group["lr"] for group in parameter_groups(nn.Linear(4, 4), lr=1e-3)} == {1e-3}
 
 
 def test_parameter_groups_of_a_dense_model_decay_matrices_only() -> None:
