@@ -170,8 +170,10 @@ class _SharedRNN(SharedLayer):
         """The base class stores its list here; ours is derived."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "_flat_weights":
-            super().__setattr__(name, value)
+        if name in self._dist_ssn_names:
+            super().__setattr__(name, value)  # refuses it
+        elif name != "_flat_weights":
+            nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # the base class's reads its list of weights
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()

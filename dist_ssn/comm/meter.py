@@ -13,6 +13,7 @@ Who does not say `with purpose(...)` gets these purposes:
 - in DDP's constructor (broadcast of parameters and buffers, comparison of the shapes), and when DDP tells the other
   ranks its new buckets before the second step: initialization;
 - when DDP broadcasts buffers before a forward: buffers;
+- when FSDP2 gathers parameters, before a forward or for a backward: parameters;
 - else: other.
 """
 
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp_source
 from torch.nn.parallel import distributed as ddp_source
 
 from dist_ssn.comm.ledger import Ledger, Row, Totals, check_purpose
@@ -272,16 +274,20 @@ def _purpose_of(meter: CommMeter, collective: str, tensor: torch.Tensor | None, 
         scopes = _scopes.get(meter._thread) if foreign else None
         if scopes:
             return scopes[-1]
+        if collective == "all_gather":  # no gradient is gathered, but what FSDP2 has sharded
+            return "parameters"
         is_map = collective == "all_reduce" and tensor is not None and tensor.dtype == torch.int32
         return "other" if is_map else "gradients"
-    return _ddp_purpose()
+    return _caller_purpose()
 
 
-def _ddp_purpose() -> str:
-    """Why DDP communicates outside of backward, from the method of its that is on the stack; "other" if none is."""
+def _caller_purpose() -> str:
+    """Why DDP or FSDP2 communicates outside of backward, from who of them is on the stack; "other" if none is."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == ddp_source.__file__ and frame.f_code.co_name in _DDP_METHODS:
             return _DDP_METHODS[frame.f_code.co_name]
+        if frame.f_code.co_filename == fsdp_source.__file__:
+            return "parameters"
         frame = frame.f_back
     return "other"

@@ -11,6 +11,7 @@ from dist_ssn.engines.world import World, init_world
 
 ENGINES = {
     "ddp": "dist_ssn.engines.ddp:DDPEngine",
+    "fsdp": "dist_ssn.engines.fsdp:FSDPEngine",
 }
 """name → module:class. A module is imported when its engine is asked for."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -16,9 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
-from dist_ssn.engines.protocol import OptimizerState, load_whole_state, whole_state
-from dist_ssn.errors import ShareError, UserError
-from dist_ssn.share import shared_plan
+from dist_ssn.engines.divergence import check_plans
+from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
+from dist_ssn.errors import UserError
 
 MIB = 1024 * 1024
 _BANK = re.compile(r"(^|\.)dist_ssn\.[^.]+\.bank$")
@@ -89,7 +88,9 @@ class DDPEngine:
         find_unused_parameters: bool = False,
         bucket_mb: float | None = None,
     ) -> None:
-        _check(model, optimizer, clip_norm, bucket_mb)
+        check_optimizer(model, optimizer, clip_norm)
+        if bucket_mb is not None and not bucket_mb > 0:
+            raise UserError(f"bucket_mb must be above 0 or None, got {bucket_mb!r}")
         self.module = model
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -104,7 +105,7 @@ class DDPEngine:
         if self.world_size > 1:
             trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
             with purpose("initialization"):
-                _compare_plans(model)
+                check_plans(model)
                 # Buffers are broadcast before each forward only if the model has any, which is DDP's default; the
                 # argument for it changes its name between releases.
                 self.model = DistributedDataParallel(
@@ -175,45 +176,3 @@ class DDPEngine:
 
     def scatter(self, parameters: dict[str, torch.Tensor], optimizer: OptimizerState) -> None:
         load_whole_state(self.module, self.optimizer, parameters, optimizer)
-
-
-def _compare_plans(model: nn.Module) -> None:
-    """Costs 16 bytes. DDP copies rank 0's parameters to all, but not the plan by which each rank reads them.
-
-    Raises: ShareError on every rank, when not all have one plan.
-    """
-    plan = shared_plan(model)
-    number = int(plan.fingerprint, 16) >> 1 if plan is not None else 0
-    extremes = torch.tensor([number, -number], device=next(model.parameters()).device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    if extremes[0] != -extremes[1]:
-        raise ShareError(
-            "the ranks' models follow different plans, so each would read the same bank in another way: seed all ranks "
-            "alike before the model is built, or give them one plan, share(model, plan=...)"
-        )
-
-
-def _check(model: nn.Module, optimizer: Optimizer, clip_norm: float | None, bucket_mb: float | None) -> None:
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise UserError(
-            f"the model ({type(model).__name__}) has no trainable parameters: requires_grad is False for all"
-        )
-    known = {id(p) for p in model.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    strangers = [p for p in held if id(p) not in known]
-    if strangers:
-        raise UserError(
-            f"the optimizer holds {len(strangers)} of {len(held)} parameters that are not the model's (the first has "
-            f"the shape {tuple(strangers[0].shape)}): make the optimizer after share(), from the model it will train"
-        )
-    forgotten = sorted(name for key, name in trainable.items() if key not in {id(p) for p in held})
-    if forgotten:
-        warnings.warn(
-            f"{len(forgotten)} trainable parameters are not in the optimizer (the first is {forgotten[0]}): they are "
-            "sent in each step but never change; give them to the optimizer or set requires_grad to False",
-            stacklevel=3,
-        )
-    for what, value in (("clip_norm", clip_norm), ("bucket_mb", bucket_mb)):
-        if value is not None and not value > 0:
-            raise UserError(f"{what} must be above 0 or None, got {value!r}")

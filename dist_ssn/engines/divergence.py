@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dist_ssn.bank import Bank
 from dist_ssn.comm.meter import purpose
-from dist_ssn.errors import UserError
+from dist_ssn.errors import ShareError, UserError
+from dist_ssn.share import shared_plan
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 OWN = "the model's own parameters"
@@ -70,3 +71,19 @@ def _difference(names: list[str], by_rank: list[list[int]], step: int) -> str:
         f"after step {step} the ranks no longer hold the same numbers: {'; '.join(parts)} differs from the others; "
         "something changes parameters on some ranks only, or a machine computes wrongly: go on from the last checkpoint"
     )
+
+
+def check_plans(model: nn.Module) -> None:
+    """Costs 16 bytes. DDP copies rank 0's parameters to all, but not the plan by which each rank reads them.
+
+    Raises: ShareError on every rank, when not all have one plan.
+    """
+    plan = shared_plan(model)
+    number = int(plan.fingerprint, 16) >> 1 if plan is not None else 0
+    extremes = torch.tensor([number, -number], device=next(model.parameters()).device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise ShareError(
+            "the ranks' models follow different plans, so each would read the same bank in another way: seed all ranks "
+            "alike before the model is built, or give them one plan, share(model, plan=...)"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from dist_ssn.errors import UserError
 
 OptimizerState = dict[str, dict[str, Any]]
 """name of a parameter → the optimizer's tensors and plain numbers for it ("exp_avg": …, "step": …)."""
@@ -89,11 +92,47 @@ def load_whole_state(
     model: nn.Module, optimizer: Optimizer, parameters: dict[str, Tensor], state: OptimizerState
 ) -> None:
     """What `Engine.scatter` does where every process holds whole parameters."""
-    names: dict[Tensor, str] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameters[name])
-            names[parameter] = name
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    by_index = {index: state[name] for index, name in enumerate(ordered) if name in state}
+    by_index = optimizer_state_by_index(model, optimizer, state)
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def optimizer_state_by_index(
+    model: nn.Module, optimizer: Optimizer, state: OptimizerState
+) -> dict[int, dict[str, Any]]:
+    """`state` as `Optimizer.load_state_dict` counts parameters."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    return {index: state[name] for index, name in enumerate(ordered) if name in state}
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer, clip_norm: float | None) -> None:
+    """What every engine asks of its arguments.
+
+    Raises:
+        UserError: there is nothing to train, the optimizer holds parameters of another model, or clip_norm is not above 0.
+    """
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise UserError(
+            f"the model ({type(model).__name__}) has no trainable parameters: requires_grad is False for all"
+        )
+    known = {id(p) for p in model.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = [p for p in held if id(p) not in known]
+    if strangers:
+        raise UserError(
+            f"the optimizer holds {len(strangers)} of {len(held)} parameters that are not the model's (the first has "
+            f"the shape {tuple(strangers[0].shape)}): make the optimizer after share(), from the model it will train"
+        )
+    forgotten = sorted(name for key, name in trainable.items() if key not in {id(p) for p in held})
+    if forgotten:
+        warnings.warn(
+            f"{len(forgotten)} trainable parameters are not in the optimizer (the first is {forgotten[0]}): they are "
+            "sent in each step but never change; give them to the optimizer or set requires_grad to False",
+            stacklevel=3,
+        )
+    if clip_norm is not None and not clip_norm > 0:
+        raise UserError(f"clip_norm must be above 0 or None, got {clip_norm!r}")

@@ -410,7 +410,7 @@ class _Run:
 
     def _step_bytes(self) -> tuple[int, float]:
         """Logical and ring bytes of all steps of this process."""
-        totals = [self.meter.ledger.totals(purpose) for purpose in ("gradients", "buffers")]
+        totals = [self.meter.ledger.totals(purpose) for purpose in ("gradients", "parameters", "buffers")]
         return sum(part.logical_bytes for part in totals), sum(part.ring_bytes for part in totals)
 
     def _ring_bytes(self) -> int:

@@ -117,7 +117,7 @@ class EngineConfig:
     """How the processes work together.
 
     Args:
-        name: ddp
+        name: ddp or fsdp
         static_graph: every step uses the same layers in the same order (ddp)
         find_unused_parameters: some steps leave layers out (ddp)
         compare_every: steps between two proofs that all ranks hold the same parameters; null: none
@@ -131,6 +131,7 @@ class EngineConfig:
 
 ENGINE_OPTIONS: dict[str, tuple[str, ...]] = {
     "ddp": ("static_graph", "find_unused_parameters"),
+    "fsdp": (),
 }
 """engine → which keys of `EngineConfig` it takes as arguments."""
 

@@ -1,0 +1,154 @@
+"""FSDP2 (`fully_shard`): every process keeps a part of each bank and its optimizer state; banks are gathered once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_ssn.comm.meter import purpose
+from dist_ssn.engines.divergence import check_plans
+from dist_ssn.engines.protocol import (
+    OptimizerState,
+    check_optimizer,
+    load_whole_state,
+    optimizer_state_by_index,
+    whole_state,
+)
+from dist_ssn.errors import UserError
+
+
+class FSDPEngine:
+    """Trains a model whose parameters `prepare` has sharded.
+
+    The banks belong to the root's group: they are gathered before a step's first forward and stay until its last backward,
+    however many layers read them and however many micro-batches there are. With one process nothing is sharded.
+
+    Raises: UserError when `prepare` was forgotten, or the optimizer holds parameters of another model.
+    """
+
+    replicated = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scheduler: LRScheduler | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.world_size = dist.get_world_size() if joined else 1
+        if self.world_size > 1 and not isinstance(model, FSDPModule):
+            raise UserError(
+                "the model is not sharded yet: model = FSDPEngine.prepare(model) comes before the optimizer is made"
+            )
+        check_optimizer(model, optimizer, clip_norm)
+        self.module = self.model = model
+        self.optimizer, self.scheduler, self.clip_norm = optimizer, scheduler, clip_norm
+
+    @staticmethod
+    def prepare(
+        model: nn.Module, *, mesh: DeviceMesh | None = None, mp_policy: MixedPrecisionPolicy | None = None
+    ) -> nn.Module:
+        """Shards `model` in place, after all ranks have taken over rank 0's parameters and buffers.
+
+        Args:
+            mesh: one dimension to shard over all its processes, two to replicate over the first (HSDP); None: all processes.
+            mp_policy: the dtypes of gathered parameters and of the reduction.
+
+        Raises: ShareError on every rank, when the ranks' models follow different plans.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return model
+        with purpose("initialization"):
+            check_plans(model)
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+            # Trap: resharding after forward would empty the banks, from which backward makes each weight again.
+            fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=mp_policy or MixedPrecisionPolicy())
+        return model
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Put around forward and backward of one micro-batch: gradients stay whole and local until the step's last."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_is_last_backward(last)
+            self.module.set_requires_gradient_sync(last)
+            self.module.set_reshard_after_backward(last)
+        yield
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Gradients of `loss`: this process's mean, divided by the number of micro-batches."""
+        loss.backward()
+
+    def step(self) -> Tensor | None:
+        """Clips by the norm over all processes, updates the parts, drops the gradients; returns the norm if clipping."""
+        norm = None
+        if self.clip_norm is not None:
+            with purpose("gradients"):
+                norm = nn.utils.clip_grad_norm_(
+                    [p for p in self.module.parameters() if p.requires_grad], self.clip_norm
+                )
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        """Whole parameters and optimizer state on the CPU; one all-gather for each tensor."""
+        self._reshard()
+        parameters, state = whole_state(self.module, self.optimizer)
+        return (
+            {name: _whole(value) for name, value in parameters.items()},
+            {name: {key: _whole(value) for key, value in entries.items()} for name, entries in state.items()},
+        )
+
+    def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
+        """Each process takes its part of what all hold whole; nothing is sent."""
+        self._reshard()
+        if not isinstance(self.module, FSDPModule):
+            return load_whole_state(self.module, self.optimizer, parameters, optimizer)
+        mine = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, parameter in mine.items():
+                parameter.copy_(_part(parameters[name], parameter))
+        parts = {
+            name: {key: _part(value, mine[name]) for key, value in entries.items()}
+            for name, entries in optimizer.items()
+        }
+        by_index = optimizer_state_by_index(self.module, self.optimizer, parts)
+        self.optimizer.load_state_dict({"state": by_index, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _reshard(self) -> None:
+        """Lets go of banks that an evaluation has left gathered, and makes the sharded ones the model's parameters."""
+        if isinstance(self.module, FSDPModule):
+            for module in self.module.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.cpu() if isinstance(value, Tensor) else value
+
+
+def _part(value: Any, parameter: Tensor) -> Any:
+    """This process's part of a tensor that has the parameter's shape; anything else as it is."""
+    if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    device = parameter.device_mesh.device_type
+    return distribute_tensor(value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None)
