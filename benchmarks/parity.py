@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,11 +37,10 @@ WORLDS = (1, 2, 4)
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
     "fsdp": ("fsdp", {}),
-    "mpi": ("mpi", {}),
     **{f"zero-{stage}": ("deepspeed", {"stage": stage}) for stage in range(4)},
 }
 """name of a column → (engine, its options)."""
-LAUNCHES = (("ddp", "fsdp"), ("zero-0", "zero-1", "zero-2", "zero-3"), ("mpi",))
+LAUNCHES = (("ddp", "fsdp"), ("zero-0", "zero-1", "zero-2", "zero-3"))
 """Engines that share a launch."""
 
 
@@ -216,18 +214,8 @@ def launch(columns: tuple[str, ...], ranks: int, models: list[str], variants: li
         RuntimeError: a process failed; with what it said.
     """
     work = ["-m", "benchmarks.parity", "--worker", *columns, "--models", *models, "--variants", *variants]
-    here = Path(sys.executable).parent
-    if ENGINES[columns[0]][0] == "mpi":
-        command = [str(here / "mpirun"), "-launcher", "fork", "-n", str(ranks), sys.executable, "-m", "mpi4py", *work]
-    else:
-        torchrun = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr=127.0.0.1",
-            f"--nproc-per-node={ranks}",
-        ]
-        command = [sys.executable, *torchrun, *work]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *torchrun, *work]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:

@@ -12,6 +12,7 @@ from dist_ssn.engines.world import World, init_world
 ENGINES = {
     "ddp": "dist_ssn.engines.ddp:DDPEngine",
     "fsdp": "dist_ssn.engines.fsdp:FSDPEngine",
+    "deepspeed": "dist_ssn.engines.deepspeed:DeepSpeedEngine",
 }
 """name → module:class. A module is imported when its engine is asked for."""
 

@@ -117,21 +117,26 @@ class EngineConfig:
     """How the processes work together.
 
     Args:
-        name: ddp or fsdp
+        name: ddp, fsdp or deepspeed
         static_graph: every step uses the same layers in the same order (ddp)
         find_unused_parameters: some steps leave layers out (ddp)
+        stage: ZeRO's, 0 to 3; null: what config says, else 1 (deepspeed)
+        config: JSON file with DeepSpeed's own configuration (deepspeed)
         compare_every: steps between two proofs that all ranks hold the same parameters; null: none
     """
 
     name: str = "ddp"
     static_graph: bool = False
     find_unused_parameters: bool = False
+    stage: int | None = None
+    config: str | None = None
     compare_every: int | None = 100
 
 
 ENGINE_OPTIONS: dict[str, tuple[str, ...]] = {
     "ddp": ("static_graph", "find_unused_parameters"),
     "fsdp": (),
+    "deepspeed": ("stage", "config"),
 }
 """engine → which keys of `EngineConfig` it takes as arguments."""
 

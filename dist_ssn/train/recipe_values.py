@@ -14,7 +14,7 @@ from dist_ssn.errors import unknown_choice
 from dist_ssn.train.data import DATA
 from dist_ssn.train.models import MODELS
 from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
-from dist_ssn.train.recipe import Recipe
+from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe
 from dist_ssn.train.recipe_keys import raise_all, recipe_keys, type_problems
 
 # Values that are one of a few names.
@@ -76,6 +76,18 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
     for key, known in CHOICES.items():
         if given(key) and values[key] not in known:
             yield key, f"is an {unknown_choice('name', values[key], known)}"
+    if given("engine.name") and values["engine.name"] in ENGINE_OPTIONS:
+        for option in {name for names in ENGINE_OPTIONS.values() for name in names} - {
+            *ENGINE_OPTIONS[values["engine.name"]]
+        }:
+            key = f"engine.{option}"
+            if given(key) and values[key] is not False:
+                owners = " or ".join(name for name, options in ENGINE_OPTIONS.items() if option in options)
+                yield key, f"goes with the engine {owners}, not with {values['engine.name']}"
+    if given("engine.stage") and values["engine.stage"] not in range(4):
+        yield "engine.stage", f"must be 0, 1, 2 or 3, got {values['engine.stage']}"
+    if given("engine.config") and not Path(values["engine.config"]).is_file():
+        yield "engine.config", f"must be DeepSpeed's JSON file, but {values['engine.config']!r} does not exist"
     for key in ("name", "output", "model"):
         if given(key) and not values[key].strip():
             yield key, "must not be empty"

@@ -1,0 +1,252 @@
+"""DeepSpeed, ZeRO stages 0 to 3: only the banks and the model's own parameters are in its flat buffers.
+
+Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054; DeepSpeed's configuration as JSON is the user's own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_ssn.comm.meter import purpose
+from dist_ssn.engines.divergence import check_plans
+from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
+from dist_ssn.errors import UserError
+
+_REFUSED = {
+    "optimizer": "the optimizer is given to the engine, so that it holds the banks: make it before",
+    "scheduler": "the schedule is given to the engine, beside the optimizer",
+    "compression_training": "it changes layers' weights, and here layers have none",
+}
+_REFUSED_ZERO = {
+    "offload_param": "it takes a bank away between two of its readers",
+    "zero_quantized_weights": "it has no CPU path, and was not tried with a bank",
+    "zero_quantized_gradients": "it has no CPU path, and was not tried with a bank",
+    "zero_hpz_partition_size": "it was not tried with a bank",
+}
+
+
+class DeepSpeedEngine:
+    """Trains a model by `deepspeed.initialize`.
+
+    Args:
+        config: the user's own configuration, a dict or the path of a JSON file.
+        stage: ZeRO's, 0 to 3; 1 where neither this nor the configuration says one.
+
+    Raises: UserError when DeepSpeed is not installed, or what was asked for contradicts itself or would be wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scheduler: LRScheduler | None = None,
+        clip_norm: float | None = None,
+        config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        stage: int | None = None,
+    ) -> None:
+        check_optimizer(model, optimizer, clip_norm)
+        settings = settings_of(model, config, stage, clip_norm)
+        deepspeed = _deepspeed(next(model.parameters()).device)
+        self.stage: int = settings["zero_optimization"]["stage"]
+        self.replicated = self.stage < 3
+        self.clip_norm = settings["gradient_clipping"] or None
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        with purpose("initialization"):
+            check_plans(model)
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.module: nn.Module = model
+        self.model: nn.Module = self._engine
+        self.optimizer, self.scheduler = optimizer, scheduler
+
+    @staticmethod
+    def prepare(model: nn.Module) -> nn.Module:
+        """The model as it is: DeepSpeed takes parameters apart itself."""
+        return model
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Put around forward and backward of one micro-batch."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        with purpose("parameters"):
+            yield
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Gradients of `loss`: this process's mean, divided by the number of micro-batches."""
+        with purpose("gradients"):
+            self._engine.backward(loss)
+
+    def step(self) -> Tensor | None:
+        """Clips by the norm over all processes, updates, gathers what the stage has taken apart; returns the norm if clipping."""
+        with purpose("parameters"):
+            self._engine.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        norm = self._engine.get_global_grad_norm()  # None at stage 0
+        return torch.as_tensor(norm) if self.clip_norm and norm is not None else None
+
+    def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        """Whole parameters (the master copies, in fp32) and optimizer state; a collective for each tensor from stage 1 on."""
+        if not self.stage:
+            return whole_state(self.module, self.optimizer)
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self._link()
+        keys = {
+            key for flat in self._flat() for key, value in self.optimizer.state[flat].items() if _is_long(value, flat)
+        }
+        plain = {
+            k: v
+            for flat in self._flat()
+            for k, v in self.optimizer.state[flat].items()
+            if k not in keys and v is not None
+        }
+        parameters: dict[str, Tensor] = {}
+        state: OptimizerState = {}
+        for name, parameter in self.module.named_parameters():
+            parameters[name] = parameter.detach().cpu()
+            if parameter.requires_grad:
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                parameters[name] = safe_get_full_fp32_param(parameter).detach().reshape(shape).cpu()  # pyright: ignore
+                found = {key: safe_get_full_optimizer_state(parameter, key) for key in sorted(keys)}
+                state[name] = {
+                    key: value.detach().reshape(shape).cpu() for key, value in found.items() if value is not None
+                }
+                state[name] |= plain
+        return parameters, state
+
+    def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
+        """Each process takes its part of what all hold whole."""
+        if not self.stage:
+            return load_whole_state(self.module, self.optimizer, parameters, optimizer)
+        from deepspeed import zero
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        keys = {
+            key
+            for name, entries in optimizer.items()
+            for key, value in entries.items()
+            if _is_long(value, parameters[name])
+        }
+        plain = {key: value for entries in optimizer.values() for key, value in entries.items() if key not in keys}
+        for flat in self._flat():  # before its first step the optimizer knows nothing of them
+            entries = self.optimizer.state[flat]
+            entries.update({key: torch.zeros_like(flat) for key in keys - entries.keys()})
+            entries.update({key: value.clone() if isinstance(value, Tensor) else value for key, value in plain.items()})
+        self._link()
+        for name, parameter in self.module.named_parameters():
+            with zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3), torch.no_grad():
+                parameter.copy_(parameters[name])
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, parameters[name].to(parameter.device, torch.float32))
+                for key in sorted(keys & optimizer.get(name, {}).keys()):
+                    safe_set_full_optimizer_state(parameter, optimizer[name][key].to(parameter.device), key)
+
+    def _flat(self) -> list[Tensor]:
+        """This process's parts of the master copies, by which the optimizer keeps its state."""
+        inner = self._engine.optimizer
+        return inner.fp32_partitioned_groups_flat if self.stage == 3 else inner.single_partition_of_fp32_groups
+
+    def _link(self) -> None:
+        """Lets every parameter find its part of the optimizer's state.
+
+        Trap: DeepSpeed (0.19) does this after its first group's first step, when the others' state may not be there yet.
+        """
+        if self.stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _is_long(value: Any, parameter: Tensor) -> bool:
+    """Whether the optimizer's entry has one number for each of the parameter's."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.numel() == parameter.numel()
+
+
+def settings_of(
+    model: nn.Module,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None,
+    stage: int | None,
+    clip_norm: float | None,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: the user's, and what the banks need.
+
+    Raises:
+        UserError: it cannot be read, asks for what would be wrong, or contradicts `stage` or `clip_norm`.
+    """
+    settings = _read(config)
+    zero = dict(settings.get("zero_optimization") or {})
+    if stage is not None and zero.get("stage", stage) != stage:
+        raise UserError(
+            f"engine.stage is {stage}, and DeepSpeed's configuration says {zero['stage']}: leave one of them out"
+        )
+    zero["stage"] = zero.get("stage", 1 if stage is None else stage)
+    if zero["stage"] not in range(4):
+        raise UserError(f"ZeRO's stage must be 0, 1, 2 or 3, got {zero['stage']!r}")
+    for refused, found in ((_REFUSED, settings), (_REFUSED_ZERO, zero)):
+        for name in refused.keys() & {key for key, value in found.items() if value not in (None, False, 1, {})}:
+            raise UserError(f"DeepSpeed's configuration has {name!r}, which does not go with a bank: {refused[name]}")
+    if settings.get("gradient_accumulation_steps", 1) not in (1, "auto"):
+        raise UserError(
+            f"DeepSpeed's configuration says gradient_accumulation_steps: {settings['gradient_accumulation_steps']}: "
+            "leave it out, the training loop says which micro-batch is a step's last (accumulation, in a recipe)"
+        )
+    clipping = settings.get("gradient_clipping", clip_norm or 0.0)
+    if clipping == "auto":
+        clipping = clip_norm or 0.0
+    if clip_norm is not None and clipping != clip_norm:
+        raise UserError(
+            f"clip_norm is {clip_norm:g}, and DeepSpeed's configuration says gradient_clipping: {clipping}: leave one of them out"
+        )
+    # Stage 3 keeps parameters up to this size gathered from one step to the next; a bank must be, for layers read it again and
+    # again, in backward too.
+    largest = max((p.numel() for p in model.parameters()), default=0) + 1
+    whole = sum(p.numel() for p in model.parameters()) + 1
+    for key, least in (("stage3_param_persistence_threshold", largest), ("stage3_model_persistence_threshold", whole)):
+        zero[key] = max(least, zero[key] if isinstance(zero.get(key), int) else 0)
+    return {
+        **({} if "train_batch_size" in settings else {"train_micro_batch_size_per_gpu": 1}),
+        "zero_allow_untested_optimizer": True,
+        **settings,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clipping,
+        "zero_optimization": zero,
+    }
+
+
+def _read(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> dict[str, Any]:
+    if config is None or isinstance(config, Mapping):
+        return dict(config or {})
+    try:
+        found = json.loads(Path(config).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"DeepSpeed's configuration {os.fspath(config)} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"DeepSpeed's configuration {os.fspath(config)} must be a JSON object, such as {{}}")
+    return found
+
+
+def _deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
+    try:
+        import deepspeed
+        from deepspeed.utils import logger
+    except ImportError as error:
+        raise UserError(f"engine 'deepspeed' needs DeepSpeed ({error}): pip install 'dist_ssn[deepspeed]'") from None
+    logger.setLevel(logging.WARNING)
+    return deepspeed
