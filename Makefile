@@ -4,7 +4,7 @@
 # How to choose another Python or another torch: scripts/setup.sh.
 SHELL := bash
 VENV ?= .venv
-EXTRAS ?= dev,wandb
+EXTRAS ?= dev,wandb,deepspeed,mpi
 ARGS ?=
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +38,11 @@ WORLDS = (1, 2, 4)
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
     "fsdp": ("fsdp", {}),
+    "mpi": ("mpi", {}),
     **{f"zero-{stage}": ("deepspeed", {"stage": stage}) for stage in range(4)},
 }
 """name of a column → (engine, its options)."""
-LAUNCHES = (("ddp", "fsdp"), ("zero-0", "zero-1", "zero-2", "zero-3"))
+LAUNCHES = (("ddp", "fsdp"), ("zero-0", "zero-1", "zero-2", "zero-3"), ("mpi",))
 """Engines that share a launch."""
 
 
@@ -135,6 +137,17 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, variant: Variant)
         return F.cross_entropy(model(inputs).flatten(0, -2).float(), targets.flatten())
 
 
+def refusal(name: str, variant: Variant) -> str | None:
+    """Why this processor cannot run the dense model so, if it can't: some have no 16-bit LSTM."""
+    build, data = MODELS[name]
+    try:
+        inputs, targets = data()
+        loss_of(build(), inputs[0], targets[0], variant)
+    except RuntimeError as error:
+        return f"the dense model does not run here either: {str(error).splitlines()[0]}"
+    return None
+
+
 def alone(name: str, variant: Variant) -> tuple[list[float], dict[str, Tensor]]:
     """Plain autograd on whole batches: losses, and parameters after the last step."""
     model, inputs, targets = made(name, variant)
@@ -182,6 +195,11 @@ def cells(columns: list[str], models: list[str], variants: list[str]) -> Iterato
         for name in models:
             for kind in variants:
                 variant = VARIANTS[kind]
+                if why := refusal(name, variant):
+                    for column in columns:
+                        cell = {"engine": column, "model": name, "variant": kind, "ranks": world.world_size}
+                        yield {**cell, "why_not": why, "rank": world.rank}
+                    continue
                 losses, parameters = alone(name, variant)
                 for column in columns:
                     engine, options = ENGINES[column]
@@ -214,8 +232,12 @@ def launch(columns: tuple[str, ...], ranks: int, models: list[str], variants: li
         RuntimeError: a process failed; with what it said.
     """
     work = ["-m", "benchmarks.parity", "--worker", *columns, "--models", *models, "--variants", *variants]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *torchrun, *work]
+    if columns == ("mpi",):
+        mpirun = [str(Path(sys.executable).with_name("mpirun")), "-launcher", "fork", "-n", str(ranks)]
+        command = [*mpirun, sys.executable, *work]
+    else:
+        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *options, *work]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
@@ -226,7 +248,8 @@ def launch(columns: tuple[str, ...], ranks: int, models: list[str], variants: li
 
 
 def is_equal(cell: dict[str, Any]) -> bool:
-    return max(cell["difference"], cell["loss_difference"]) <= cell["tolerance"]
+    """Whether a cell is as it should be: within its tolerance, or impossible on this processor."""
+    return "why_not" in cell or max(cell["difference"], cell["loss_difference"]) <= cell["tolerance"]
 
 
 def main() -> None:
@@ -241,7 +264,7 @@ def main() -> None:
             if cell.pop("rank") == 0:
                 print(json.dumps(cell), flush=True)
         return
-    results, failed = ResultFile("parity"), 0
+    results, failed, reasons = ResultFile("parity"), 0, set()
     table = Table("ranks", "engine", *(f"{model}: worst of {len(arguments.variants)}" for model in arguments.models))
     for ranks in WORLDS:
         for columns in LAUNCHES:
@@ -250,12 +273,13 @@ def main() -> None:
                 results.add(cell)
                 failed += not is_equal(cell)
             for column in columns:
-                worst = [
-                    max((c for c in found if (c["engine"], c["model"]) == (column, model)), key=_distance)
-                    for model in arguments.models
-                ]
+                ran = [c for c in found if c["engine"] == column and "why_not" not in c]
+                worst = [max((c for c in ran if c["model"] == model), key=_distance) for model in arguments.models]
                 table.add_row(str(ranks), column, *(f"{c['difference']:.1e} ({c['variant']})" for c in worst))
-    Console(width=160).print(table)
+                for cell in found:
+                    if cell["engine"] == column and "why_not" in cell:
+                        reasons.add(f"{cell['model']}, {cell['variant']}: {cell['why_not']}")
+    Console(width=160).print(table, *sorted(reasons), sep="\n")
     if failed:
         raise SystemExit(f"{failed} cells differ by more than their tolerance")
 

@@ -152,8 +152,9 @@ def _version() -> str:
 
 
 def _tell(sentence: str) -> None:
-    """Writes a sentence to stderr, once per machine: every process of a torchrun that fails has the same to say."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Writes a sentence to stderr, once per machine: every process of a job that fails has the same to say."""
+    local_ranks = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+    if all(os.environ.get(name, "0") == "0" for name in local_ranks):
         print(f"dist-ssn: {' '.join(sentence.split())}", file=sys.stderr)
 
 

@@ -5,7 +5,7 @@ its siblings). The meter registers a kernel for these operators under the key `B
 call and sits directly above the backend's own kernel: the kernel notes the bytes and passes the call on. So it does
 not matter whether the process group or DDP exists before the meter is entered, which group or backend is used, or on
 which thread the call comes. Collectives that never reach the dispatcher (a process group written in Python, mpi4py)
-are not seen: book them with `meter.ledger.add`.
+are not seen: their callers say `book(...)`.
 
 Who does not say `with purpose(...)` gets these purposes:
 - in backward, and on threads of the backend (which run the later rounds of a communication hook): gradients, except
@@ -89,6 +89,17 @@ def purpose(name: str) -> Iterator[None]:
         else:
             # Threads' numbers are used again: leave nothing behind for the next one.
             del _scopes[thread]
+
+
+def book(collective: str, purpose: str, payload: int, group_size: int, *, exposed: float | None = None) -> None:
+    """Tell every active meter of a collective that it cannot see.
+
+    collective, purpose, payload, group_size: as in `Ledger.add`. exposed: seconds that the caller has waited, if it knows.
+    Raises: UserError for an unknown collective or purpose.
+    """
+    for meter in _meters:
+        row = meter.ledger.add(collective, purpose, payload, group_size, exposed=exposed is not None)
+        meter.ledger.add_times(row, exposed=exposed or 0.0)
 
 
 class CommMeter:

@@ -13,6 +13,7 @@ ENGINES = {
     "ddp": "dist_ssn.engines.ddp:DDPEngine",
     "fsdp": "dist_ssn.engines.fsdp:FSDPEngine",
     "deepspeed": "dist_ssn.engines.deepspeed:DeepSpeedEngine",
+    "mpi": "dist_ssn.engines.mpi:MPIEngine",
 }
 """name → module:class. A module is imported when its engine is asked for."""
 

@@ -5,6 +5,7 @@ Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054; DeepSpeed's c
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -107,15 +108,14 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link()
-        keys = {
-            key for flat in self._flat() for key, value in self.optimizer.state[flat].items() if _is_long(value, flat)
-        }
-        plain = {
-            k: v
-            for flat in self._flat()
-            for k, v in self.optimizer.state[flat].items()
-            if k not in keys and v is not None
-        }
+        # What the optimizer has one number of for each of a part's, and the rest ("step"), which is the same for all.
+        long, plain = set[str](), dict[str, Any]()
+        for flat in self._flat():
+            for key, value in self.optimizer.state[flat].items():
+                if _is_long(value, flat):
+                    long.add(key)
+                elif value is not None:
+                    plain[key] = value
         parameters: dict[str, Tensor] = {}
         state: OptimizerState = {}
         for name, parameter in self.module.named_parameters():
@@ -123,19 +123,18 @@ class DeepSpeedEngine:
             if parameter.requires_grad:
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 parameters[name] = safe_get_full_fp32_param(parameter).detach().reshape(shape).cpu()  # pyright: ignore
-                found = {key: safe_get_full_optimizer_state(parameter, key) for key in sorted(keys)}
+                found = {key: safe_get_full_optimizer_state(parameter, key) for key in sorted(long)}
                 state[name] = {
                     key: value.detach().reshape(shape).cpu() for key, value in found.items() if value is not None
                 }
-                state[name] |= plain
+                state[name] |= {key: copy.deepcopy(value) for key, value in plain.items()}
         return parameters, state
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """Each process takes its part of what all hold whole."""
         if not self.stage:
             return load_whole_state(self.module, self.optimizer, parameters, optimizer)
-        from deepspeed import zero
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed import utils, zero
 
         keys = {
             key
@@ -152,10 +151,25 @@ class DeepSpeedEngine:
         for name, parameter in self.module.named_parameters():
             with zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3), torch.no_grad():
                 parameter.copy_(parameters[name])
-            if parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, parameters[name].to(parameter.device, torch.float32))
-                for key in sorted(keys & optimizer.get(name, {}).keys()):
-                    safe_set_full_optimizer_state(parameter, optimizer[name][key].to(parameter.device), key)
+            if not parameter.requires_grad:
+                continue
+            # Trap: at stage 3, DeepSpeed (0.19) cannot set a whole tensor that does not divide by the number of processes.
+            kind = "local" if self.stage == 3 else "full"
+            set_parameter = getattr(utils, f"safe_set_{kind}_fp32_param")
+            set_state = getattr(utils, f"safe_set_{kind}_optimizer_state")
+            set_parameter(parameter, self._part(parameters[name], parameter))
+            for key in sorted(keys & optimizer.get(name, {}).keys()):
+                set_state(parameter, self._part(optimizer[name][key], parameter), key)
+
+    def _part(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """What DeepSpeed sets on this process: at stage 3 this process's part, padded like all parts to one size."""
+        value = value.to(parameter.device, torch.float32)
+        if self.stage < 3:
+            return value
+        size = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
+        padded = torch.zeros(size * self.world_size, device=parameter.device)
+        padded[: value.numel()] = value.reshape(-1)
+        return padded[size * self.rank :][:size]
 
     def _flat(self) -> list[Tensor]:
         """This process's parts of the master copies, by which the optimizer keeps its state."""

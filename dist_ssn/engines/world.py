@@ -1,4 +1,4 @@
-"""Which process this is, among how many: from the environment that torchrun sets."""
+"""Which process this is, among how many: from the environment that torchrun sets, or from MPI."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dist_ssn.engines import mpi_world
 from dist_ssn.errors import UserError
 
 
@@ -33,15 +34,17 @@ class World:
     def __enter__(self) -> World:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None:
+            mpi_world.failed()
         self.close()
 
 
 def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> World:
-    """Join the other processes that torchrun (or any launcher that sets the same variables) has started.
+    """Join the other processes that torchrun (or any launcher that sets the same variables) or an MPI launcher has started.
 
-    Nothing is started when WORLD_SIZE is absent or 1. A process group that exists already is used as it is. The
-    backend is gloo on CPU and NCCL on CUDA.
+    Nothing is started when WORLD_SIZE is absent or 1, and no MPI has started this process. A process group that exists already
+    is used as it is. The backend is gloo on CPU and NCCL on CUDA, and gloo beside MPI.
 
     timeout_seconds: how long to wait for the other processes, here and in each collective later.
     device: "cpu" or "cuda"; CUDA where there is one, if not given.
@@ -56,6 +59,9 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
         raise UserError("device 'cuda' was asked for, but PyTorch finds no CUDA device: use 'cpu'")
 
     joined = dist.is_available() and dist.is_initialized()
+    if not joined and "WORLD_SIZE" not in os.environ and mpi_world.started_by_mpi():
+        rank, world_size, local_rank = mpi_world.join_mpi(timeout_seconds)
+        return World(rank, world_size, local_rank, _device(kind, local_rank), owns_group=True)
     world_size = dist.get_world_size() if joined else _integer("WORLD_SIZE", default=1, low=1)
     if world_size == 1:
         return World(0, 1, 0, _device(kind, 0))

@@ -134,6 +134,9 @@ class _Run:
         recipe = self.recipe
         engine = self._agree(lambda: engine_class(recipe.engine.name))
         self.task, model = self._agree(lambda: build(recipe, self.world))
+        self.parameters = sum(
+            p.numel() for p in model.parameters() if p.requires_grad
+        )  # before an engine takes them apart
         self.model = engine.prepare(model)
         self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
         self.schedule = self._agree(lambda: build_schedule(self.optimizer, recipe.schedule, recipe.steps))
@@ -345,7 +348,7 @@ class _Run:
         last = counters.history[-1] if counters.history else self._evaluate()
         row: dict[str, Any] = {
             "name": self.recipe.name,
-            "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "parameters": self.parameters,
             "optimizer_bytes": state_bytes(self.optimizer),
             **self._per_step(),
             "total_bytes": self._ring_bytes(),

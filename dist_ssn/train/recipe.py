@@ -117,11 +117,12 @@ class EngineConfig:
     """How the processes work together.
 
     Args:
-        name: ddp, fsdp or deepspeed
+        name: ddp, fsdp, deepspeed or mpi
         static_graph: every step uses the same layers in the same order (ddp)
         find_unused_parameters: some steps leave layers out (ddp)
         stage: ZeRO's, 0 to 3; null: what config says, else 1 (deepspeed)
         config: JSON file with DeepSpeed's own configuration (deepspeed)
+        cuda_aware: gradients on a GPU are handed to MPI as they are (mpi)
         compare_every: steps between two proofs that all ranks hold the same parameters; null: none
     """
 
@@ -130,6 +131,7 @@ class EngineConfig:
     find_unused_parameters: bool = False
     stage: int | None = None
     config: str | None = None
+    cuda_aware: bool = False
     compare_every: int | None = 100
 
 
@@ -137,6 +139,7 @@ ENGINE_OPTIONS: dict[str, tuple[str, ...]] = {
     "ddp": ("static_graph", "find_unused_parameters"),
     "fsdp": (),
     "deepspeed": ("stage", "config"),
+    "mpi": ("cuda_aware",),
 }
 """engine → which keys of `EngineConfig` it takes as arguments."""
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.parity import LAUNCHES, MODELS, VARIANTS, is_equal, launch
 
-_NEEDS = {"zero-0": "deepspeed"}
+_NEEDS = {"zero-0": "deepspeed", "mpi": "mpi4py"}
 
 
 @pytest.mark.distributed
@@ -27,7 +27,7 @@ def test_an_engine_does_what_one_process_does(
 ) -> None:
     package = _NEEDS.get(columns[0])
     if package is not None and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed: pip install 'dist_ssn[{package}]'")
+        pytest.skip(f"{package} is not installed: pip install 'dist_ssn[all]'")
     found = launch(columns, ranks, models, variants)
     assert len(found) == len(columns) * len(models) * len(variants)
     assert [cell for cell in found if not is_equal(cell)] == []

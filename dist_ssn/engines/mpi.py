@@ -1,0 +1,222 @@
+"""MPI: mpi4py carries the gradients of each bank in a message of its own, and everything else in one.
+
+Source: mpi4py, Dalcin & Fang 2021, https://doi.org/10.1109/MCSE.2021.3083216; non-blocking collectives, MPI 3.1, section 5.12.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dist_ssn.bank import Bank
+from dist_ssn.comm.meter import book, purpose
+from dist_ssn.engines.divergence import check_plans
+from dist_ssn.engines.mpi_world import load_mpi
+from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
+from dist_ssn.errors import UserError
+
+PIECE_BYTES = 2**30
+"""A message is sent in pieces of at most this size: before MPI 4, a count had to be below 2³¹."""
+
+
+@dataclass
+class _Message:
+    """Gradients that travel together: one bank's, or everything else's."""
+
+    parameters: list[nn.Parameter]
+    buffer: Tensor | None = None  # what is under way: a flat gradient itself, or a copy of several
+    requests: list[Any] = field(default_factory=list)
+
+
+class MPIEngine:
+    """Trains a model with one copy per process, started by `mpirun` or by Slurm's `srun --mpi=…`.
+
+    Gradients are summed by `Iallreduce`. A message starts when its last gradient is final, in the middle of backward; MPI wants
+    all ranks to start them in one order, so that is the order in which they became final on rank 0 in the first step, which
+    itself sends everything at its end. A parameter without a gradient on a rank counts as zero there.
+
+    Args:
+        cuda_aware: hand gradients on a CUDA device to MPI as they are; otherwise they go through host memory.
+
+    Raises: UserError when mpi4py is not installed, or no MPI has started these processes.
+    """
+
+    replicated = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        scheduler: LRScheduler | None = None,
+        clip_norm: float | None = None,
+        cuda_aware: bool = False,
+    ) -> None:
+        check_optimizer(model, optimizer, clip_norm)
+        self._mpi = load_mpi()
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.world_size = dist.get_world_size() if joined else 1
+        if self._mpi.COMM_WORLD.size != self.world_size:
+            raise UserError(
+                f"engine 'mpi': MPI knows {self._mpi.COMM_WORLD.size} processes and torch.distributed {self.world_size}: "
+                "start them by mpirun -n … or srun --mpi=…, not by torchrun"
+            )
+        self.module = self.model = model
+        self.optimizer, self.scheduler, self.clip_norm = optimizer, scheduler, clip_norm
+        self.cuda_aware = cuda_aware
+        self._sends = False  # does the backward now under way end in averaged gradients?
+        self._averaged = True  # are the gradients that exist now the mean over all processes?
+        self._started = 0  # messages of this step that are under way, in order
+        self._fired: Counter[nn.Parameter] = Counter()  # how often each gradient has grown in this backward
+        self._final: Counter[nn.Parameter] | None = None  # how often it grows in all: known after the first step
+        self._ends: dict[nn.Parameter, int] = {}  # when it grew last in this backward
+        self._messages = _messages_of(model)
+        if self.world_size > 1:
+            self._comm = self._mpi.COMM_WORLD.Dup()
+            with purpose("initialization"):
+                check_plans(model)
+                for tensor in (*model.parameters(), *model.buffers()):
+                    dist.broadcast(tensor.detach(), src=0)
+            for message in self._messages:
+                for parameter in message.parameters:
+                    parameter.register_post_accumulate_grad_hook(self._on_gradient)
+
+    @staticmethod
+    def prepare(model: nn.Module) -> nn.Module:
+        """The model as it is: every process keeps whole parameters."""
+        return model
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Put around forward and backward of one micro-batch: nothing is sent unless it is the step's last."""
+        self._sends = last and self.world_size > 1
+        try:
+            yield
+        finally:
+            self._sends = False
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Gradients of `loss`: this process's mean, divided by the number of micro-batches."""
+        self._averaged = False
+        self._fired.clear()
+        loss.backward()
+        if self._sends:
+            self._finish()
+        self._averaged = last
+
+    def step(self) -> Tensor | None:
+        """Clips, updates the parameters and the learning rate, drops the gradients; returns the norm if clipping.
+
+        Raises: UserError when the last micro-batch was not marked as such: the processes would drift apart.
+        """
+        if not self._averaged:
+            raise UserError("step() after accumulating(last=False): the step's last micro-batch needs last=True")
+        norm = None
+        if self.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], self.clip_norm)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
+        """Every process holds everything: nothing is sent."""
+        return whole_state(self.module, self.optimizer)
+
+    def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
+        """Every process takes everything."""
+        load_whole_state(self.module, self.optimizer, parameters, optimizer)
+
+    def _on_gradient(self, parameter: Tensor) -> None:
+        """A gradient has grown: start every message that is complete, and whose predecessors have started."""
+        if not self._sends:
+            return
+        assert isinstance(parameter, nn.Parameter)
+        self._fired[parameter] += 1
+        self._ends[parameter] = sum(self._fired.values())
+        if self._final is None:
+            return
+        if self._fired[parameter] > self._final[parameter] and any(
+            parameter is p for message in self._messages[: self._started] for p in message.parameters
+        ):
+            raise UserError(
+                "a gradient grew after it was sent: this step uses a reentrantly checkpointed part more often than the first "
+                "one did; checkpoint with use_reentrant=False"
+            )
+        while self._started < len(self._messages):
+            parameters = self._messages[self._started].parameters
+            if any(self._fired[p] < self._final[p] for p in parameters):
+                return
+            self._start()
+
+    def _start(self) -> None:
+        message = self._messages[self._started]
+        self._started += 1
+        for parameter in message.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in message.parameters if parameter.grad is not None]
+        message.buffer = self._buffer(gradients)
+        pieces = message.buffer.split(max(1, PIECE_BYTES // message.buffer.element_size()))
+        message.requests = [
+            self._comm.Iallreduce(self._mpi.IN_PLACE, piece if piece.is_cuda else piece.numpy(), self._mpi.SUM)
+            for piece in pieces
+        ]
+
+    def _buffer(self, gradients: list[Tensor]) -> Tensor:
+        """One flat tensor that MPI can sum: of a type it knows, and where it can reach it."""
+        flat = gradients[0].reshape(-1) if len(gradients) == 1 else torch.cat([g.reshape(-1) for g in gradients])
+        if flat.dtype not in (torch.float32, torch.float64):
+            flat = flat.float()
+        if flat.is_cuda and self.cuda_aware:
+            torch.cuda.current_stream(flat.device).synchronize()  # MPI knows nothing of streams
+            return flat
+        return flat.cpu()
+
+    def _finish(self) -> None:
+        """Starts what has not started, waits for all, and puts means in the gradients' place."""
+        while self._started < len(self._messages):
+            self._start()
+        started = time.perf_counter()
+        for message in self._messages:
+            self._mpi.Request.Waitall(message.requests)
+        waited = time.perf_counter() - started
+        for place, message in enumerate(self._messages):
+            assert message.buffer is not None
+            payload = message.buffer.numel() * message.buffer.element_size()
+            exposed = 0.0 if place else waited  # one wait for all: the first one carries it
+            book("all_reduce", "gradients", payload, self.world_size, exposed=exposed)
+            means = (message.buffer / self.world_size).split([p.numel() for p in message.parameters])
+            for parameter, mean in zip(message.parameters, means, strict=True):
+                assert parameter.grad is not None
+                parameter.grad.copy_(mean.view_as(parameter))
+            message.buffer, message.requests = None, []
+        self._started = 0
+        if self._final is None:
+            self._learn()
+
+    def _learn(self) -> None:
+        """After the first backward: how often gradients grow, and the order in which rank 0's messages became complete."""
+        self._final = self._fired.copy()
+        ends = [max(self._ends.get(p, 0) for p in message.parameters) for message in self._messages]
+        order = self._comm.bcast(sorted(range(len(ends)), key=ends.__getitem__))
+        self._messages = [self._messages[place] for place in order]
+
+
+def _messages_of(model: nn.Module) -> list[_Message]:
+    banks = [module.bank for module in model.modules() if isinstance(module, Bank) and module.bank.requires_grad]
+    of_bank = set(banks)
+    own = [p for p in model.parameters() if p.requires_grad and p not in of_bank]
+    return [_Message([bank]) for bank in banks] + ([_Message(own)] if own else [])

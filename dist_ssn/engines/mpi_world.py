@@ -1,0 +1,81 @@
+"""Processes that mpirun, or Slurm by its PMI, has started: which one this is, and how they meet."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from dist_ssn.errors import UserError
+
+_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS", "PMIX_RANK")
+_failed = False
+
+
+def started_by_mpi() -> bool:
+    """Whether an MPI launcher has started this process: MPICH's and Open MPI's mpirun, `srun --mpi=pmi2` or `--mpi=pmix`."""
+    return any(name in os.environ for name in _SIZES)
+
+
+def load_mpi() -> Any:
+    """The module `mpi4py.MPI`.
+
+    A process that fails must not wait for the others in `MPI_Finalize`, as mpi4py makes it do at exit: it ends at once, and its
+    launcher ends the others.
+
+    Raises: UserError when mpi4py, or the MPI library that it needs, is not there.
+    """
+    try:
+        import mpi4py
+
+        ours = "mpi4py.MPI" not in sys.modules  # else its owner has decided how it ends
+        if ours:
+            mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"MPI needs mpi4py and an MPI library ({error}): pip install 'dist_ssn[mpi]'") from None
+    if ours:
+        atexit.register(lambda: None if _failed else MPI.Finalize())
+        show = sys.excepthook
+
+        def fail(*exception: Any) -> None:
+            failed()
+            show(*exception)
+
+        sys.excepthook = fail
+    return MPI
+
+
+def failed() -> None:
+    """This process ends by an error: without a word to the others."""
+    global _failed
+    _failed = True
+
+
+def join_mpi(timeout_seconds: float) -> tuple[int, int, int]:
+    """Rank, world size and local rank; beside MPI, a gloo group for all that is not a gradient, if there are several processes.
+
+    Rank 0 listens on MASTER_ADDR if that is set, else on loopback if all processes are on its machine, else on its host's name.
+    """
+    MPI = load_mpi()
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    if world.size > 1:
+        timeout = timedelta(seconds=timeout_seconds)
+        where = None
+        if world.rank == 0:
+            alone = local.size == world.size
+            address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else socket.gethostname())
+            store = TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
+            where = (address, store.port)
+        address, port = world.bcast(where)
+        if world.rank != 0:
+            store = TCPStore(address, port, is_master=False, timeout=timeout)
+        dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+    return world.rank, world.size, local.rank
