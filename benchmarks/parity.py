@@ -10,12 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,19 +27,11 @@ from dist_ssn.engines import engine_class, init_world
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
 
+from .launch import ENGINES, LAUNCHES, launch
 from .results import ResultFile
 
 STEPS, BATCH, LENGTH, VOCABULARY = 5, 12, 8, 32
 WORLDS = (1, 2, 4)
-ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddp": ("ddp", {}),
-    "fsdp": ("fsdp", {}),
-    "mpi": ("mpi", {}),
-    **{f"zero-{stage}": ("deepspeed", {"stage": stage}) for stage in range(4)},
-}
-"""name of a column → (engine, its options)."""
-LAUNCHES = (("ddp", "fsdp"), ("zero-0", "zero-1", "zero-2", "zero-3"), ("mpi",))
-"""Engines that share a launch."""
 
 
 class Variant(NamedTuple):
@@ -225,28 +213,6 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((mine - theirs).norm() / theirs.norm()) for mine, theirs in pairs)
 
 
-def launch(columns: tuple[str, ...], ranks: int, models: list[str], variants: list[str]) -> list[dict[str, Any]]:
-    """Runs the cells of one launch; what rank 0 printed.
-
-    Raises:
-        RuntimeError: a process failed; with what it said.
-    """
-    work = ["-m", "benchmarks.parity", "--worker", *columns, "--models", *models, "--variants", *variants]
-    if columns == ("mpi",):
-        mpirun = [str(Path(sys.executable).with_name("mpirun")), "-launcher", "fork", "-n", str(ranks)]
-        command = [*mpirun, sys.executable, *work]
-    else:
-        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *options, *work]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-        )
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"engine"')]
-
-
 def is_equal(cell: dict[str, Any]) -> bool:
     """Whether a cell is as it should be: within its tolerance, or impossible on this processor."""
     return "why_not" in cell or max(cell["difference"], cell["loss_difference"]) <= cell["tolerance"]
@@ -268,7 +234,8 @@ def main() -> None:
     table = Table("ranks", "engine", *(f"{model}: worst of {len(arguments.variants)}" for model in arguments.models))
     for ranks in WORLDS:
         for columns in LAUNCHES:
-            found = launch(columns, ranks, arguments.models, arguments.variants)
+            work = ("--models", *arguments.models, "--variants", *arguments.variants)
+            found = launch(columns, ranks, "benchmarks.parity", *work)
             for cell in found:
                 results.add(cell)
                 failed += not is_equal(cell)

@@ -123,7 +123,7 @@ def confirm() -> Iterator[Cell]:
 
 def budgets() -> Iterator[Cell]:
     """Where the best rate lies at each budget, for AdamW and SGD: the mean of three seeds."""
-    for optimizer, grid in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.05, 0.1, 0.2, 0.4)}.items():
+    for optimizer, grid in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.05, 0.1, 0.2, 0.4, 0.8)}.items():
         for budget in (None, 0.02, 0.1, 0.5, 1.0):
             shared = {"share.budget": budget, "share.morph": "auto"} if budget else {}
             for lr in (*grid, 6.4e-2) if (optimizer, budget) == ("adamw", 0.02) else grid:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -103,4 +104,5 @@ def fast_forward(schedule: LambdaLR, step: int) -> None:
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the optimizer's tensors on this rank."""
     states = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in states if isinstance(value, Tensor))
+    tensors = (value.to_local() if isinstance(value, DTensor) else value for value in states)
+    return sum(value.nbytes for value in tensors if isinstance(value, Tensor))

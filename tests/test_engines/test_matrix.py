@@ -6,7 +6,8 @@ import importlib.util
 
 import pytest
 
-from benchmarks.parity import LAUNCHES, MODELS, VARIANTS, is_equal, launch
+from benchmarks.launch import LAUNCHES, launch
+from benchmarks.parity import MODELS, VARIANTS, is_equal
 
 _NEEDS = {"zero-0": "deepspeed", "mpi": "mpi4py"}
 
@@ -28,6 +29,6 @@ def test_an_engine_does_what_one_process_does(
     package = _NEEDS.get(columns[0])
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install 'dist_ssn[all]'")
-    found = launch(columns, ranks, models, variants)
+    found = launch(columns, ranks, "benchmarks.parity", "--models", *models, "--variants", *variants)
     assert len(found) == len(columns) * len(models) * len(variants)
     assert [cell for cell in found if not is_equal(cell)] == []

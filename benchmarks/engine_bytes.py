@@ -1,0 +1,118 @@
+"""What each engine sends per step and keeps per rank, dense and shared, beside what theory says.
+
+python -m benchmarks.engine_bytes [--ranks 2 4]     # all engines; writes results/engine_bytes/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import dist_ssn
+from dist_ssn.comm import CommMeter
+from dist_ssn.engines import engine_class, init_world
+from dist_ssn.train.models.gpt import build_gpt
+from dist_ssn.train.optim import state_bytes
+
+from .launch import ENGINES, LAUNCHES, launch
+from .results import ResultFile
+
+BUDGET, STEPS = 0.1, 3
+STEP_PURPOSES = ("gradients", "parameters", "buffers", "other")
+
+
+def measure(column: str, budget: float | None, rank: int, world_size: int) -> dict[str, Any]:
+    """What a step sends, after the first two, and the optimizer's bytes on this rank."""
+    torch.manual_seed(0)
+    model = build_gpt(vocabulary=256, layers=4, width=128, heads=4, context=32)
+    if budget is not None:
+        dist_ssn.share(model, budget)
+    trainable = sum(p.numel() for p in model.parameters())
+    kind, options = ENGINES[column]
+    cls = engine_class(kind)
+    model = cls.prepare(model)
+    optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(model), lr=1e-3)
+    engine = cls(model, optimizer, **options)
+    tokens = torch.randint(0, 256, (2, 32))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            with engine.accumulating(True):
+                engine.backward(engine.model(tokens).square().mean())
+            engine.step()
+
+    steps(2)
+    with CommMeter() as meter:
+        steps(STEPS)
+    rows = [row for row in meter.ledger.rows() if row["purpose"] in STEP_PURPOSES]
+    return {
+        **{"engine": column, "budget": budget, "ranks": world_size, "rank": rank, "trainable": trainable},
+        "logical_bytes": sum(row["logical_bytes"] for row in rows) / STEPS,
+        "ring_bytes": sum(row["ring_bytes"] for row in rows) / STEPS,
+        "rounds": {f"{row['purpose']}: {row['collective']}": row["operations"] / STEPS for row in rows},
+        "optimizer_bytes": state_bytes(optimizer),
+    }
+
+
+def theory(column: str, trainable: int, ranks: int) -> float:
+    """Bytes on the wire, by the ring formula, of one step of so many numbers in fp32.
+
+    An all-reduce of everything, or its two halves: reduce-scatter, then all-gather (Rajbhandari et al. 2020, section 7). DeepSpeed
+    (0.19) does the first half of stages 1 and 2 by an all-reduce, unless told otherwise (use_multi_rank_bucket_allreduce).
+    """
+    halves = 3 if column in ("zero-1", "zero-2") else 2
+    return halves * (ranks - 1) / ranks * 4 * trainable
+
+
+def workers(columns: list[str]) -> Iterator[dict[str, Any]]:
+    with init_world(device="cpu") as world:
+        for column in columns:
+            for budget in (None, BUDGET):
+                yield measure(column, budget, world.rank, world.world_size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", nargs="+", choices=list(ENGINES), help="be one of the processes of these engines")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.worker:
+        for line in workers(arguments.worker):
+            if line["rank"] == 0:
+                print(json.dumps(line), flush=True)
+        return
+    results = ResultFile("engine_bytes")
+    names = (
+        "ranks",
+        "engine",
+        "sent: dense",
+        "shared",
+        "shared / theory",
+        "dense : shared",
+        "optimizer: dense",
+        "shared",
+    )
+    table = Table(*names)
+    for ranks in arguments.ranks:
+        for columns in LAUNCHES:
+            found = launch(columns, ranks, "benchmarks.engine_bytes")
+            for line in found:
+                results.add(line)
+            for column in columns:
+                dense, shared = (line for line in found if line["engine"] == column)
+                told = shared["ring_bytes"] / theory(column, shared["trainable"], ranks)
+                ratio = dense["ring_bytes"] / shared["ring_bytes"]
+                bytes_ = [f"{line[key]:,.0f}" for key in ("ring_bytes", "optimizer_bytes") for line in (dense, shared)]
+                table.add_row(str(ranks), column, *bytes_[:2], f"{told:.3f}", f"{ratio:.2f}", *bytes_[2:])
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
