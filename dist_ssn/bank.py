@@ -15,6 +15,7 @@ The pure path is `mix` and `finish` under plain autograd. It is the twin that te
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -100,6 +101,7 @@ class Bank(nn.Module):
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._anchored: _Anchored | None = None
+        self._warned = False  # of ZeRO-3, which would take it away after each use
         self._prepare()
 
     def _prepare(self) -> None:
@@ -271,6 +273,13 @@ class Bank(nn.Module):
         """The anchor of the present forward; a new one when a backward has used it or the parameters are not the same."""
         parameters = tuple((name, p) for name, p in self._parameters.items() if p is not None and p.requires_grad)
         anchored = self._anchored
+        if getattr(self.bank, "ds_persist", True) is False and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"DeepSpeed gathers this bank again for each of its {len(self.group.slots)} weights: let it stay from step to step "
+                f'by {{"zero_optimization": {{"stage3_param_persistence_threshold": {self.group.size + 1}}}}}',
+                stacklevel=2,
+            )
         if anchored is None or not anchored.holds(parameters):
             anchored = self._anchored = _Anchored(self, parameters)
         return anchored

@@ -179,6 +179,11 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             problems.append(f"{name} is lazy and has no shape yet: run one batch through the model first")
+        elif hasattr(parameter, "ds_id"):
+            problems.append(
+                f"{name} was taken apart by DeepSpeed (zero.Init, or an engine made before): share the model first, outside of "
+                "zero.Init; its bank is small enough to be made whole on every process"
+            )
         elif parameter.is_meta:
             problems.append(
                 f"{name} is on 'meta' and has no values: use model.to_empty(device=...) and initialize it first"
