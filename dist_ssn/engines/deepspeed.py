@@ -212,7 +212,14 @@ def settings_of(
     if zero["stage"] not in range(4):
         raise UserError(f"ZeRO's stage must be 0, 1, 2 or 3, got {zero['stage']!r}")
     for refused, found in ((_REFUSED, settings), (_REFUSED_ZERO, zero)):
-        for name in refused.keys() & {key for key, value in found.items() if value not in (None, False, 1, {})}:
+        for name in sorted(refused.keys() & found.keys()):
+            if found[name] is not True and found[name] in (
+                None,
+                False,
+                1,
+                {},
+            ):  # switched off; 1 is a partition of one process
+                continue
             raise UserError(f"DeepSpeed's configuration has {name!r}, which does not go with a bank: {refused[name]}")
     if settings.get("gradient_accumulation_steps", 1) not in (1, "auto"):
         raise UserError(
