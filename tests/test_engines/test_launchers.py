@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ LAUNCHERS: dict[str, tuple[str, int, list[str]]] = {
     "deepspeed": (
         "deepspeed",
         2,
-        [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port=29731", "--no_local_rank", "--module", "dist_ssn.cli"],
+        [str(BIN / "deepspeed"), "--num_gpus=2", "--master_port={port}", "--no_local_rank", "--module", "dist_ssn.cli"],
     ),
     "mpirun": ("mpi", 4, [str(BIN / "mpirun"), "-launcher", "fork", "-n", "4", sys.executable, "-m", "dist_ssn.cli"]),
 }
@@ -71,6 +72,9 @@ def test_a_job_ends_whole(launcher: str, how: str, tmp_path: Path) -> None:
         pytest.skip(f"{launcher} is not installed: pip install 'dist_ssn[all]'")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     settings = ["train", "--config", str(tmp_path / "recipe.yaml"), f"--output={tmp_path}", f"--engine.name={engine}"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        start = [part.format(port=free.getsockname()[1]) for part in start]
     environment = {
         **os.environ,
         **{"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"},
