@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -31,24 +32,33 @@ def sent(host: str, device: str) -> int:
     return int(text)
 
 
-def train(arguments: argparse.Namespace, budget: str | None, folder: str) -> dict[str, object]:
-    """Trains on all hosts; returns the meter's and the interfaces' figures per rank and step."""
-    before = [sent(host, arguments.device) for host in arguments.hosts]
+def train_on(hosts: list[str], address: str, device: str, recipe: list[str], folder: str) -> dict[str, Any]:
+    """Trains the quick start with these settings, one process on each host; returns its summary.
+
+    Raises:
+        SystemExit: a process failed; its own message stands above.
+    """
     processes = []
-    for rank, host in enumerate(arguments.hosts):
-        launcher = ["--nnodes", str(len(arguments.hosts)), "--nproc-per-node", "1", "--node-rank", str(rank)]
-        rendezvous = ["--master-addr", arguments.address, "--master-port", str(PORT)]
-        recipe = [f"--steps={arguments.steps}", f"--evaluate_every={arguments.steps}", f"--output={folder}"]
-        recipe += ["--schedule.warmup=1", f"--share.budget={json.dumps(budget) if budget is None else budget}"]
+    for rank, host in enumerate(hosts):
+        launcher = ["--nnodes", str(len(hosts)), "--nproc-per-node", "1", "--node-rank", str(rank)]
+        rendezvous = ["--master-addr", address, "--master-port", str(PORT)]
         command = [sys.executable, "-m", "torch.distributed.run", *launcher, *rendezvous, "-m", "dist_ssn.cli", "train"]
-        command += ["--config", "quickstart", *recipe]
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": arguments.device, "OMP_NUM_THREADS": "1"}
+        command += ["--config", "quickstart", f"--output={folder}", "--schedule.warmup=1", *recipe]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": device, "OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen(["ip", "netns", "exec", host, *command], env=environment))
     codes = [process.wait(timeout=1800) for process in processes]
     if any(codes):
         raise SystemExit(f"training ended with exit codes {codes}")
+    return json.loads((Path(folder) / "quickstart" / "summary.json").read_text())
+
+
+def measure(arguments: argparse.Namespace, budget: str | None, folder: str) -> dict[str, object]:
+    """The meter's and the interfaces' figures per rank and step."""
+    before = [sent(host, arguments.device) for host in arguments.hosts]
+    recipe = [f"--steps={arguments.steps}", f"--evaluate_every={arguments.steps}"]
+    recipe += [f"--share.budget={json.dumps(budget) if budget is None else budget}"]
+    summary = train_on(arguments.hosts, arguments.address, arguments.device, recipe, folder)
     after = [sent(host, arguments.device) for host in arguments.hosts]
-    summary = json.loads((Path(folder) / "quickstart" / "summary.json").read_text())
     row = summary["rows"][0]
     interface = [b - a for a, b in zip(before, after, strict=True)]
     return {
@@ -78,7 +88,7 @@ def main() -> None:
     )
     for budget in ("10%", None):
         with tempfile.TemporaryDirectory() as folder:
-            line = train(arguments, budget, folder)
+            line = measure(arguments, budget, folder)
         results.add(line)
         table.add_row(budget or "dense", *(str(line[key]) for key in (
             "parameters", "bytes_per_step_logical", "bytes_per_step_ring", "ring_bytes", "interface_bytes")),
