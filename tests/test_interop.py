@@ -99,6 +99,11 @@ def test_autocast(kind: str) -> None:
     shake(model, 0.02)
     dense = materialize(model)
     inputs = tuple(x.float() for x in KINDS[kind].inputs())
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            dense(*inputs)
+    except RuntimeError as error:
+        pytest.skip(f"this processor does not run the dense layer in 16 bits either: {error}")
     outputs, slopes = [], []
     for each in (model, dense):
         with torch.autocast("cpu", torch.bfloat16):

@@ -88,9 +88,19 @@ class DeepSpeedEngine:
             yield
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Gradients of `loss`: this process's mean, divided by the number of micro-batches."""
-        with purpose("gradients"):
-            self._engine.backward(loss)
+        """Gradients of `loss`: this process's mean, divided by the number of micro-batches.
+
+        Raises: UserError when a gradient comes in parts at stage 2 or 3, which send it as soon as it first grows.
+        """
+        try:
+            with purpose("gradients"):
+                self._engine.backward(loss)
+        except AssertionError as error:
+            raise UserError(
+                f"DeepSpeed at stage {self.stage} cannot reduce these gradients ({error or 'its own assertion failed'}); a bank "
+                "that several reentrant checkpoints read grows more than once: checkpoint with use_reentrant=False, or take "
+                "engine.stage 0 or 1"
+            ) from error
 
     def step(self) -> Tensor | None:
         """Clips by the norm over all processes, updates, gathers what the stage has taken apart; returns the norm if clipping."""

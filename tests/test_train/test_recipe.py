@@ -155,7 +155,7 @@ def test_wrong_json(text: str, wanted: str) -> None:
         ("optimizer: {lrr: 3}", "FILE: unknown key optimizer.lrr; did you mean optimizer.lr?"),
         ("qqqq: 3", "FILE: unknown key qqqq; --help lists all keys"),
         ("7: 3", "FILE: unknown key 7; --help lists all keys"),
-        ("config: other.yaml", "FILE: unknown key config; --help lists all keys"),
+        ("config: other.yaml", "FILE: unknown key config; did you mean engine.config?"),
         ("steps: abc", "FILE: steps must be a whole number, got 'abc'"),
         ("steps: 2.5", "FILE: steps must be a whole number, got 2.5"),
         ("steps: true", "FILE: steps must be a whole number, got True"),
