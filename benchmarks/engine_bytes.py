@@ -17,6 +17,7 @@ from rich.table import Table
 import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import engine_class, init_world
+from dist_ssn.plan.overlap import parse_overlap
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.optim import state_bytes
 
@@ -34,6 +35,8 @@ def measure(column: str, budget: float | None, rank: int, world_size: int) -> di
     if budget is not None:
         dist_ssn.share(model, budget)
     trainable = sum(p.numel() for p in model.parameters())
+    plan = dist_ssn.shared_plan(model)
+    banks = 0 if plan is None else sum(group.size for group in plan.groups)
     kind, options = ENGINES[column]
     cls = engine_class(kind)
     model = cls.prepare(model)
@@ -52,7 +55,8 @@ def measure(column: str, budget: float | None, rank: int, world_size: int) -> di
         steps(STEPS)
     rows = [row for row in meter.ledger.rows() if row["purpose"] in STEP_PURPOSES]
     return {
-        **{"engine": column, "budget": budget, "ranks": world_size, "rank": rank, "trainable": trainable},
+        **{"engine": column, "budget": budget, "ranks": world_size, "rank": rank},
+        **{"trainable": trainable, "banks": banks},
         "logical_bytes": sum(row["logical_bytes"] for row in rows) / STEPS,
         "ring_bytes": sum(row["ring_bytes"] for row in rows) / STEPS,
         "rounds": {f"{row['purpose']}: {row['collective']}": row["operations"] / STEPS for row in rows},
@@ -60,13 +64,15 @@ def measure(column: str, budget: float | None, rank: int, world_size: int) -> di
     }
 
 
-def theory(column: str, trainable: int, ranks: int) -> float:
-    """Bytes on the wire, by the ring formula, of one step of so many numbers in fp32.
+def theory(column: str, trainable: int, ranks: int, banks: int = 0) -> float:
+    """Bytes on the wire, by the ring formula, of one step of so many numbers in fp32, `banks` of them in banks.
 
     An all-reduce of everything, or its two halves: reduce-scatter, then all-gather (Rajbhandari et al. 2020, section 7). DeepSpeed
     (0.19) does the first half of stages 1 and 2 by an all-reduce, unless told otherwise (use_multi_rank_bucket_allreduce).
     """
     halves = 3 if column in ("zero-1", "zero-2") else 2
+    if "sums" in column:  # each bank as often as there are partial sums
+        trainable += (parse_overlap(column.split()[1]).pieces - 1) * banks
     return halves * (ranks - 1) / ranks * 4 * trainable
 
 
@@ -107,7 +113,7 @@ def main() -> None:
                 results.add(line)
             for column in columns:
                 dense, shared = (line for line in found if line["engine"] == column)
-                told = shared["ring_bytes"] / theory(column, shared["trainable"], ranks)
+                told = shared["ring_bytes"] / theory(column, shared["trainable"], ranks, shared["banks"])
                 ratio = dense["ring_bytes"] / shared["ring_bytes"]
                 bytes_ = [f"{line[key]:,.0f}" for key in ("ring_bytes", "optimizer_bytes") for line in (dense, shared)]
                 table.add_row(str(ranks), column, *bytes_[:2], f"{told:.3f}", f"{ratio:.2f}", *bytes_[2:])

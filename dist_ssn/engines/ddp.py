@@ -15,9 +15,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
+from dist_ssn.engines.delay import Delay
 from dist_ssn.engines.divergence import check_plans
+from dist_ssn.engines.exchange import GroupSum, make_exchange
 from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
 from dist_ssn.errors import UserError
+from dist_ssn.plan.overlap import Overlap, parse_overlap
 
 MIB = 1024 * 1024
 _BANK = re.compile(r"(^|\.)dist_ssn\.[^.]+\.bank$")
@@ -60,6 +63,8 @@ class DDPEngine:
     checkpointing, where one bank has several users. find_unused_parameters: for models that leave some parameters
     out of some steps (costs one more all-reduce of 4 bytes per parameter tensor).
     bucket_mb: MiB at which a bucket is closed, instead of the choice of `bucket_mib`.
+    overlap: how gradients travel while processes compute, see `dist_ssn.plan.overlap`. With "segments" and "sums" the banks
+    travel beside DDP; with "delay" DDP has nothing left to do, and buffers are each process's own.
 
     .model is what to call for a forward in training: the wrapper, or the model itself when there is one process.
     .module is always the model itself: use it for evaluation (the wrapper broadcasts buffers in each forward).
@@ -87,6 +92,7 @@ class DDPEngine:
         static_graph: bool = False,
         find_unused_parameters: bool = False,
         bucket_mb: float | None = None,
+        overlap: str | Overlap = "none",
     ) -> None:
         check_optimizer(model, optimizer, clip_norm)
         if bucket_mb is not None and not bucket_mb > 0:
@@ -102,10 +108,21 @@ class DDPEngine:
         self._last = True  # what `accumulating` said: does the backward now under way end in averaged gradients?
         self._averaged = True  # are the gradients that exist now the average over all processes?
         self._learning = static_graph  # does DDP still have to see its first backward?
+        way = parse_overlap(overlap)
+        group = dist.new_group() if joined and way.kind != "none" else None  # what it sends keeps an order of its own
+        self._exchange = make_exchange(model, way, lambda tensor: GroupSum(tensor, group), self.world_size)
+        self.delay = self._exchange if isinstance(self._exchange, Delay) else None
         if self.world_size > 1:
-            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            apart = self._exchange.parameters if self._exchange is not None else set()
+            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p not in apart]
+            names = [name for name, p in model.named_parameters() if p in apart]
             with purpose("initialization"):
                 check_plans(model)
+                for tensor in apart if trainable else (*model.parameters(), *model.buffers()):
+                    dist.broadcast(tensor.detach(), src=0)
+                if not trainable:
+                    return  # DDP refuses a model of which it has nothing to average
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
                 # Buffers are broadcast before each forward only if the model has any, which is DDP's default; the
                 # argument for it changes its name between releases.
                 self.model = DistributedDataParallel(
@@ -150,6 +167,8 @@ class DDPEngine:
                 f"put forward and backward inside `with engine.accumulating(last={last})`"
             )
         self._averaged = last
+        if last and self._exchange is not None:
+            self._exchange.arm(loss)
         loss.backward()
 
     def step(self) -> torch.Tensor | None:
@@ -168,11 +187,13 @@ class DDPEngine:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._exchange is not None:
+            self._exchange.stepped()
         return norm
 
     def gathered(self) -> tuple[dict[str, torch.Tensor], OptimizerState]:
         """Every process holds everything: no collective."""
-        return whole_state(self.module, self.optimizer)
+        return whole_state(self.module, self.optimizer, self.delay)
 
     def scatter(self, parameters: dict[str, torch.Tensor], optimizer: OptimizerState) -> None:
-        load_whole_state(self.module, self.optimizer, parameters, optimizer)
+        load_whole_state(self.module, self.optimizer, parameters, optimizer, self.delay)
