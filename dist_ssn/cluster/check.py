@@ -132,6 +132,8 @@ def _environment_problems(environment: Any) -> Iterator[str]:
             yield f"{where} is none of the variables that a cluster file may set: set it in your own shell instead"
         elif not isinstance(value, str):
             yield f'{where} must be text, in quotes if it looks like something else, such as "1", got {shown(value)}'
+        elif name.startswith("SBATCH_") and not re.fullmatch(r"[\w.,:@&|*()\[\]-]+", value):
+            yield f"{where} must be one word, as sbatch's option takes it, got {shown(value)}"
         elif not value.isprintable() or len(value) > 1000:
             yield f"{where} must be one line of at most 1000 printable characters, got {shown(value)}"
 
