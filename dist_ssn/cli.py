@@ -1,4 +1,4 @@
-"""The command line: `dist-ssn train`, `dist-ssn plan`, `dist-ssn report`."""
+"""The command line: `dist-ssn train`, `plan`, `report`, `launch`, `cluster`, `lab`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ PLAN = """Show how a recipe's model would share its weights, without reading its
 Example: dist-ssn plan --config quickstart --share.budget=5%"""
 REPORT = """Compare finished runs in a table, and in plots if --output is given.
 Example: dist-ssn report runs/quickstart --output plots"""
+LAUNCH = """Start a program on a cluster, by torchrun, deepspeed, mpirun, Slurm or Kubernetes.
+Example: dist-ssn launch --cluster local --dry-run -- train --config quickstart"""
+CLUSTER = """Measure the links between the processes of a running job, and write them as a cluster file.
+Example: dist-ssn launch --cluster local -- cluster probe --output mine.yaml"""
+LAB = """Try a cluster on this machine: emulated hosts with rate-limited links, each with its own processes and log.
+Example: sudo dist-ssn lab run --cluster emulated-100mbit -- train --config quickstart"""
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -84,7 +90,36 @@ def report(arguments: Sequence[str]) -> None:
     show(given.runs, given.output)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "plan": plan, "report": report}
+def launch(arguments: Sequence[str]) -> None:
+    """Runs `dist-ssn launch`."""
+    from dist_ssn.launch.cli import launch as start
+
+    start(_parser("dist-ssn launch", LAUNCH, "dist-ssn launch --cluster FILE [options] -- train ..."), arguments)
+
+
+def cluster(arguments: Sequence[str]) -> None:
+    """Runs `dist-ssn cluster probe`."""
+    from dist_ssn.cluster.cli import cluster as run
+
+    run(_parser("dist-ssn cluster", CLUSTER), arguments)
+
+
+def lab(arguments: Sequence[str]) -> None:
+    """Runs `dist-ssn lab run`, and passes on the exit code of what ran there."""
+    from dist_ssn.lab.cli import lab as run
+
+    if code := run(_parser("dist-ssn lab", LAB, "dist-ssn lab run --cluster FILE [options] -- train ..."), arguments):
+        raise SystemExit(code)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "plan": plan,
+    "report": report,
+    "launch": launch,
+    "cluster": cluster,
+    "lab": lab,
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
-    texts = zip(COMMANDS, (TRAIN, PLAN, REPORT), strict=True)
+    texts = zip(COMMANDS, (TRAIN, PLAN, REPORT, LAUNCH, CLUSTER, LAB), strict=True)
     commands = "\n".join(f"  {name:8}{text.splitlines()[0]}" for name, text in texts)
     parser = _parser(
         "dist-ssn",

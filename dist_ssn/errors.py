@@ -34,6 +34,10 @@ class RecipeError(UserError):
     """A recipe with an unknown key, a wrong type or an impossible value."""
 
 
+class ClusterError(UserError):
+    """A cluster file with an unknown key, a wrong type or an impossible value, or a cluster that cannot be started so."""
+
+
 class DataError(UserError):
     """Training data that is missing, malformed or too small."""
 

@@ -18,21 +18,24 @@ fail() { echo "torchrun.sh: $1" >&2; exit 2; }
 [ $# -gt 0 ] || fail "name the program to start, e.g. launch/torchrun.sh my_script.py"
 facts=$root/clusters/${CLUSTER:=local}.yaml
 [ -f "$facts" ] || fail "there is no clusters/$CLUSTER.yaml; known: $(cd "$root/clusters" && echo *.yaml)"
-fact() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" "$facts"; }
+# A key of the file's, alone on its line, indented or not; null is nothing.
+fact() { sed -n "s/^ *$1: *\([^ #]*\).*/\1/p" "$facts" | sed 's/^null$//' | head -n 1; }
 
 processes=${PROCESSES:-$(fact processes_per_node)}
 nodes=${NODES:-$(fact nodes)}
 interface=${INTERFACE:-$(fact interface)}
+address=${MASTER_ADDR:-$(fact address)}
+port=${MASTER_PORT:-$(fact port)}
 if [ -z "${TORCHRUN:-}" ]; then
   if [ -x "$root/.venv/bin/torchrun" ]; then TORCHRUN=$root/.venv/bin/torchrun; else TORCHRUN=torchrun; fi
 fi
-if [ -n "$interface" ]; then export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-where=(--standalone)
+where=(--standalone --local-addr=127.0.0.1)
 if [ "$nodes" -gt 1 ]; then
   [ -n "${NODE_RANK:-}" ] || fail "NODES=$nodes needs NODE_RANK, this node's number from 0 to $((nodes - 1))"
-  [ -n "${MASTER_ADDR:-}" ] || fail "NODES=$nodes needs MASTER_ADDR, the address at which node 0 can be reached"
-  where=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+  [ -n "$address" ] || fail "NODES=$nodes needs MASTER_ADDR, the address at which node 0 can be reached"
+  where=(--nnodes "$nodes" --node-rank "$NODE_RANK" --master-addr "$address" --master-port "${port:-29500}")
+  if [ -n "$interface" ]; then export GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME="=$interface"; fi
 fi
 exec "$TORCHRUN" "${where[@]}" --nproc-per-node "$processes" "$@"
