@@ -314,7 +314,11 @@ class Bank(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_anchored": None, "watcher": None}  # a graph is neither copied nor pickled, nor an engine
+        return {
+            **self.__dict__,
+            "_anchored": None,
+            "watcher": None,
+        }  # a graph is neither copied nor pickled, nor an engine
 
     def extra_repr(self) -> str:
         return f"{self.group.size} numbers for {self.group.numel} in {len(self.group.slots)} weights"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 TRAIN = """Train a model by a recipe, alone or under torchrun; write its metrics, checkpoints, and ledger of bytes sent.
 Example: dist-ssn train --config quickstart --share.budget=5% --steps=200"""
 PLAN = """Show how a recipe's model would share its weights, without reading its data or training it.
-Example: dist-ssn plan --config quickstart --share.budget=5%"""
+Example: dist-ssn plan --config quickstart --share.budget=5%
+With --cluster=FILE: what a step would cost there, dense and by each way to overlap communication (compute is measured here).
+Example: dist-ssn plan --config quickstart --cluster=ethernet-1g"""
 REPORT = """Compare finished runs in a table, and in plots if --output is given.
 Example: dist-ssn report runs/quickstart --output plots"""
 LAUNCH = """Start a program on a cluster, by torchrun, deepspeed, mpirun, Slurm or Kubernetes.
@@ -46,8 +49,11 @@ def plan(arguments: Sequence[str]) -> None:
     """Runs `dist-ssn plan`."""
     from dist_ssn.train.recipe_file import parse_recipe
 
-    flags = {"--json": "print the plan as JSON, which share.plan reads"}
+    flags = {"--json": "print the plan as JSON, which share.plan reads; with --cluster, the costs"}
+    arguments, cluster = _without_option(arguments, "--cluster")
     recipe, given = parse_recipe(arguments, "dist-ssn plan", PLAN, flags)
+    if cluster is not None:
+        return _costs(recipe, cluster, "--json" in given)
     made = _plan_of(recipe)
     if "--json" in given:
         print(made.to_json())
@@ -55,6 +61,34 @@ def plan(arguments: Sequence[str]) -> None:
         from rich.console import Console
 
         Console().print(made.table())
+
+
+def _without_option(arguments: Sequence[str], name: str) -> tuple[list[str], str | None]:
+    """The arguments without one option that is no key of a recipe, and that option's value."""
+    rest, value = list(arguments), None
+    for place, argument in enumerate(arguments):
+        if argument.partition("=")[0] == name:
+            _, equals, value = argument.partition("=")
+            if not equals and place + 1 == len(arguments):
+                raise RecipeError(f"command line: {name} needs a value, as in {name}=local")
+            value = value if equals else arguments[place + 1]
+            del rest[place : place + (1 if equals else 2)]
+            break
+    return rest, value
+
+
+def _costs(recipe: Recipe, name: str, as_json: bool) -> None:
+    from dist_ssn.cluster import load_cluster
+    from dist_ssn.cost.ways import compare_ways, rows_of, table_of
+
+    cluster = load_cluster(name)
+    found = compare_ways(recipe, cluster)
+    if found is not None and as_json:
+        print(json.dumps(rows_of(found)))
+    elif found is not None:
+        from rich.console import Console
+
+        Console().print(table_of(rows_of(found), cluster))
 
 
 def _plan_of(recipe: Recipe) -> Plan:

@@ -261,6 +261,7 @@ def _expose_at_end_of_backward(task: int, booked: list[tuple[Ledger, Row]]) -> N
         # One wait for all operations of this backward: the first one carries it.
         return
     _waits.add(task)
+
     def before() -> None:
         start = time.perf_counter()
 

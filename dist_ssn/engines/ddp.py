@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,38 +19,21 @@ from dist_ssn.engines.divergence import check_plans
 from dist_ssn.engines.exchange import GroupSum, make_exchange
 from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
 from dist_ssn.errors import UserError
-from dist_ssn.plan.overlap import Overlap, parse_overlap
+from dist_ssn.plan.overlap import Overlap, bucket_bytes, parse_overlap
 
-MIB = 1024 * 1024
+MIB = 2**20
 _BANK = re.compile(r"(^|\.)dist_ssn\.[^.]+\.bank$")
 
 
-def bucket_mib(parameters: Iterable[tuple[str, nn.Parameter]]) -> int | None:
-    """The size in MiB at which DDP should close a bucket; None for DDP's own choice (25 MiB, the first one 1 MiB).
-
-    parameters: names and parameters that get gradients.
-
-    DDP fills a bucket in the order in which gradients become final, and sends it when its last one is. A bank's
-    gradient is final only when the backward of its earliest user is done. So:
-    - no bank: DDP's choice.
-    - one bank: it is final at the very end of backward, and nothing is left to overlap it with. Everything goes into
-      one bucket: one round per step, which is what counts on a slow network. Own parameters of more than 25 MiB are
-      worth sending earlier, in buckets of that size.
-    - several banks: each closes a bucket when it is final, so that the banks of late layers travel while the backward
-      of early layers runs. Own parameters ride along. Less than 1 MiB is not worth a round of its own.
-    """
+def bucket_limit(parameters: Iterable[tuple[str, nn.Parameter]]) -> int | None:
+    """Bytes at which DDP should close a bucket of these gradients, by `plan.overlap.bucket_bytes`."""
     banks, own = [], 0
     for name, parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
         if _BANK.search(name):
-            banks.append(size)
+            banks.append(parameter.nbytes)
         else:
-            own += size
-    if not banks:
-        return None
-    if len(banks) == 1:
-        return 25 if own > 25 * MIB else math.ceil((banks[0] + own) / MIB)
-    return max(1, min(banks) // MIB)
+            own += parameter.nbytes
+    return bucket_bytes(banks, own)
 
 
 class DDPEngine:
@@ -62,7 +44,7 @@ class DDPEngine:
     static_graph: every step uses the same parameters in the same order; needed with reentrant activation
     checkpointing, where one bank has several users. find_unused_parameters: for models that leave some parameters
     out of some steps (costs one more all-reduce of 4 bytes per parameter tensor).
-    bucket_mb: MiB at which a bucket is closed, instead of the choice of `bucket_mib`.
+    bucket_mb: MiB at which a bucket is closed, instead of our own choice.
     overlap: how gradients travel while processes compute, see `dist_ssn.plan.overlap`. With "segments" and "sums" the banks
     travel beside DDP; with "delay" DDP has nothing left to do, and buffers are each process's own.
 
@@ -123,11 +105,12 @@ class DDPEngine:
                 if not trainable:
                     return  # DDP refuses a model of which it has nothing to average
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+                limit = bucket_limit(trainable) if bucket_mb is None else bucket_mb * MIB
                 # Buffers are broadcast before each forward only if the model has any, which is DDP's default; the
                 # argument for it changes its name between releases.
                 self.model = DistributedDataParallel(
                     model,
-                    bucket_cap_mb=bucket_mb if bucket_mb is not None else bucket_mib(trainable),  # pyright: ignore[reportArgumentType]
+                    bucket_cap_mb=None if limit is None else limit / MIB,  # pyright: ignore[reportArgumentType]
                     gradient_as_bucket_view=True,
                     static_graph=static_graph,
                     find_unused_parameters=find_unused_parameters,

@@ -217,7 +217,9 @@ class MPIEngine:
         for message in self._messages:
             assert message.under_way is not None
             mean = message.under_way.wait() / self.world_size
-            for parameter, part in zip(message.parameters, mean.split([p.numel() for p in message.parameters]), strict=True):
+            for parameter, part in zip(
+                message.parameters, mean.split([p.numel() for p in message.parameters]), strict=True
+            ):
                 assert parameter.grad is not None
                 parameter.grad.copy_(part.view_as(parameter))
             message.under_way = None

@@ -96,7 +96,9 @@ class _Gradient:
 
     def take(self, piece: Piece) -> Tensor:
         """The piece's gradient so far; what comes later is counted from zero."""
-        if self.local is None:  # backward has not come to this bank, or went through it without its anchor (torch.compile)
+        if (
+            self.local is None
+        ):  # backward has not come to this bank, or went through it without its anchor (torch.compile)
             self.local, self.bank.bank.grad = self._accumulated(), None
         part = self.local[piece.start : piece.end]
         sent = part.clone()
@@ -110,8 +112,8 @@ class _Gradient:
         """Makes the mean the parameter's gradient."""
         if self.bank.bank.grad is not None:
             raise UserError(
-                f"a part of the gradient of bank {self.bank.group.name!r} came by another way than its layers' backward (torch.compile, "
-                "or the bank itself in the loss), and was not averaged: take overlap 'none'"
+                f"a part of the gradient of bank {self.bank.group.name!r} came by another way than its layers' backward "
+                "(torch.compile, or the bank itself in the loss), and was not averaged: take overlap 'none'"
             )
         self.bank.bank.grad, self.local = self.mean, None
 

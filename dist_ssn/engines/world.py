@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +12,13 @@ import torch.distributed as dist
 
 from dist_ssn.engines import mpi_world
 from dist_ssn.errors import UserError
+
+
+# Trap (torch 2.13): if DDP's reducer is the last to let go of a gloo group, it holds Python's lock while it waits for gloo's
+# threads, one of which may need that lock to drop the tensors of the last collective: the process never ends. Whoever lets go
+# from Python gives the lock away first. So we are the last, when the process ends.
+_ended: list[dist.ProcessGroup | None] = []
+atexit.register(_ended.clear)
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class World:
     def close(self) -> None:
         """End the process group that `init_world` started; a second call does nothing."""
         if self.owns_group and dist.is_initialized():
+            _ended.append(dist.group.WORLD)
             dist.destroy_process_group()
 
     def __enter__(self) -> World:

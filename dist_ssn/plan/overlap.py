@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import PlanError, unknown_choice
@@ -28,6 +29,8 @@ DEFAULT_PIECES = {"segments": 4, "sums": 2}
 CORRECTION = 1.0
 """Strength of the correction of a delayed gradient, where the user does not say."""
 MAX_PIECES = 1000
+LEAST_BUCKET, MOST_BUCKET = 2**16, 25 * 2**20
+"""Bytes that are worth a round of their own (5 ms at 100 Mbit/s), and bytes that are worth sending before backward ends."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,9 @@ def pieces_of(group: Group, overlap: Overlap) -> tuple[Piece, ...]:
         count = min(overlap.pieces, group.size)
         bounds = [group.size * i // count for i in range(count + 1)]
         pieces = [
-            Piece(start, end, frozenset(i for i, slot in enumerate(group.slots) if _reads(slot, group.size, start, end)))
+            Piece(
+                start, end, frozenset(i for i, slot in enumerate(group.slots) if _reads(slot, group.size, start, end))
+            )
             for start, end in itertools.pairwise(bounds)
         ]
         return tuple(sorted(pieces, key=lambda piece: (-min(piece.slots, default=len(everyone)), piece.start)))
@@ -103,3 +108,23 @@ def _reads(slot: Slot, bank: int, start: int, end: int) -> bool:
     length = bank if slot.morph == "hash" else min(bank, reach(slot, bank))
     first = slot.start
     return (first < end and start < first + length) or (first < end + bank and start + bank < first + length)
+
+
+def bucket_bytes(banks: Sequence[int], own: int) -> int | None:
+    """Bytes at which DDP should close a bucket; None for DDP's own choice (25 MiB, the first one 1 MiB).
+
+    DDP fills a bucket in the order in which gradients become final, and sends it when its last one is. So:
+    - no bank: DDP's choice.
+    - one bank: it is final at the very end of backward, and nothing is left to overlap it with. Everything goes into one bucket:
+      one round per step, which is what counts on a slow network; but for many own parameters, which may go earlier.
+    - several banks: each closes a bucket when it is final, so that the banks of late layers travel while the backward of early
+      layers runs. Own parameters ride along.
+
+    Args:
+        banks: bytes of each bank; own: bytes of all other gradients.
+    """
+    if not banks:
+        return None
+    if len(banks) == 1:
+        return MOST_BUCKET if own > MOST_BUCKET else banks[0] + own
+    return max(LEAST_BUCKET, min(banks))
