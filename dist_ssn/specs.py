@@ -31,6 +31,8 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
 """Modules of torch's quantized packages that belong to float models."""
 _USUAL_STD = (1.0, 0.02, 0.01)
+_RESIDUAL_STD = tuple(0.02 / math.sqrt(2 * layers) for layers in range(1, 257))
+"""Of the projections back into the residual stream of a GPT with so many layers (Radford et al. 2019, section 2.3)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class LayerSpec:
     """A tied weight's name in each other module that holds it."""
     zero_row: int | None = None
     """Row that stays zero (an embedding's `padding_idx`)."""
+    is_measured: bool = False
+    """Whether `init_std` was measured on random values, so that another seed gives another number."""
 
     @property
     def numel(self) -> int:
@@ -256,12 +260,14 @@ def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
     holders: dict[tuple[int, str], str] = {}  # a module that is used in two places holds its weight once
     for place in places:
         holders.setdefault((id(place.module), place.local), place.name)
+    init_std, is_measured = _init_std(parameter, module, fans, zero_row)
     return LayerSpec(
         name=name,
         shape=shape,
         kind=type(module).__name__,
         fan_in=fans[0],
-        init_std=_init_std(parameter, module, fans, zero_row),
+        init_std=init_std,
+        is_measured=is_measured,
         aliases=tuple(holders.values())[1:],
         zero_row=zero_row,
     )
@@ -276,8 +282,10 @@ def _fans(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
     return (fan_out, fan_in) if turned else (fan_in, fan_out)
 
 
-def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int], zero_row: int | None) -> float:
-    """The measured root mean square, snapped to the usual initialization that it is a sample of.
+def _init_std(
+    parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int], zero_row: int | None
+) -> tuple[float, bool]:
+    """The measured root mean square, snapped to the usual initialization that it is a sample of; whether there was none.
 
     Snapping makes the plan independent of the random seed, so that ranks that seeded differently agree: for the layer's own
     initialization in torch at any size, for other usual ones where the weight is large enough to tell them apart. What
@@ -290,10 +298,10 @@ def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int],
         count -= values[zero_row].numel()
     measured = math.sqrt(squares / count)
     if not math.isfinite(measured):
-        return measured
+        return measured, True
     default = _default_std(module, tuple(values.shape))
     if default is not None and _is_sample(values, measured, count, *default):
-        return default[0]
+        return default[0], False
     fan_in, fan_out = fans
     # The packed projections of attention and LSTM have 3 and 4 blocks of rows.
     usual = [math.sqrt(v / f) for f in (fan_in, fan_out, fan_out / 3, fan_out / 4) for v in (1 / 3, 1.0, 2.0)]
@@ -301,7 +309,13 @@ def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int],
     # Formulas for the same number may differ in its last bit: rounded, the first of them wins, whatever the sample.
     nearest = min(usual, key=lambda std: round(abs(std / measured - 1), 9))
     tolerance = max(0.005, 2 / math.sqrt(count))
-    return nearest if abs(nearest / measured - 1) < tolerance else float(f"{measured:.3g}")
+    if abs(nearest / measured - 1) < tolerance:
+        return nearest, False
+    error = math.sqrt(0.5 / count)
+    place = min(range(len(_RESIDUAL_STD)), key=lambda place: abs(_RESIDUAL_STD[place] / measured - 1))
+    if abs(_RESIDUAL_STD[place] / measured - 1) < 5 * error and 1 / (2 * place + 2) > 10 * error:  # no other is as near
+        return _RESIDUAL_STD[place], False
+    return float(f"{measured:.3g}"), True
 
 
 def _default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,7 +92,9 @@ class DDPEngine:
         self._averaged = True  # are the gradients that exist now the average over all processes?
         self._learning = static_graph  # does DDP still have to see its first backward?
         way = parse_overlap(overlap)
-        group = dist.new_group() if joined and way.kind != "none" else None  # what it sends keeps an order of its own
+        group: Any = (
+            dist.new_group() if joined and way.kind != "none" else None
+        )  # what it sends keeps an order of its own
         self._exchange = make_exchange(model, way, lambda tensor: GroupSum(tensor, group), self.world_size)
         self.delay = self._exchange if isinstance(self._exchange, Delay) else None
         if self.world_size > 1:

@@ -107,11 +107,9 @@ class Delay:
 
         def flat(key: str) -> Tensor | None:
             parts = [state.get(name, {}).get(PREFIX + key) for name in self._named]
-            return (
-                None
-                if any(part is None for part in parts)
-                else torch.cat([part.reshape(-1) for part in parts]).to(device)
-            )
+            if any(part is None for part in parts):
+                return None
+            return torch.cat([torch.as_tensor(part).reshape(-1) for part in parts]).to(device)
 
         mean, parameters, self._square = flat("mean"), flat("parameters"), flat("square")
         self._pending = None if mean is None or parameters is None else _Pending(None, mean, parameters)

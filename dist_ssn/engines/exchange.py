@@ -29,7 +29,7 @@ Start = Callable[[Tensor], Sum]
 class GroupSum:
     """A `Sum` by an all-reduce of torch.distributed."""
 
-    def __init__(self, tensor: Tensor, group: dist.ProcessGroup):
+    def __init__(self, tensor: Tensor, group: dist.ProcessGroup | None):
         self.tensor, self.work = tensor, dist.all_reduce(tensor, group=group, async_op=True)
 
     def wait(self) -> Tensor:

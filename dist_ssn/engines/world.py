@@ -13,7 +13,6 @@ import torch.distributed as dist
 from dist_ssn.engines import mpi_world
 from dist_ssn.errors import UserError
 
-
 # Trap (torch 2.13): if DDP's reducer is the last to let go of a gloo group, it holds Python's lock while it waits for gloo's
 # threads, one of which may need that lock to drop the tensors of the last collective: the process never ends. Whoever lets go
 # from Python gives the lock away first. So we are the last, when the process ends.
