@@ -174,7 +174,7 @@ def _check_order(model: nn.Module, specs: Specs) -> None:
             held = [p for group in thing.param_groups for p in group["params"] if id(p) in names]
             if held:
                 raise ShareError(
-                    f"an optimizer ({kind.__name__}) holds {names[id(held[0])]} which nobody would read any more: "
+                    f"an optimizer ({kind.__name__}) holds {names[id(held[0])]}, which nobody would read any more: "
                     "share the model first, and make the optimizer after it (or delete the one that is not used)"
                 )
         elif issubclass(kind, (nn.parallel.DistributedDataParallel, nn.DataParallel)) and any(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +31,6 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
 """Modules of torch's quantized packages that belong to float models."""
 _USUAL_STD = (1.0, 0.02, 0.01)
-_RESIDUAL_STD = tuple(0.02 / math.sqrt(2 * layers) for layers in range(1, 257))
-"""Of the projections back into the residual stream of a GPT with so many layers (Radford et al. 2019, section 2.3)."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,7 @@ def find_specs(
             + (f" (left out are {reasons})" if reasons else "")
         )
     _raise(model, problems)
-    return Specs(tuple(weights), own, tuple(left_out))
+    return Specs(tuple(_residual(weights)), own, tuple(left_out))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -311,11 +309,21 @@ def _init_std(
     tolerance = max(0.005, 2 / math.sqrt(count))
     if abs(nearest / measured - 1) < tolerance:
         return nearest, False
-    error = math.sqrt(0.5 / count)
-    place = min(range(len(_RESIDUAL_STD)), key=lambda place: abs(_RESIDUAL_STD[place] / measured - 1))
-    if abs(_RESIDUAL_STD[place] / measured - 1) < 5 * error and 1 / (2 * place + 2) > 10 * error:  # no other is as near
-        return _RESIDUAL_STD[place], False
     return float(f"{measured:.3g}"), True
+
+
+def _residual(weights: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Recognizes the n projections back into the residual stream of a GPT, which start with 0.02/√n.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+    """
+    unknown = [weight for weight in weights if weight.is_measured]
+    for n in reversed(range(2, len(unknown) + 1)):  # of two that fit, the one that explains more
+        std = 0.02 / math.sqrt(n)
+        near = {w.name for w in unknown if abs(w.init_std / std - 1) < 5 * math.sqrt(0.5 / w.numel) + 0.005}  # rounded
+        if len(near) == n:
+            return [replace(w, init_std=std, is_measured=False) if w.name in near else w for w in weights]
+    return list(weights)
 
 
 def _default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:
