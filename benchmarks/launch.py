@@ -32,7 +32,7 @@ def launch(columns: tuple[str, ...], ranks: int, module: str, *arguments: str) -
         RuntimeError: a process failed; with what it said.
     """
     work = ["-m", module, "--worker", *columns, *arguments]
-    if ENGINES[columns[0]][0] == "mpi":
+    if columns[0].startswith("mpi"):
         mpirun = [str(Path(sys.executable).with_name("mpirun")), "-launcher", "fork", "-n", str(ranks)]
         command = [*mpirun, sys.executable, *work]
     else:

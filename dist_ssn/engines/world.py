@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import ctypes
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,12 +12,6 @@ import torch.distributed as dist
 
 from dist_ssn.engines import mpi_world
 from dist_ssn.errors import UserError
-
-# Trap (torch 2.13): if DDP's reducer is the last to let go of a gloo group, it holds Python's lock while it waits for gloo's
-# threads, one of which may need that lock to drop the tensors of the last collective: the process never ends. Whoever lets go
-# from Python gives the lock away first. So we are the last, when the process ends.
-_ended: list[dist.ProcessGroup | None] = []
-atexit.register(_ended.clear)
 
 
 @dataclass(frozen=True)
@@ -36,7 +30,10 @@ class World:
     def close(self) -> None:
         """End the process group that `init_world` started; a second call does nothing."""
         if self.owns_group and dist.is_initialized():
-            _ended.append(dist.group.WORLD)
+            # Trap (torch 2.13): who is the last to let go of a gloo group waits for its threads. If that is DDP's reducer, it holds
+            # Python's lock meanwhile, which such a thread may need to drop the last collective's tensors: the process never ends.
+            # If it is such a thread itself, the process aborts. So nobody is the last.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
             dist.destroy_process_group()
 
     def __enter__(self) -> World:
