@@ -49,12 +49,13 @@ def messages_of(plan: Plan | None, own: Mapping[str, int], overlap: Overlap, tim
         plan: of a shared model; None for a dense one.
         own: parameter → numbers, of all that the plan has not.
     """
-    parts = [Message(NUMBER * numbers, frozenset({name})) for name, numbers in own.items()]
     groups = plan.groups if plan is not None else ()
-    parts += [Message(NUMBER * (group.parameters - group.size), _names(group)) for group in groups]
     banks = [Message(NUMBER * group.size, _names(group)) for group in groups]
+    # Autograd hands out a bank's own gradient first, and then those of its coefficients and gains.
+    parts = [Message(NUMBER * (group.parameters - group.size), _names(group)) for group in groups]
+    parts += [Message(NUMBER * numbers, frozenset({name})) for name, numbers in own.items()]
     if overlap.kind == "delay":
-        return [_joined([*parts, *banks])]
+        return [_joined([*banks, *parts])]
     apart: list[Message] = []
     if overlap.kind in ("segments", "sums"):
         for group in reversed(groups):
@@ -64,7 +65,7 @@ def messages_of(plan: Plan | None, own: Mapping[str, int], overlap: Overlap, tim
             ]
         banks = []
     limit = bucket_bytes([bank.payload for bank in banks], sum(part.payload for part in parts))
-    ordered = sorted([*parts, *banks], key=lambda message: float(_ready(message, timeline).mean()))
+    ordered = sorted([*banks, *parts], key=lambda message: float(_ready(message, timeline).mean()))
     return apart + list(_buckets(ordered, limit))
 
 
