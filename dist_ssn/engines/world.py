@@ -14,7 +14,6 @@ import torch.distributed as dist
 from dist_ssn.engines import mpi_world
 from dist_ssn.errors import UserError
 
-
 _FAREWELL_SECONDS = 0.1
 
 
@@ -34,7 +33,7 @@ class World:
     def close(self) -> None:
         """End the process group that `init_world` started; a second call does nothing."""
         if self.owns_group and dist.is_initialized():
-            # Traps (torch 2.13): who is the last to let go of a gloo group waits for its threads. If that is DDP's reducer, it holds
+            # Traps (torch 2.13): the last one to let go of a gloo group waits for its threads. If that is DDP's reducer, it holds
             # Python's lock meanwhile, which such a thread may need to drop the last collective's tensors: the process never ends.
             # If it is such a thread itself, the process aborts. So nobody is the last.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
