@@ -821,6 +821,28 @@ def test_compile(morph: str, tokens: Tensor) -> None:
     assert_equal(gradients(model), wanted)
 
 
+@pytest.mark.parametrize(("kind", "breaks"), [(nn.LSTM, 3), (nn.GRU, 3)])
+def test_compiled_recurrent_layers_break_the_graph_and_are_right(kind: type[nn.RNNBase], breaks: int) -> None:
+    """As README.md counts them, for two layers; torch itself does not trace such layers."""
+    torch.manual_seed(0)
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = kind(6, 5), kind(6, 5)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.first(x)[0], self.second(x)[0]
+
+    torch._dynamo.reset()
+    model, x = share(Two(), 0.5), torch.randn(4, 2, 6)
+    assert torch._dynamo.explain(model)(x).graph_break_count == breaks
+    compiled = torch.compile(model, backend="eager")
+    for found, wanted in zip(compiled(x), model(x), strict=True):
+        assert relative_error(found, wanted) <= 1e-6
+    torch._dynamo.reset()
+
+
 def test_compiling_before_any_eager_forward_does_not_spoil_later_ones() -> None:
     """Trap: tables cached while tensors are fake would be fake for ever."""
     torch._dynamo.reset()
