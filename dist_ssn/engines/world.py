@@ -72,6 +72,14 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
     if not joined and "WORLD_SIZE" not in os.environ and mpi_world.started_by_mpi():
         rank, world_size, local_rank = mpi_world.join_mpi(timeout_seconds)
         return World(rank, world_size, local_rank, _device(kind, local_rank), owns_group=True)
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if (
+        not joined and "WORLD_SIZE" not in os.environ and tasks != "1"
+    ):  # else each would train alone, and write over the others
+        raise UserError(
+            f"Slurm has started {tasks} tasks that know nothing of each other: use srun --mpi=pmi2 (or pmix), or one task per node "
+            "that starts torchrun, as launch/slurm.sbatch does"
+        )
     world_size = dist.get_world_size() if joined else _integer("WORLD_SIZE", default=1, low=1)
     if world_size == 1:
         return World(0, 1, 0, _device(kind, 0))

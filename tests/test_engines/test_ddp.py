@@ -270,7 +270,7 @@ def test_init_world_joins_and_leaves() -> None:
 
 @pytest.fixture
 def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -309,6 +309,14 @@ def test_malformed_variables_are_named(
     with pytest.raises(UserError, match=message):
         init_world(1, device="cpu")
     assert not dist.is_initialized()
+
+
+def test_slurm_tasks_that_know_nothing_of_each_other_do_not_train_alone(variables: pytest.MonkeyPatch) -> None:
+    variables.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(UserError, match="Slurm has started 2 tasks .*--mpi=pmi2"):
+        init_world(device="cpu")
+    variables.setenv("SLURM_STEP_NUM_TASKS", "1")
+    init_world(device="cpu").close()
 
 
 def test_unreachable_processes_are_an_error_with_the_address(variables: pytest.MonkeyPatch) -> None:
