@@ -28,7 +28,8 @@ SMALL, FIRST, LARGEST = (
     1 << 18,
     1 << 26,
 )  # bytes of a message: for latency; for bandwidth from the first to the largest
-ROUNDS, WARM_UP = 500, 50  # small messages
+ROUNDS, LEAST_ROUNDS, WARM_UP = 500, 20, 10  # small messages, there and back
+LONGEST = 3.0  # seconds that they may take, if that leaves LEAST_ROUNDS
 TRANSFERS = 5  # large messages, after one
 ENOUGH = 0.2  # seconds that a large message should take
 MAX_PAIRS = 8  # of each kind
@@ -69,7 +70,7 @@ def probe(world: World) -> Probe:
     for a, b in chosen_pairs(node_of):
         if world.rank in (a, b):
             latency, least = _latency(world, b if world.rank == a else a, first=world.rank == a)
-            bandwidth = _bandwidth(world, b if world.rank == a else a, first=world.rank == a)
+            bandwidth = _bandwidth(world, b if world.rank == a else a, latency, first=world.rank == a)
             if world.rank == a:
                 mine.append(Measured(node_of[a] == node_of[b], latency * 1e6, least * 1e6, bandwidth * 8 / 1e6))
         _barrier(world)
@@ -106,22 +107,32 @@ def _node_id() -> str:
 def _latency(world: World, peer: int, *, first: bool) -> tuple[float, float]:
     """Seconds of one small message, one way: half the median, and half the shortest, of there and back."""
     message = torch.zeros(SMALL, dtype=torch.uint8, device=world.device)
-    seconds = []
-    for _ in range(WARM_UP + ROUNDS):
-        start = time.perf_counter()
-        if first:
-            dist.send(message, peer)
-            dist.recv(message, peer)
-        else:
-            dist.recv(message, peer)
-            dist.send(message, peer)
-        _wait_for_device(world)
-        seconds.append((time.perf_counter() - start) / 2)
-    return statistics.median(seconds[WARM_UP:]), min(seconds[WARM_UP:])
+
+    def rounds(number: int) -> list[float]:
+        seconds = []
+        for _ in range(number):
+            start = time.perf_counter()
+            if first:
+                dist.send(message, peer)
+                dist.recv(message, peer)
+            else:
+                dist.recv(message, peer)
+                dist.send(message, peer)
+            _wait_for_device(world)
+            seconds.append((time.perf_counter() - start) / 2)
+        return seconds
+
+    once = 2 * statistics.median(rounds(WARM_UP))
+    number = _agreed(world, min(ROUNDS, max(LEAST_ROUNDS, LONGEST // once)), peer, first=first)
+    seconds = rounds(int(number))
+    return statistics.median(seconds), min(seconds)
 
 
-def _bandwidth(world: World, peer: int, *, first: bool) -> float:
-    """Bytes per second that the first of the two can send, by the median of messages that take long enough."""
+def _bandwidth(world: World, peer: int, latency: float, *, first: bool) -> float:
+    """Bytes per second that the first of the two can send, by the median of messages that take long enough.
+
+    Two latencies, the message's and the answer's, are no part of it: a cost model adds them again.
+    """
     size = FIRST
     while True:
         # What was there before may have left a rate limit with credit: the second message counts.
@@ -130,7 +141,8 @@ def _bandwidth(world: World, peer: int, *, first: bool) -> float:
         if seconds >= ENOUGH or size >= LARGEST:
             break
         size = min(LARGEST, max(2 * size, int(size * min(16, ENOUGH / seconds))))
-    return size / statistics.median(_send(world, peer, size, first=first) for _ in range(TRANSFERS))
+    seconds = statistics.median(_send(world, peer, size, first=first) for _ in range(TRANSFERS))
+    return size / (seconds - 2 * latency if seconds > 4 * latency else seconds)
 
 
 def _send(world: World, peer: int, size: int, *, first: bool) -> float:
@@ -197,12 +209,12 @@ def _cluster(world: World, node_of: Sequence[int], measured: Sequence[Measured])
     launcher = launcher_of(os.environ)
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     known = nodes > 1 and address and launcher in ("torchrun", "deepspeed")
-    interface = (os.environ.get("NCCL_SOCKET_IFNAME" if gpus else "GLOO_SOCKET_IFNAME") or "").lstrip("=^")
+    interface = (os.environ.get("NCCL_SOCKET_IFNAME" if gpus else "GLOO_SOCKET_IFNAME") or "").lstrip("=")
     return Cluster(
         nodes=nodes,
         processes_per_node="gpu" if gpus and launcher != "mpirun" else per_node,
         launcher=launcher,
-        interface=interface if nodes > 1 and interface and "," not in interface else None,
+        interface=interface if nodes > 1 and interface and not {",", "^"} & set(interface) else None,
         rendezvous=Rendezvous(address, int(port) if port.isdecimal() else 29500) if known else Rendezvous(),
         within=within or either,
         between=between or either,
@@ -223,8 +235,9 @@ def _comment(world: World, node_of: Sequence[int], measured: Sequence[Measured])
     lines = [
         f"Measured by `dist-ssn cluster probe`, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, with {dist.get_backend()}",
         f"(torch {torch.__version__}): ranks {world.world_size}, nodes {max(node_of) + 1} of {kind} ({platform.machine()}) each.",
-        f"Of each pair of ranks: latency is half the median of {ROUNDS} round trips of {SMALL} bytes, bandwidth the median of",
-        f"{TRANSFERS} messages from the one to the other, of a size that takes about {ENOUGH:g} s (at most {LARGEST >> 20} MiB).",
+        f"Of each pair of ranks: latency is half the median of up to {ROUNDS} round trips of {SMALL} bytes, bandwidth that of",
+        f"{TRANSFERS} messages from the one to the other, of a size that takes about {ENOUGH:g} s (at most {LARGEST >> 20} MiB),",
+        "less the latency of the message and of the answer.",
         "The figures below are the medians of all pairs:",
     ]
     for name, inside in (("within", True), ("between", False)):

@@ -39,8 +39,9 @@ def lab(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
 
 
 def _clean() -> int:
-    from dist_ssn.lab.hosts import remove_stale
+    from dist_ssn.lab.hosts import remove_stale, require
 
+    require()
     removed = remove_stale()
     print(f"removed {', '.join(removed)}" if removed else "nothing was left of an earlier lab")
     return 0

@@ -47,7 +47,7 @@ class Lab:
         self._relay: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Lab:
-        require(self.network)
+        require(loss=self.network.loss_percent > 0)
         remove_stale()
         try:
             _run_all(namespace_commands(self.network))
@@ -114,15 +114,15 @@ class Lab:
             raise ClusterError(f"delay_ms cannot be emulated here: {said.strip() or 'the relay ended without a word'}")
 
 
-def require(network: Network) -> None:
-    """Raises: ClusterError, when the lab cannot be built here at all."""
+def require(loss: bool = False) -> None:
+    """Raises: ClusterError, when no lab (or none with packet loss) can be built here at all."""
     if not sys.platform.startswith("linux"):
         raise ClusterError(f"the lab needs Linux, for its hosts are network namespaces, and this is {sys.platform}")
     if os.geteuid() != 0:
         raise ClusterError(
             "the lab needs root, for it makes network namespaces and limits their rate: start it with sudo"
         )
-    wanted = ["ip", "tc", *(["nft"] if network.loss_percent else [])]
+    wanted = ["ip", "tc", *(["nft"] if loss else [])]
     missing = sorted({PACKAGES[name] for name in wanted if shutil.which(name) is None})
     if missing:
         raise ClusterError(f"the lab needs {' and '.join(missing)}: install the package of that name")

@@ -27,6 +27,14 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 30  # in which the other hosts must end after one has failed, or after a signal
 POLL_SECONDS = 0.1
 LAST_LINES = 20  # of the log of a host that failed
+DEFAULTS = {
+    "OMP_NUM_THREADS": "1",  # hosts share this machine's cores
+    "PYTHONUNBUFFERED": "1",  # what a process prints is in its log at once
+    # MPI libraries see that all ranks are on one machine, and would use its memory instead of the emulated links.
+    "UCX_TLS": "tcp,self",
+    "FI_PROVIDER": "tcp",
+}
+"""Variables of the hosts' processes, where they are not set already."""
 
 
 @dataclasses.dataclass
@@ -109,12 +117,9 @@ def run(
             log = stack.enter_context((logs / f"host-{rank}.log").open("wb"))
             log.write(f"# {network.hosts[rank].address}: {shlex.join(command.argv)}\n".encode())
             log.flush()
-            # Hosts share this machine's cores: one thread for each process. What they print is to be in the log at once.
-            default = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
             path = os.pathsep.join([str(Path(sys.executable).parent), environ.get("PATH", os.defpath)])
-            processes.append(
-                lab.start(rank, command.argv, {**default, **environ, **command.environment, "PATH": path}, log)
-            )
+            variables = {**DEFAULTS, **environ, **command.environment, "PATH": path}
+            processes.append(lab.start(rank, command.argv, variables, log))
         code = _wait(processes, logs, stopped)
         counters = tuple(after - then for after, then in zip(lab.counters(), before, strict=True))
     result = LabResult(code, logs, counters)
@@ -151,7 +156,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Path, stopped: Sto
                         os.killpg(process.pid, signal.SIGKILL)
                 deadline = float("inf")
             time.sleep(POLL_SECONDS)
-    if handed_on:
+    if handed_on and any(codes):  # a program may as well end in order when it is asked to
         return 128 + stopped.number
     return first if first >= 0 else 128 - first
 
@@ -165,8 +170,11 @@ def _show(output: bytes) -> None:
 def _tell_failure(host: int, code: int, logs: Path) -> None:
     log = logs / f"host-{host}.log"
     how = f"exit code {code}" if code > 0 else f"signal {-code}"
-    last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-    print(f"dist-ssn: host {host} ended with {how}; the end of {log}:", *last, sep="\n", file=sys.stderr)
+    if host == 0:  # its output was shown
+        print(f"dist-ssn: host 0 ended with {how}; its log is {log}", file=sys.stderr)
+    else:
+        last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        print(f"dist-ssn: host {host} ended with {how}; the end of {log}:", *last, sep="\n", file=sys.stderr)
 
 
 @contextmanager
