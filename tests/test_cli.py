@@ -100,7 +100,10 @@ def test_report_is_called_with_the_runs(monkeypatch: pytest.MonkeyPatch, capsys:
     ("arguments", "wanted"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["trian"], "unknown command 'trian': known are plan, report, train; did you mean 'train'?"),
+        (
+            ["trian"],
+            "unknown command 'trian': known are cluster, lab, launch, plan, report, train; did you mean 'train'?",
+        ),
         (["--nonsense", "train"], "unknown command"),
         (["train", "--stepz=3"], "command line: unknown key stepz; did you mean steps?"),
         (["train", "--no-progres"], "command line: unknown key no-progres; did you mean no-progress?"),
