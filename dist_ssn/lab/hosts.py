@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from dist_ssn.lab.network import Network, address_commands, cable_commands, name
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables"}
 RELAY_SECONDS = 30  # in which the relay must have made its devices
 END_SECONDS = 5  # between asking the hosts' processes to end and ending them
+_labs = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ def require(loss: bool = False) -> None:
 
 
 def this_owner() -> str:
-    """The part of this run's names that says which process it belongs to: its number and when it began."""
-    return f"{os.getpid()}x{_start_time(os.getpid())}"
+    """The part of a lab's names that says which process it belongs to: its number, when it began, and a count of its labs."""
+    return f"{os.getpid()}x{_start_time(os.getpid())}n{next(_labs)}"
 
 
 def remove_stale() -> list[str]:
@@ -181,8 +183,8 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def _is_alive(owner: str) -> bool:
-    pid, _, began = owner.partition("x")
-    return bool(re.fullmatch(r"\d+", pid)) and _start_time(int(pid)) == began
+    match = re.fullmatch(r"(\d+)x(\d+)n\d+", owner)
+    return match is not None and _start_time(int(match[1])) == match[2]
 
 
 def _start_time(pid: int) -> str:
