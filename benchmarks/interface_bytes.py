@@ -32,8 +32,8 @@ def sent(host: str, device: str) -> int:
     return int(text)
 
 
-def train_on(hosts: list[str], address: str, device: str, recipe: list[str], folder: str) -> dict[str, Any]:
-    """Trains the quick start with these settings, one process on each host; returns its summary.
+def run_on(hosts: list[str], address: str, device: str, program: list[str]) -> str:
+    """Runs `dist-ssn PROGRAM` in one process on each host; returns what the first one printed.
 
     Raises:
         SystemExit: a process failed; its own message stands above.
@@ -42,13 +42,32 @@ def train_on(hosts: list[str], address: str, device: str, recipe: list[str], fol
     for rank, host in enumerate(hosts):
         launcher = ["--nnodes", str(len(hosts)), "--nproc-per-node", "1", "--node-rank", str(rank)]
         rendezvous = ["--master-addr", address, "--master-port", str(PORT)]
-        command = [sys.executable, "-m", "torch.distributed.run", *launcher, *rendezvous, "-m", "dist_ssn.cli", "train"]
-        command += ["--config", "quickstart", f"--output={folder}", "--schedule.warmup=1", *recipe]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *launcher,
+            *rendezvous,
+            "-m",
+            "dist_ssn.cli",
+            *program,
+        ]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": device, "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(["ip", "netns", "exec", host, *command], env=environment))
+        out = subprocess.DEVNULL if rank else subprocess.PIPE
+        processes.append(
+            subprocess.Popen(["ip", "netns", "exec", host, *command], env=environment, stdout=out, text=True)
+        )
+    said, _ = processes[0].communicate(timeout=1800)
     codes = [process.wait(timeout=1800) for process in processes]
     if any(codes):
-        raise SystemExit(f"training ended with exit codes {codes}")
+        raise SystemExit(f"{program[0]} ended with exit codes {codes}")
+    return said
+
+
+def train_on(hosts: list[str], address: str, device: str, recipe: list[str], folder: str) -> dict[str, Any]:
+    """Trains the quick start with these settings, one process on each host; returns its summary."""
+    program = ["train", "--config", "quickstart", f"--output={folder}", "--schedule.warmup=1", *recipe]
+    run_on(hosts, address, device, program)
     return json.loads((Path(folder) / "quickstart" / "summary.json").read_text())
 
 

@@ -14,9 +14,14 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp": ("fsdp", {}),
     "mpi": ("mpi", {}),
     **{f"zero-{stage}": ("deepspeed", {"stage": stage}) for stage in range(4)},
+    **{f"{name} {way}": (name, {"overlap": way}) for name in ("ddp", "mpi") for way in ("segments:3", "sums:2")},
 }
 """name of a column → (engine, its options)."""
-LAUNCHES = (("ddp", "fsdp"), ("zero-0", "zero-1", "zero-2", "zero-3"), ("mpi",))
+LAUNCHES = (
+    ("ddp", "ddp segments:3", "ddp sums:2", "fsdp"),
+    ("zero-0", "zero-1", "zero-2", "zero-3"),
+    ("mpi", "mpi segments:3", "mpi sums:2"),
+)
 """Engines that share a launch."""
 
 
@@ -27,7 +32,7 @@ def launch(columns: tuple[str, ...], ranks: int, module: str, *arguments: str) -
         RuntimeError: a process failed; with what it said.
     """
     work = ["-m", module, "--worker", *columns, *arguments]
-    if columns == ("mpi",):
+    if columns[0].startswith("mpi"):
         mpirun = [str(Path(sys.executable).with_name("mpirun")), "-launcher", "fork", "-n", str(ranks)]
         command = [*mpirun, sys.executable, *work]
     else:

@@ -54,7 +54,7 @@ def main() -> None:
     rows = []
     for name, (kind, overrides) in RUNS.items():
         console.rule(name)
-        steps = {"steps": arguments.steps} if arguments.steps else {}
+        steps = {"steps": arguments.steps, "schedule.warmup": min(50, arguments.steps // 2)} if arguments.steps else {}
         start(name, {**overrides, **steps, "optimizer.lr": rates["gpt", kind]}, arguments.processes)
         (row,) = read_rows([OUTPUT / name.replace(" ", "-")])
         rows.append({**row, "name": name})

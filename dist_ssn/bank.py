@@ -19,7 +19,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,26 @@ class Values(NamedTuple):
         return self.tensors
 
 
+class Watcher(Protocol):
+    """Who follows the growth of a bank's gradient, to send it before it is complete. Every backward pass has `sums` of its own."""
+
+    def read(self, index: int) -> None:
+        """Slot `index` was read outside of a backward, by an operation that will have one."""
+        ...
+
+    def begin(self, sums: dict[str, Tensor]) -> None:
+        """A backward pass has come to the first of its readers; `sums` are zero."""
+        ...
+
+    def grown(self, index: int, sums: dict[str, Tensor]) -> None:
+        """The gradient of slot `index` was added to `sums`."""
+        ...
+
+    def collect(self, sums: dict[str, Tensor]) -> None:
+        """Nothing more comes in this pass. What is taken out of `sums` does not reach its parameter."""
+        ...
+
+
 def _versions(parameters: Mapping[str, Tensor | None]) -> tuple[int, ...]:
     return tuple(p._version for p in parameters.values() if p is not None and not p.is_inference())
 
@@ -100,6 +120,7 @@ class Bank(nn.Module):
             values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
+        self.watcher: Watcher | None = None
         self._anchored: _Anchored | None = None
         self._warned = False  # of ZeRO-3, which would take it away after each use
         self._prepare()
@@ -132,6 +153,8 @@ class Bank(nn.Module):
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
             return self._fast(index, rows, dtype, self._parameters)
         anchored = self._anchor()
+        if self.watcher is not None and graph_task_id() == -1:
+            self.watcher.read(index)
         return _Generate.apply(anchored.tensor, anchored.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -291,7 +314,11 @@ class Bank(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_anchored": None}  # a graph is neither copied nor pickled
+        return {
+            **self.__dict__,
+            "_anchored": None,
+            "watcher": None,
+        }  # a graph is neither copied nor pickled, nor an engine
 
     def extra_repr(self) -> str:
         return f"{self.group.size} numbers for {self.group.numel} in {len(self.group.slots)} weights"
@@ -318,10 +345,18 @@ class _Sums:
         number = graph_task_id()
         if number not in self.passes:
             self.passes[number] = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters}
+            if (watcher := self.watcher()) is not None:
+                watcher.begin(self.passes[number])
         return self.passes[number]
+
+    def watcher(self) -> Watcher | None:
+        bank = self.bank()
+        return None if bank is None else bank.watcher
 
     def collect(self) -> tuple[Tensor | None, ...]:
         sums = self.passes.pop(graph_task_id(), {})
+        if (watcher := self.watcher()) is not None:
+            watcher.collect(sums)
         bank = self.bank()
         if bank is not None and bank._anchored is not None and bank._anchored.sums is self:
             bank._anchored = None
@@ -372,5 +407,8 @@ class _Generate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         values = ctx.values.checked(ctx.bank.group.slots[ctx.index].name)
-        ctx.bank._pull_back(gradient, ctx.index, rows, values, ctx.sums.here())
+        sums = ctx.sums.here()
+        ctx.bank._pull_back(gradient, ctx.index, rows, values, sums)
+        if ctx.bank.watcher is not None:
+            ctx.bank.watcher.grown(ctx.index, sums)
         return gradient.new_empty(0, dtype=values["bank"].dtype), None, None, None, None, None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +18,16 @@ if TYPE_CHECKING:
     from dist_ssn.plan import Plan
     from dist_ssn.train.recipe import Recipe
 
+PATIENCE_SECONDS = 10  # how long a process leaves the word to the first on its machine
+
 # The commands import what they need when they run: torch takes a second, and `--help` should not wait for it.
 
 TRAIN = """Train a model by a recipe, alone or under torchrun; write its metrics, checkpoints, and ledger of bytes sent.
 Example: dist-ssn train --config quickstart --share.budget=5% --steps=200"""
 PLAN = """Show how a recipe's model would share its weights, without reading its data or training it.
-Example: dist-ssn plan --config quickstart --share.budget=5%"""
+Example: dist-ssn plan --config quickstart --share.budget=5%
+With --cluster=FILE: what a step would cost there, dense and by each way to overlap communication (compute is measured here).
+Example: dist-ssn plan --config quickstart --cluster=ethernet-1g"""
 REPORT = """Compare finished runs in a table, and in plots if --output is given.
 Example: dist-ssn report runs/quickstart --output plots"""
 LAUNCH = """Start a program on a cluster, by torchrun, deepspeed, mpirun, Slurm or Kubernetes.
@@ -46,37 +52,71 @@ def plan(arguments: Sequence[str]) -> None:
     """Runs `dist-ssn plan`."""
     from dist_ssn.train.recipe_file import parse_recipe
 
-    flags = {"--json": "print the plan as JSON, which share.plan reads"}
+    flags = {"--json": "print the plan as JSON, which share.plan reads; with --cluster, the costs"}
+    arguments, cluster = _without_option(arguments, "--cluster")
     recipe, given = parse_recipe(arguments, "dist-ssn plan", PLAN, flags)
-    made = _plan_of(recipe)
+    if cluster is not None:
+        return _costs(recipe, cluster, "--json" in given)
+    made, left_out = _plan_of(recipe)
     if "--json" in given:
         print(made.to_json())
     else:
         from rich.console import Console
 
+        from dist_ssn.share import left_out_text
+
         Console().print(made.table())
+        if left_out:
+            Console().print(f"left as they are: {left_out_text(left_out)}", markup=False, highlight=False)
 
 
-def _plan_of(recipe: Recipe) -> Plan:
+def _without_option(arguments: Sequence[str], name: str) -> tuple[list[str], str | None]:
+    """The arguments without one option that is no key of a recipe, and that option's value."""
+    rest, value = list(arguments), None
+    for place, argument in enumerate(arguments):
+        if argument.partition("=")[0] == name:
+            _, equals, value = argument.partition("=")
+            if not equals and place + 1 == len(arguments):
+                raise RecipeError(f"command line: {name} needs a value, as in {name}=local")
+            value = value if equals else arguments[place + 1]
+            del rest[place : place + (1 if equals else 2)]
+            break
+    return rest, value
+
+
+def _costs(recipe: Recipe, name: str, as_json: bool) -> None:
+    from dist_ssn.cluster import load_cluster
+    from dist_ssn.cost.ways import compare_ways, rows_of, table_of
+
+    cluster = load_cluster(name)
+    found = compare_ways(recipe, cluster)
+    if found is not None and as_json:
+        print(json.dumps(rows_of(found)))
+    elif found is not None:
+        from rich.console import Console
+
+        Console().print(table_of(rows_of(found), cluster))
+
+
+def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:
+    """The plan, and what is not shared, with the reasons."""
+    import torch
+
     from dist_ssn.plan import Plan, make_plan
+    from dist_ssn.specs import find_specs
     from dist_ssn.train.data import data_hints
     from dist_ssn.train.models import build_model
 
     share = recipe.share
     if share.plan is not None:
-        return Plan.from_json(Path(share.plan).read_text())
+        return Plan.from_json(Path(share.plan).read_text()), ()
     if share.budget is None:
         raise RecipeError("share.budget is null, which leaves the model dense: give one, such as --share.budget=10%")
     hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
-    return make_plan(
-        build_model(recipe.model, recipe.model_args, hints),
-        share.budget,
-        mapping=share.mapping,
-        morph=share.morph,
-        include=share.include,
-        exclude=share.exclude,
-        seed=share.seed,
-    )
+    torch.manual_seed(recipe.seed)  # as in training: a scale that is measured depends on it
+    specs = find_specs(build_model(recipe.model, recipe.model_args, hints), share.include, share.exclude)
+    made = make_plan(specs, share.budget, mapping=share.mapping, morph=share.morph, seed=share.seed)
+    return made, specs.left_out
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -187,10 +227,15 @@ def _version() -> str:
 
 
 def _tell(sentence: str) -> None:
-    """Writes a sentence to stderr, once per machine: every process of a job that fails has the same to say."""
+    """Writes a sentence to stderr, once per machine: every process of a job that fails has the same to say.
+
+    A launcher ends all processes with the first that fails, which must therefore be the one that speaks. The others wait for that
+    end, and speak for themselves if it does not come.
+    """
     local_ranks = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-    if all(os.environ.get(name, "0") == "0" for name in local_ranks):
-        print(f"dist-ssn: {' '.join(sentence.split())}", file=sys.stderr)
+    if any(os.environ.get(name, "0") != "0" for name in local_ranks):
+        time.sleep(PATIENCE_SECONDS)
+    print(f"dist-ssn: {' '.join(sentence.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

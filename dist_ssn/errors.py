@@ -7,6 +7,8 @@ right. The command line prints that sentence and nothing else.
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable
 
 
@@ -44,6 +46,14 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is incomplete, altered, or that belongs to another plan or model."""
+
+
+def told(error: BaseException) -> str:
+    """An exception of code that is not ours, as half a sentence: what it is, and the last line of a user's own that it passed."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    where = f" ({os.path.basename(lines[-1].filename)}, line {lines[-1].lineno})" if lines else ""
+    first = (str(error).strip().splitlines() or ["without a message"])[0]
+    return f"{type(error).__name__}: {first}{where}"
 
 
 def unknown_choice(what: str, got: str, known: Iterable[str]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
 from .bank import Bank
+from .errors import UserError
 
 _EXPONENT = 3 / 8
 """How the rate under Adam grows with the number of uses (measured: docs/quality.md)."""
@@ -23,7 +25,14 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01, lr: float | N
             weights pull at it; a number that stands for many must move further. So each bank, and what its weights have of
             their own, get `adam_rate` for the bank's uses; biases and norms that for the whole model's; decay stays as strong
             as at `lr`. Leave it out with SGD, whose steps grow with the uses by themselves.
+
+    Raises:
+        UserError: a number that no optimizer could use.
     """
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"weight_decay must be 0 or more, got {weight_decay!r}")
+    if lr is not None and not 0 < lr < math.inf:
+        raise UserError(f"lr must be a number above 0, or None to leave rates to the optimizer, got {lr!r}")
     banks = [module for module in model.modules() if isinstance(module, Bank)]
     of_bank = {id(p): bank for bank in banks for p in bank.parameters(recurse=False)}
     decayed = {id(p) for bank in banks for p in (bank.bank, bank.differences)}

@@ -147,6 +147,22 @@ class SharedLayer:
             raise ShareError(no_write(f"{type(self).__name__}.{name}"))
         super().register_parameter(name, param)  # type: ignore[misc]
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: list[str],
+    ) -> None:
+        """Refuses a weight of a dense model, also where `strict` is false."""
+        for name in self._dist_ssn_names:
+            if state_dict.pop(prefix + name, None) is not None:
+                errors.append(no_write(prefix + name))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+
     def reset_parameters(self) -> None:
         """Not possible: a bank's numbers belong to many layers."""
         raise ShareError(no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))

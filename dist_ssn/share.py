@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .bank import Bank
@@ -58,7 +62,10 @@ def share(
         raise ShareError("share() needs either a budget, share(model, 0.1), or a plan, share(model, plan=plan)")
     if plan is None:
         assert budget is not None
-        plan = make_plan(model, budget, mapping=mapping, morph=morph, include=include, exclude=exclude, seed=seed)
+        specs = find_specs(model, include, exclude)
+        plan = make_plan(specs, budget, mapping=mapping, morph=morph, seed=seed)
+    elif not isinstance(plan, Plan):
+        raise PlanError(f"plan is of type {type(plan).__name__}: read it first, Plan.from_json(Path(...).read_text())")
     else:
         names = [slot.name for _, slot in plan.slots()]
         missing = sorted(set(names) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
@@ -66,8 +73,10 @@ def share(
             raise PlanError(
                 f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model"
             )
-        _check_plan(plan, find_specs(model, include=names))
-    specs = find_specs(model, include=[slot.name for _, slot in plan.slots()])
+        specs = find_specs(model, include=names)
+        _check_plan(plan, specs)
+    _check_order(model, specs)
+    _warn_of_seeds(specs)
     _attach(model, plan, specs)
     return model
 
@@ -75,9 +84,9 @@ def share(
 class BankSet(nn.Module):
     """All banks of a model, and the plan that they follow. Passes its input on, should a container call it."""
 
-    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
+    def __init__(self, plan: Plan, left_out: tuple[tuple[str, str], ...], device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.plan = plan
+        self.plan, self.left_out = plan, left_out
         for group in plan.groups:
             if hasattr(self, group.name):
                 raise PlanError(f"group name {group.name!r} is taken by torch.nn.Module: choose another")
@@ -152,11 +161,54 @@ def _check_plan(plan: Plan, specs: Specs) -> None:
         raise PlanError("the plan belongs to another model: " + "; ".join(problems[:5]))
 
 
+def _check_order(model: nn.Module, specs: Specs) -> None:
+    """Sharing comes first: who took hold of a weight before would train or average what nobody reads any more.
+
+    Raises:
+        ShareError: an optimizer holds a weight, or the model is wrapped for training.
+    """
+    names = {id(model.get_parameter(weight.name)): weight.name for weight in specs.weights}
+    for thing in gc.get_objects() if _is_held(model, specs) else ():
+        kind = type(thing)
+        if issubclass(kind, torch.optim.Optimizer):
+            held = [p for group in thing.param_groups for p in group["params"] if id(p) in names]
+            if held:
+                raise ShareError(
+                    f"an optimizer ({kind.__name__}) holds {names[id(held[0])]}, which nobody would read any more: "
+                    "share the model first, and make the optimizer after it (or delete the one that is not used)"
+                )
+        elif issubclass(kind, (nn.parallel.DistributedDataParallel, nn.DataParallel)) and any(
+            id(p) in names for p in thing.module.parameters()
+        ):
+            raise ShareError(f"the model is wrapped in a {kind.__name__}: share it first and wrap it afterwards")
+
+
+def _is_held(model: nn.Module, specs: Specs) -> bool:
+    """Whether anybody but modules knows one of the weights: the quick answer is mostly no."""
+    for weight in specs.weights:
+        path, _, local = weight.name.rpartition(".")
+        parameter = model.get_submodule(path)._parameters[local]
+        if sys.getrefcount(parameter) > 3 + len(weight.aliases):  # the module, our name for it, and the question itself
+            return True
+    return False
+
+
+def _warn_of_seeds(specs: Specs) -> None:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    if measured := [weight.name for weight in specs.weights if weight.is_measured]:
+        warnings.warn(
+            f"the initial scale of {measured[0]} ({len(measured)} weights in all) was measured on its random values: if not all "
+            "ranks were seeded alike, they now follow different plans; give them one, share(model, plan=...)",
+            stacklevel=3,
+        )
+
+
 def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
     """Builds the banks and turns every layer that holds a weight into a layer that generates it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = parameters[specs.weights[0].name]
-    banks = BankSet(plan, first.device, first.dtype)
+    banks = BankSet(plan, specs.left_out, first.device, first.dtype)
     for bank in banks.banks():
         initialize(bank)
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
@@ -298,6 +350,8 @@ class Summary:
     parameters: int
     own_parameters: int
     plans: tuple[Plan, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Names of parameters of two or more dimensions that are stored as ever, each with the reason."""
 
     @property
     def plan(self) -> Plan | None:
@@ -308,7 +362,8 @@ class Summary:
         if not self.plans:
             return f"dense model, {self.parameters:,} trainable parameters"
         plans = ", and ".join(map(str, self.plans))
-        return f"{self.parameters:,} trainable parameters: {plans}, and {self.own_parameters:,} of the model's own"
+        text = f"{self.parameters:,} trainable parameters: {plans}, and {self.own_parameters:,} of the model's own"
+        return f"{text}; left as they are: {left_out_text(self.left_out)}" if self.left_out else text
 
 
 def summary(model: nn.Module) -> Summary:
@@ -316,4 +371,11 @@ def summary(model: nn.Module) -> Summary:
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sets = _bank_sets(model)
     shared = sum(p.numel() for banks in sets for p in banks.parameters() if p.requires_grad)
-    return Summary(total, total - shared, tuple(banks.plan for banks in sets))
+    left_out = tuple(entry for banks in sets for entry in banks.left_out)
+    return Summary(total, total - shared, tuple(banks.plan for banks in sets), left_out)
+
+
+def left_out_text(left_out: Sequence[tuple[str, str]], most: int = 8) -> str:
+    """What is not shared, with the reasons, as one line."""
+    more = f", and {len(left_out) - most} more" if len(left_out) > most else ""
+    return ", ".join(f"{name} ({reason})" for name, reason in left_out[:most]) + more

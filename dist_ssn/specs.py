@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,8 @@ class LayerSpec:
     """A tied weight's name in each other module that holds it."""
     zero_row: int | None = None
     """Row that stays zero (an embedding's `padding_idx`)."""
+    is_measured: bool = False
+    """Whether `init_std` was measured on random values, so that another seed gives another number."""
 
     @property
     def numel(self) -> int:
@@ -154,7 +156,7 @@ def find_specs(
             + (f" (left out are {reasons})" if reasons else "")
         )
     _raise(model, problems)
-    return Specs(tuple(weights), own, tuple(left_out))
+    return Specs(tuple(_residual(weights)), own, tuple(left_out))
 
 
 def _check_model(model: nn.Module) -> None:
@@ -256,12 +258,14 @@ def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
     holders: dict[tuple[int, str], str] = {}  # a module that is used in two places holds its weight once
     for place in places:
         holders.setdefault((id(place.module), place.local), place.name)
+    init_std, is_measured = _init_std(parameter, module, fans, zero_row)
     return LayerSpec(
         name=name,
         shape=shape,
         kind=type(module).__name__,
         fan_in=fans[0],
-        init_std=_init_std(parameter, module, fans, zero_row),
+        init_std=init_std,
+        is_measured=is_measured,
         aliases=tuple(holders.values())[1:],
         zero_row=zero_row,
     )
@@ -276,8 +280,10 @@ def _fans(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
     return (fan_out, fan_in) if turned else (fan_in, fan_out)
 
 
-def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int], zero_row: int | None) -> float:
-    """The measured root mean square, snapped to the usual initialization that it is a sample of.
+def _init_std(
+    parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int], zero_row: int | None
+) -> tuple[float, bool]:
+    """The measured root mean square, snapped to the usual initialization that it is a sample of; whether there was none.
 
     Snapping makes the plan independent of the random seed, so that ranks that seeded differently agree: for the layer's own
     initialization in torch at any size, for other usual ones where the weight is large enough to tell them apart. What
@@ -290,10 +296,10 @@ def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int],
         count -= values[zero_row].numel()
     measured = math.sqrt(squares / count)
     if not math.isfinite(measured):
-        return measured
+        return measured, True
     default = _default_std(module, tuple(values.shape))
     if default is not None and _is_sample(values, measured, count, *default):
-        return default[0]
+        return default[0], False
     fan_in, fan_out = fans
     # The packed projections of attention and LSTM have 3 and 4 blocks of rows.
     usual = [math.sqrt(v / f) for f in (fan_in, fan_out, fan_out / 3, fan_out / 4) for v in (1 / 3, 1.0, 2.0)]
@@ -301,7 +307,23 @@ def _init_std(parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int],
     # Formulas for the same number may differ in its last bit: rounded, the first of them wins, whatever the sample.
     nearest = min(usual, key=lambda std: round(abs(std / measured - 1), 9))
     tolerance = max(0.005, 2 / math.sqrt(count))
-    return nearest if abs(nearest / measured - 1) < tolerance else float(f"{measured:.3g}")
+    if abs(nearest / measured - 1) < tolerance:
+        return nearest, False
+    return float(f"{measured:.3g}"), True
+
+
+def _residual(weights: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Recognizes the n projections back into the residual stream of a GPT, which start with 0.02/√n.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+    """
+    unknown = [weight for weight in weights if weight.is_measured]
+    for n in reversed(range(2, len(unknown) + 1)):  # of two that fit, the one that explains more
+        std = 0.02 / math.sqrt(n)
+        near = {w.name for w in unknown if abs(w.init_std / std - 1) < 5 * math.sqrt(0.5 / w.numel) + 0.005}  # rounded
+        if len(near) == n:
+            return [replace(w, init_std=std, is_measured=False) if w.name in near else w for w in weights]
+    return list(weights)
 
 
 def _default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:

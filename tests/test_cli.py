@@ -5,11 +5,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_ssn import cli
 from dist_ssn.cli import main
 from dist_ssn.errors import BudgetError
 from dist_ssn.plan import Plan
@@ -135,10 +137,12 @@ def test_only_one_process_of_a_machine_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing(monkeypatch, BudgetError("too small"))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run("train", capsys=capsys) == (2, "", "")
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert run("train", capsys=capsys) == (2, "", "dist-ssn: too small\n")
+    assert run("train", capsys=capsys) == (2, "", "dist-ssn: too small\n") and waited == []
+    monkeypatch.setenv("LOCAL_RANK", "1")  # whom the launcher ends while it waits; if not, it speaks
+    assert run("train", capsys=capsys) == (2, "", "dist-ssn: too small\n") and waited == [cli.PATIENCE_SECONDS]
 
 
 def test_a_full_disk_is_one_sentence(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.nn.utils import prune
 
 import dist_ssn
@@ -336,16 +338,46 @@ def test_sharing_twice_is_refused() -> None:
 
 
 def test_an_optimizer_that_was_made_before_is_found_out(tokens: Tensor) -> None:
-    """It holds the weights that are gone. The engine says so; by hand, those weights have no gradient."""
+    """It holds weights that would be gone."""
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    old = model.hidden.weight
-    share(model, 0.2)
+    with pytest.raises(ShareError, match=r"an optimizer \(SGD\) holds .*, which nobody would read"):
+        share(model, 0.2)
+    assert isinstance(model.hidden.weight, nn.Parameter)  # nothing was changed
+    other = Net()
     with pytest.raises(UserError, match=r"make the optimizer after share\(\)"):
-        DDPEngine(model, optimizer)
+        DDPEngine(share(other, 0.2), optimizer)
+    del optimizer
+    share(model, 0.2)
     model(tokens).sum().backward()
-    assert old.grad is None
-    assert id(old) not in {id(p) for p in model.parameters()}
+
+
+def test_a_model_that_was_wrapped_before_is_found_out() -> None:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        wrapper = nn.parallel.DistributedDataParallel(Net())
+        with pytest.raises(ShareError, match="wrapped in a DistributedDataParallel"):
+            share(wrapper.module, 0.2)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_is_left_out_is_listed_with_the_reason() -> None:
+    model = share(Net(), 0.2, exclude="hidden")
+    assert ("hidden.weight", "excluded") in summary(model).left_out
+    assert "left as they are: hidden.weight (excluded)" in str(summary(model))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_of_a_dense_model_is_refused(strict: bool) -> None:
+    state = Net().state_dict()
+    with pytest.raises(RuntimeError, match="is generated from a bank"):
+        share(Net(), 0.2).load_state_dict(state, strict=strict)
+
+
+def test_a_plan_is_a_plan() -> None:
+    with pytest.raises(PlanError, match=r"plan is of type str: read it first, Plan\.from_json"):
+        share(Net(), plan="plan.json")
 
 
 WRITES: dict[str, Callable[[nn.Linear], Any]] = {

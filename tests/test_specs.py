@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import dist_ssn
 from dist_ssn.errors import ShareError
+from dist_ssn.plan import make_plan
 from dist_ssn.specs import Selector, find_specs
+from dist_ssn.train.models.gpt import build_gpt
 
 
 class Conv1D(nn.Module):
@@ -155,6 +157,20 @@ def test_other_initializations(seed: int) -> None:
     nn.init.normal_(layer.weight, std=0.0037)
     measured = find_specs(layer).weights[0].init_std
     assert measured == pytest.approx(0.0037, rel=0.02) and measured == float(f"{measured:.3g}")
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_the_plan_of_a_gpt_does_not_depend_on_the_seed(layers: int) -> None:
+    plans = set()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        specs = find_specs(build_gpt(vocabulary=64, layers=layers, width=32, heads=4, context=16))
+        assert not any(weight.is_measured for weight in specs.weights)
+        assert min(weight.init_std for weight in specs.weights) == pytest.approx(
+            0.02 / math.sqrt(2 * layers), rel=1e-12
+        )
+        plans.add(make_plan(specs, 0.1).fingerprint)
+    assert len(plans) == 1
 
 
 def test_a_padding_row_does_not_dilute_the_measure() -> None:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from dist_ssn.errors import UserError
-from dist_ssn.track import Console, JsonLines, build_tracker, set_aside, write_whole
+from dist_ssn.track import Console, JsonLines, check_wandb, set_aside, write_whole
 from dist_ssn.track.tracker import wandb_mode
 from dist_ssn.train.recipe import WandbConfig
 
@@ -128,10 +128,10 @@ def test_the_mode_is_the_recipe_s_if_it_names_one_else_the_environment_s() -> No
         wandb_mode(default, {"WANDB_MODE": "ofline"})
 
 
-def test_a_missing_wandb_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wandb_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install dist_ssn\[wandb\]"):
-        build_tracker(WandbConfig(mode="offline"), tmp_path, name="small", recipe={}, console=None, resume_step=None)
+        check_wandb(WandbConfig(mode="offline"))
 
 
 # Its own process: W&B starts threads and a service, which this one would keep.

@@ -33,6 +33,7 @@ from torch.nn.parallel import distributed as ddp_source
 
 from dist_ssn.comm.ledger import Ledger, Row, Totals, check_purpose
 from dist_ssn.errors import UserError
+from dist_ssn.private import at_end_of_backward, graph_task_id
 
 # operator -> (the collective's name in the ledger, the argument that holds what this rank hands over)
 OPERATORS: dict[str, tuple[str, str | None]] = {
@@ -215,7 +216,7 @@ def _kernel(name: str) -> Callable[..., Any]:
         timed = future is not None
         # Trap: the dispatcher leaves out trailing arguments that have their default, and async_op's is True.
         waits = timed and async_at is not None and async_at < len(args) and not args[async_at]
-        task = torch._C._current_graph_task_id()  # -1 outside of backward
+        task = graph_task_id()
         reduces = timed and task != -1 and collective == "all_reduce" and not waits
         booked = []
         for meter in meters:
@@ -253,14 +254,13 @@ def _expose_at_end_of_backward(task: int, booked: list[tuple[Ledger, Row]]) -> N
     """Book how long backward waits for its all-reduces after its last gradient is computed.
 
     DDP's reducer waits in a callback that autograd runs at the end of backward. Ours is queued before it, at the
-    first all-reduce, and queues a second one behind it. The engine's queue is private, but FSDP rests on it too.
+    first all-reduce, and queues a second one behind it.
     With static_graph, DDP's first step waits before both, and counts as zero.
     """
     if task in _waits:
         # One wait for all operations of this backward: the first one carries it.
         return
     _waits.add(task)
-    queue = torch.autograd.Variable._execution_engine.queue_callback  # pyright: ignore[reportAttributeAccessIssue]
 
     def before() -> None:
         start = time.perf_counter()
@@ -270,9 +270,9 @@ def _expose_at_end_of_backward(task: int, booked: list[tuple[Ledger, Row]]) -> N
             for ledger, row in booked:
                 ledger.add_times(row, exposed=time.perf_counter() - start)
 
-        queue(after)
+        at_end_of_backward(after)
 
-    queue(before)
+    at_end_of_backward(before)
 
 
 def _purpose_of(meter: CommMeter, collective: str, tensor: torch.Tensor | None, task: int) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,40 +15,26 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
+from dist_ssn.engines.delay import Delay
 from dist_ssn.engines.divergence import check_plans
+from dist_ssn.engines.exchange import GroupSum, make_exchange
 from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
 from dist_ssn.errors import UserError
+from dist_ssn.plan.overlap import Overlap, bucket_bytes, parse_overlap
 
-MIB = 1024 * 1024
+MIB = 2**20
 _BANK = re.compile(r"(^|\.)dist_ssn\.[^.]+\.bank$")
 
 
-def bucket_mib(parameters: Iterable[tuple[str, nn.Parameter]]) -> int | None:
-    """The size in MiB at which DDP should close a bucket; None for DDP's own choice (25 MiB, the first one 1 MiB).
-
-    parameters: names and parameters that get gradients.
-
-    DDP fills a bucket in the order in which gradients become final, and sends it when its last one is. A bank's
-    gradient is final only when the backward of its earliest user is done. So:
-    - no bank: DDP's choice.
-    - one bank: it is final at the very end of backward, and nothing is left to overlap it with. Everything goes into
-      one bucket: one round per step, which is what counts on a slow network. Own parameters of more than 25 MiB are
-      worth sending earlier, in buckets of that size.
-    - several banks: each closes a bucket when it is final, so that the banks of late layers travel while the backward
-      of early layers runs. Own parameters ride along. Less than 1 MiB is not worth a round of its own.
-    """
+def bucket_limit(parameters: Iterable[tuple[str, nn.Parameter]]) -> int | None:
+    """Bytes at which DDP should close a bucket of these gradients, by `plan.overlap.bucket_bytes`."""
     banks, own = [], 0
     for name, parameter in parameters:
-        size = parameter.numel() * parameter.element_size()
         if _BANK.search(name):
-            banks.append(size)
+            banks.append(parameter.nbytes)
         else:
-            own += size
-    if not banks:
-        return None
-    if len(banks) == 1:
-        return 25 if own > 25 * MIB else math.ceil((banks[0] + own) / MIB)
-    return max(1, min(banks) // MIB)
+            own += parameter.nbytes
+    return bucket_bytes(banks, own)
 
 
 class DDPEngine:
@@ -59,7 +45,9 @@ class DDPEngine:
     static_graph: every step uses the same parameters in the same order; needed with reentrant activation
     checkpointing, where one bank has several users. find_unused_parameters: for models that leave some parameters
     out of some steps (costs one more all-reduce of 4 bytes per parameter tensor).
-    bucket_mb: MiB at which a bucket is closed, instead of the choice of `bucket_mib`.
+    bucket_mb: MiB at which a bucket is closed, instead of our own choice.
+    overlap: how gradients travel while processes compute, see `dist_ssn.plan.overlap`. With "segments" and "sums" the banks
+    travel beside DDP; with "delay" DDP has nothing left to do, and buffers are each process's own.
 
     .model is what to call for a forward in training: the wrapper, or the model itself when there is one process.
     .module is always the model itself: use it for evaluation (the wrapper broadcasts buffers in each forward).
@@ -87,6 +75,7 @@ class DDPEngine:
         static_graph: bool = False,
         find_unused_parameters: bool = False,
         bucket_mb: float | None = None,
+        overlap: str | Overlap = "none",
     ) -> None:
         check_optimizer(model, optimizer, clip_norm)
         if bucket_mb is not None and not bucket_mb > 0:
@@ -102,15 +91,29 @@ class DDPEngine:
         self._last = True  # what `accumulating` said: does the backward now under way end in averaged gradients?
         self._averaged = True  # are the gradients that exist now the average over all processes?
         self._learning = static_graph  # does DDP still have to see its first backward?
+        way = parse_overlap(overlap)
+        group: Any = (
+            dist.new_group() if joined and way.kind != "none" else None
+        )  # what it sends keeps an order of its own
+        self._exchange = make_exchange(model, way, lambda tensor: GroupSum(tensor, group), self.world_size)
+        self.delay = self._exchange if isinstance(self._exchange, Delay) else None
         if self.world_size > 1:
-            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+            apart = self._exchange.parameters if self._exchange is not None else set()
+            trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p not in apart]
+            names = [name for name, p in model.named_parameters() if p in apart]
             with purpose("initialization"):
                 check_plans(model)
+                for tensor in apart if trainable else (*model.parameters(), *model.buffers()):
+                    dist.broadcast(tensor.detach(), src=0)
+                if not trainable:
+                    return  # DDP refuses a model of which it has nothing to average
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+                limit = bucket_limit(trainable) if bucket_mb is None else bucket_mb * MIB
                 # Buffers are broadcast before each forward only if the model has any, which is DDP's default; the
                 # argument for it changes its name between releases.
                 self.model = DistributedDataParallel(
                     model,
-                    bucket_cap_mb=bucket_mb if bucket_mb is not None else bucket_mib(trainable),  # pyright: ignore[reportArgumentType]
+                    bucket_cap_mb=None if limit is None else limit / MIB,  # pyright: ignore[reportArgumentType]
                     gradient_as_bucket_view=True,
                     static_graph=static_graph,
                     find_unused_parameters=find_unused_parameters,
@@ -150,6 +153,8 @@ class DDPEngine:
                 f"put forward and backward inside `with engine.accumulating(last={last})`"
             )
         self._averaged = last
+        if last and self._exchange is not None:
+            self._exchange.arm(loss)
         loss.backward()
 
     def step(self) -> torch.Tensor | None:
@@ -168,11 +173,13 @@ class DDPEngine:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._exchange is not None:
+            self._exchange.stepped()
         return norm
 
     def gathered(self) -> tuple[dict[str, torch.Tensor], OptimizerState]:
         """Every process holds everything: no collective."""
-        return whole_state(self.module, self.optimizer)
+        return whole_state(self.module, self.optimizer, self.delay)
 
     def scatter(self, parameters: dict[str, torch.Tensor], optimizer: OptimizerState) -> None:
-        load_whole_state(self.module, self.optimizer, parameters, optimizer)
+        load_whole_state(self.module, self.optimizer, parameters, optimizer, self.delay)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
+from dist_ssn.engines.delay import without_delay
 from dist_ssn.engines.divergence import check_plans
 from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
 from dist_ssn.errors import UserError
@@ -146,6 +147,7 @@ class DeepSpeedEngine:
             return load_whole_state(self.module, self.optimizer, parameters, optimizer)
         from deepspeed import utils, zero
 
+        optimizer = without_delay(optimizer)
         keys = {
             key
             for name, entries in optimizer.items()

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +20,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.bank import Bank
 from dist_ssn.comm.meter import book, purpose
+from dist_ssn.engines.delay import Delay
 from dist_ssn.engines.divergence import check_plans
+from dist_ssn.engines.exchange import make_exchange
 from dist_ssn.engines.mpi_world import load_mpi
 from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
 from dist_ssn.errors import UserError
+from dist_ssn.plan.overlap import Overlap, parse_overlap
 
 PIECE_BYTES = 2**30
 """A message is sent in pieces of at most this size: before MPI 4, a count had to be below 2³¹."""
@@ -34,8 +37,32 @@ class _Message:
     """Gradients that travel together: one bank's, or everything else's."""
 
     parameters: list[nn.Parameter]
-    buffer: Tensor | None = None  # what is under way: a flat gradient itself, or a copy of several
-    requests: list[Any] = field(default_factory=list)
+    under_way: MPISum | None = None
+
+
+class MPISum:
+    """A flat tensor that is being summed over all processes of `comm`, in pieces; see `exchange.Sum`."""
+
+    def __init__(self, mpi: Any, comm: Any, tensor: Tensor, cuda_aware: bool):
+        self._mpi, self._size = mpi, comm.size
+        if tensor.dtype not in (torch.float32, torch.float64):  # types that MPI knows
+            tensor = tensor.float()
+        if tensor.is_cuda and cuda_aware:
+            torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows nothing of streams
+        else:
+            tensor = tensor.cpu()
+        self._tensor = tensor
+        self._requests = [
+            comm.Iallreduce(mpi.IN_PLACE, piece if piece.is_cuda else piece.numpy(), mpi.SUM)
+            for piece in tensor.split(max(1, PIECE_BYTES // tensor.element_size()))
+        ]
+
+    def wait(self) -> Tensor:
+        """The sum, when it is there; tells the meters how long that took."""
+        started = time.perf_counter()
+        self._mpi.Request.Waitall(self._requests)
+        book("all_reduce", "gradients", self._tensor.nbytes, self._size, exposed=time.perf_counter() - started)
+        return self._tensor
 
 
 class MPIEngine:
@@ -47,6 +74,7 @@ class MPIEngine:
 
     Args:
         cuda_aware: hand gradients on a CUDA device to MPI as they are; otherwise they go through host memory.
+        overlap: how gradients travel while processes compute, see `dist_ssn.plan.overlap`.
 
     Raises: UserError when mpi4py is not installed, or no MPI has started these processes.
     """
@@ -61,6 +89,7 @@ class MPIEngine:
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
         cuda_aware: bool = False,
+        overlap: str | Overlap = "none",
     ) -> None:
         check_optimizer(model, optimizer, clip_norm)
         self._mpi = load_mpi()
@@ -81,9 +110,13 @@ class MPIEngine:
         self._fired: Counter[nn.Parameter] = Counter()  # how often each gradient has grown in this backward
         self._final: Counter[nn.Parameter] | None = None  # how often it grows in all: known after the first step
         self._ends: dict[nn.Parameter, int] = {}  # when it grew last in this backward
-        self._messages = _messages_of(model)
+        way = parse_overlap(overlap)
+        self._comm = self._mpi.COMM_WORLD.Dup()
+        apart = self._mpi.COMM_WORLD.Dup()  # what an exchange sends keeps an order of its own
+        self._exchange = make_exchange(model, way, lambda tensor: self._sum(tensor, apart), self.world_size)
+        self.delay = self._exchange if isinstance(self._exchange, Delay) else None
+        self._messages = _messages_of(model, self._exchange.parameters if self._exchange is not None else set())
         if self.world_size > 1:
-            self._comm = self._mpi.COMM_WORLD.Dup()
             with purpose("initialization"):
                 check_plans(model)
                 for tensor in (*model.parameters(), *model.buffers()):
@@ -110,6 +143,8 @@ class MPIEngine:
         """Gradients of `loss`: this process's mean, divided by the number of micro-batches."""
         self._averaged = False
         self._fired.clear()
+        if self._sends and self._exchange is not None:
+            self._exchange.arm(loss)
         loss.backward()
         if self._sends:
             self._finish()
@@ -129,15 +164,17 @@ class MPIEngine:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self._exchange is not None:
+            self._exchange.stepped()
         return norm
 
     def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
         """Every process holds everything: nothing is sent."""
-        return whole_state(self.module, self.optimizer)
+        return whole_state(self.module, self.optimizer, self.delay)
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """Every process takes everything."""
-        load_whole_state(self.module, self.optimizer, parameters, optimizer)
+        load_whole_state(self.module, self.optimizer, parameters, optimizer, self.delay)
 
     def _on_gradient(self, parameter: Tensor) -> None:
         """A gradient has grown: start every message that is complete, and whose predecessors have started."""
@@ -161,48 +198,31 @@ class MPIEngine:
                 return
             self._start()
 
+    def _sum(self, tensor: Tensor, comm: Any = None) -> MPISum:
+        return MPISum(self._mpi, comm or self._comm, tensor, self.cuda_aware)
+
     def _start(self) -> None:
         message = self._messages[self._started]
         self._started += 1
         for parameter in message.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in message.parameters if parameter.grad is not None]
-        message.buffer = self._buffer(gradients)
-        pieces = message.buffer.split(max(1, PIECE_BYTES // message.buffer.element_size()))
-        message.requests = [
-            self._comm.Iallreduce(self._mpi.IN_PLACE, piece if piece.is_cuda else piece.numpy(), self._mpi.SUM)
-            for piece in pieces
-        ]
-
-    def _buffer(self, gradients: list[Tensor]) -> Tensor:
-        """One flat tensor that MPI can sum: of a type it knows, and where it can reach it."""
-        flat = gradients[0].reshape(-1) if len(gradients) == 1 else torch.cat([g.reshape(-1) for g in gradients])
-        if flat.dtype not in (torch.float32, torch.float64):
-            flat = flat.float()
-        if flat.is_cuda and self.cuda_aware:
-            torch.cuda.current_stream(flat.device).synchronize()  # MPI knows nothing of streams
-            return flat
-        return flat.cpu()
+        gradients = [parameter.grad.reshape(-1) for parameter in message.parameters if parameter.grad is not None]
+        message.under_way = self._sum(gradients[0] if len(gradients) == 1 else torch.cat(gradients))
 
     def _finish(self) -> None:
         """Starts what has not started, waits for all, and puts means in the gradients' place."""
         while self._started < len(self._messages):
             self._start()
-        started = time.perf_counter()
         for message in self._messages:
-            self._mpi.Request.Waitall(message.requests)
-        waited = time.perf_counter() - started
-        for place, message in enumerate(self._messages):
-            assert message.buffer is not None
-            payload = message.buffer.numel() * message.buffer.element_size()
-            exposed = 0.0 if place else waited  # one wait for all: the first one carries it
-            book("all_reduce", "gradients", payload, self.world_size, exposed=exposed)
-            means = (message.buffer / self.world_size).split([p.numel() for p in message.parameters])
-            for parameter, mean in zip(message.parameters, means, strict=True):
+            assert message.under_way is not None
+            mean = message.under_way.wait() / self.world_size
+            for parameter, part in zip(
+                message.parameters, mean.split([p.numel() for p in message.parameters]), strict=True
+            ):
                 assert parameter.grad is not None
-                parameter.grad.copy_(mean.view_as(parameter))
-            message.buffer, message.requests = None, []
+                parameter.grad.copy_(part.view_as(parameter))
+            message.under_way = None
         self._started = 0
         if self._final is None:
             self._learn()
@@ -215,8 +235,9 @@ class MPIEngine:
         self._messages = [self._messages[place] for place in order]
 
 
-def _messages_of(model: nn.Module) -> list[_Message]:
-    banks = [module.bank for module in model.modules() if isinstance(module, Bank) and module.bank.requires_grad]
-    of_bank = set(banks)
-    own = [p for p in model.parameters() if p.requires_grad and p not in of_bank]
+def _messages_of(model: nn.Module, apart: set[nn.Parameter]) -> list[_Message]:
+    """One message per bank, and one of everything else, but for parameters that are averaged `apart`."""
+    trained = [p for p in model.parameters() if p.requires_grad and p not in apart]
+    of_bank = {module.bank for module in model.modules() if isinstance(module, Bank)}
+    banks, own = [p for p in trained if p in of_bank], [p for p in trained if p not in of_bank]
     return [_Message([bank]) for bank in banks] + ([_Message(own)] if own else [])

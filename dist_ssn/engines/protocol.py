@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dist_ssn.engines.delay import Delay, without_delay
 from dist_ssn.errors import UserError
 
 OptimizerState = dict[str, dict[str, Any]]
@@ -81,20 +82,30 @@ class Engine(Protocol):
         ...
 
 
-def whole_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], OptimizerState]:
+def whole_state(
+    model: nn.Module, optimizer: Optimizer, delay: Delay | None = None
+) -> tuple[dict[str, Tensor], OptimizerState]:
     """What `Engine.gathered` returns where every process holds whole parameters."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()}
+    for name, entries in delay.state().items() if delay is not None else ():
+        state.setdefault(name, {}).update(entries)
     return {name: parameter.detach() for parameter, name in names.items()}, state
 
 
 def load_whole_state(
-    model: nn.Module, optimizer: Optimizer, parameters: dict[str, Tensor], state: OptimizerState
+    model: nn.Module,
+    optimizer: Optimizer,
+    parameters: dict[str, Tensor],
+    state: OptimizerState,
+    delay: Delay | None = None,
 ) -> None:
     """What `Engine.scatter` does where every process holds whole parameters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameters[name])
+    if delay is not None:
+        delay.load(state)
     by_index = optimizer_state_by_index(model, optimizer, state)
     optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -105,7 +116,8 @@ def optimizer_state_by_index(
     """`state` as `Optimizer.load_state_dict` counts parameters."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    return {index: state[name] for index, name in enumerate(ordered) if name in state}
+    known = without_delay(state)
+    return {index: known[name] for index, name in enumerate(ordered) if name in known}
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, clip_norm: float | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -11,6 +13,8 @@ import torch.distributed as dist
 
 from dist_ssn.engines import mpi_world
 from dist_ssn.errors import UserError
+
+_FAREWELL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,13 @@ class World:
     def close(self) -> None:
         """End the process group that `init_world` started; a second call does nothing."""
         if self.owns_group and dist.is_initialized():
+            # Traps (torch 2.13): the last one to let go of a gloo group waits for its threads. If that is DDP's reducer, it holds
+            # Python's lock meanwhile, which such a thread may need to drop the last collective's tensors: the process never ends.
+            # If it is such a thread itself, the process aborts. So nobody is the last.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
             dist.destroy_process_group()
+            # And a thread that still wants Python's lock when the interpreter ends aborts it as well: let it have the lock now.
+            time.sleep(_FAREWELL_SECONDS)
 
     def __enter__(self) -> World:
         return self

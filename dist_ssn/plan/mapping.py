@@ -96,6 +96,10 @@ def map_weights(weights: Weights, mapping: str | Mapping[str, str], seed: int) -
             f'mapping {mapping!r:.60} is of type {type(mapping).__name__}: give a name, or a dict {{"glob": "group"}}'
         )
     name, _, number = mapping.partition(":")
+    if name == "manual":
+        raise PlanError(
+            'a manual mapping is written as a dict of globs to groups, such as {"encoder.*": "a", "*": "b"}'
+        )
     if name not in MAPPINGS:
         raise PlanError(unknown_choice("mapping", mapping, [*MAPPINGS, "auto"]) + ', or a dict {"glob": "group"}')
     if number and not (name in ("depth", "random") and re.fullmatch("[1-9][0-9]{0,8}", number)):

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
-from .tracker import Console, JsonLines, Tracker, Trackers, build_tracker, jsonable, set_aside, write_whole
+from .tracker import Console, JsonLines, Tracker, Trackers, build_tracker, check_wandb, jsonable, set_aside, write_whole
 
-__all__ = ["Console", "JsonLines", "Tracker", "Trackers", "build_tracker", "jsonable", "set_aside", "write_whole"]
+__all__ = [
+    "Console",
+    "JsonLines",
+    "Tracker",
+    "Trackers",
+    "build_tracker",
+    "check_wandb",
+    "jsonable",
+    "set_aside",
+    "write_whole",
+]

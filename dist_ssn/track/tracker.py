@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -213,6 +214,16 @@ def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:
     if name not in WANDB_MODES:
         raise UserError(unknown_choice("W&B mode (wandb.mode, or the environment's WANDB_MODE)", name, WANDB_MODES))
     return WANDB_MODES[name]
+
+
+def check_wandb(config: WandbConfig) -> None:
+    """Raises: UserError when W&B is asked for and not installed, or its mode is not known."""
+    mode = wandb_mode(config, os.environ)
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"the W&B mode is {mode!r} and wandb is not installed: run `pip install dist_ssn[wandb]`, "
+            f"or set wandb.mode (and WANDB_MODE, if it is set) to disabled"
+        )
 
 
 def build_tracker(

@@ -25,19 +25,14 @@ class WandbTracker:
         resume: go on with the W&B run that was started in `folder`, if there was one.
 
     Raises:
-        UserError: wandb is not installed, or W&B refuses to start.
+        UserError: W&B refuses to start.
     """
 
     def __init__(
         self, config: WandbConfig, mode: str, folder: Path, *, name: str, recipe: Mapping[str, Any], resume: bool
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                f"the W&B mode is {mode!r} and wandb is not installed: run `pip install dist_ssn[wandb]`, "
-                f"or set wandb.mode (and WANDB_MODE, if it is set) to disabled"
-            ) from error
+        import wandb
+
         remembered = folder / "wandb_id"
         run_id = os.environ.get("WANDB_RUN_ID") or (remembered.read_text() if resume and remembered.exists() else None)
         try:
@@ -63,7 +58,7 @@ class WandbTracker:
         self._run.log(dict(values), step=step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        columns: list[Any] = list(rows[0]) if rows else ["empty"]
+        columns: list[Any] = list(rows[0]) if rows else ["nothing was sent"]
         self._run.log({name: self._table(columns=columns, data=[[row[column] for column in columns] for row in rows])})
 
     def close(self, row: Mapping[str, Any] | None) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dist_ssn.engines import World
-from dist_ssn.errors import PlanError
+from dist_ssn.errors import PlanError, RecipeError, UserError, told
 from dist_ssn.plan import Plan
 from dist_ssn.share import share
 from dist_ssn.train.data import Task, load_task
@@ -26,11 +26,34 @@ def build(recipe: Recipe, world: World) -> tuple[Task, nn.Module]:
     validate(recipe, world.world_size)
     task = load_task(recipe.data, context=recipe.model_args.get("context"), seed=recipe.seed)
     # Both say now, and not when they are needed, whether there is data enough for these ranks and this batch.
-    task.batch(0, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
+    batch = task.batch(0, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
     task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe.model, recipe.model_args, task)
+    _check_fit(model, task, batch, recipe)
     return task, share_as(model, recipe.share).to(world.device)
+
+
+@torch.no_grad()
+def _check_fit(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor], recipe: Recipe) -> None:
+    """Runs one sample through the model.
+
+    Raises:
+        RecipeError: the model does not take the data, or the loss does not take what it made of them.
+    """
+    inputs, targets = (part[:1] for part in batch)
+    was_training = model.training
+    try:
+        task.loss(model.eval()(inputs), targets)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model may raise
+        shapes = f"inputs {list(inputs.shape)} of {inputs.dtype}, targets {list(targets.shape)}"
+        raise RecipeError(
+            f"model {recipe.model!r} does not go with data.name {recipe.data.name!r} ({shapes}): {told(error)}"
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:

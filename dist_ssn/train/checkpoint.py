@@ -267,18 +267,19 @@ def _verified_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole checkpoint: its state.json cannot be read ({error})") from None
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint: its state.json cannot be read ({error}){_remedy(path)}"
+        ) from None
     version = state.get("format") if isinstance(state, dict) else None
     if version != FORMAT:
         raise CheckpointError(f"the checkpoint {path} has format {version}, this version of dist_ssn reads {FORMAT}")
     for key, kind in _STATE.items():
         if not isinstance(state.get(key), kind):
             raise CheckpointError(
-                f"the checkpoint {path} is damaged: in state.json, {key} must be of type {kind.__name__}"
+                f"the checkpoint {path} is damaged: in state.json, {key} must be of type {kind.__name__}{_remedy(path)}"
             )
     files: dict[str, dict[str, Any]] = state["files"]
-    others = [str(other) for _, other in reversed(_steps(path.parent)) if other != path]
-    remedy = f"; remove that folder to go on from {others[0]}" if others else ""
+    remedy = _remedy(path)
     for name in ("model.safetensors", "optimizer.safetensors", "plan.json", "recipe.json"):
         file = path / name
         if not file.is_file() or name not in files:
@@ -292,6 +293,12 @@ def _verified_state(path: Path) -> dict[str, Any]:
         if found != expected:
             raise CheckpointError(f"the checkpoint {path} is damaged: {name} was changed after it was written{remedy}")
     return state
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a damaged checkpoint, as the end of a sentence."""
+    others = [str(other) for _, other in reversed(_steps(path.parent)) if other != path]
+    return f"; remove that folder to go on from {others[0]}" if others else "; remove that folder to begin anew"
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -308,9 +315,13 @@ def _check_plan(path: Path, plan: Plan | None) -> None:
         return
     if saved is None or plan is None:
         there, here = ("dense", "shared") if saved is None else ("shared", "dense")
-        raise CheckpointError(f"the checkpoint {path} is of a {there} model and this model is {here}")
+        raise CheckpointError(
+            f"the checkpoint {path} is of a {there} model and this model is {here}: set share.budget as it was"
+        )
     if difference := plan_difference(plan, saved):
-        raise CheckpointError(f"the checkpoint {path} is of another plan: {difference}")
+        raise CheckpointError(
+            f"the checkpoint {path} is of another plan: {difference}; set share.plan to its plan.json, or give another name"
+        )
 
 
 def _check_tensors(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -341,7 +352,7 @@ def _optimizer_state(path: Path, saved: dict[str, Any], optimizer: Optimizer, tr
     if saved["class"] != type(optimizer).__name__:
         raise CheckpointError(
             f"the checkpoint {path} was written with the optimizer {saved['class']} and this run uses "
-            f"{type(optimizer).__name__}"
+            f"{type(optimizer).__name__}: set optimizer.name as it was"
         )
     state: OptimizerState = {}
     for entry, value in {**_read_tensors(path / "optimizer.safetensors"), **saved["scalars"]}.items():

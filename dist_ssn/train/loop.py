@@ -30,7 +30,7 @@ from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.engines import Engine, World, check_equal, engine_class, init_world
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.share import shared_plan
-from dist_ssn.track import Console, Trackers, build_tracker, jsonable, set_aside, write_whole
+from dist_ssn.track import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside, write_whole
 from dist_ssn.train import checkpoint
 from dist_ssn.train.build import build
 from dist_ssn.train.checkpoint import NotFinite, together
@@ -164,6 +164,7 @@ class _Run:
                     f"output must be a folder that all of them share"
                 )
         if saved is None:
+            self.notes.append(f"there is no checkpoint in {self.folder / 'checkpoints'}: it begins at step 0")
             return
         fast_forward(self.schedule, saved.step)
         self.notes.append(f"goes on from {saved.path}")
@@ -186,6 +187,7 @@ class _Run:
         if self.world.rank != 0:
             return
         plan = shared_plan(self.model)
+        check_wandb(self.recipe.wandb)  # before anything is moved
         try:
             if not self.recipe.checkpoint.resume and (aside := set_aside(self.folder)) is not None:
                 self.notes.append(f"{self.folder} held another run, which is in {aside} now")

@@ -123,6 +123,7 @@ class EngineConfig:
         stage: ZeRO's, 0 to 3; null: what config says, else 1 (deepspeed)
         config: JSON file with DeepSpeed's own configuration (deepspeed)
         cuda_aware: gradients on a GPU are handed to MPI as they are (mpi)
+        overlap: how gradients travel while processes compute: none, segments:N, sums:N or delay (ddp, mpi)
         compare_every: steps between two proofs that all ranks hold the same parameters; null: none
     """
 
@@ -132,14 +133,15 @@ class EngineConfig:
     stage: int | None = None
     config: str | None = None
     cuda_aware: bool = False
+    overlap: str = "none"
     compare_every: int | None = 100
 
 
 ENGINE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "ddp": ("static_graph", "find_unused_parameters"),
+    "ddp": ("static_graph", "find_unused_parameters", "overlap"),
     "fsdp": (),
     "deepspeed": ("stage", "config"),
-    "mpi": ("cuda_aware",),
+    "mpi": ("cuda_aware", "overlap"),
 }
 """engine → which keys of `EngineConfig` it takes as arguments."""
 

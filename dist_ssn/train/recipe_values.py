@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_ssn.engines import ENGINES
-from dist_ssn.errors import unknown_choice
+from dist_ssn.errors import PlanError, unknown_choice
+from dist_ssn.plan.overlap import parse_overlap
 from dist_ssn.train.data import DATA
 from dist_ssn.train.models import MODELS
 from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
@@ -81,9 +82,14 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
             *ENGINE_OPTIONS[values["engine.name"]]
         }:
             key = f"engine.{option}"
-            if given(key) and values[key] is not False:
+            if given(key) and values[key] not in (False, "none"):
                 owners = " or ".join(name for name, options in ENGINE_OPTIONS.items() if option in options)
                 yield key, f"goes with the engine {owners}, not with {values['engine.name']}"
+    if given("engine.overlap"):
+        try:
+            parse_overlap(values["engine.overlap"])
+        except PlanError as error:
+            yield "engine.overlap", f"is wrong: {error}"
     if given("engine.stage") and values["engine.stage"] not in range(4):
         yield "engine.stage", f"must be 0, 1, 2 or 3, got {values['engine.stage']}"
     if given("engine.config") and not Path(values["engine.config"]).is_file():

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import DDPEngine, init_world
-from dist_ssn.engines.ddp import bucket_mib
+from dist_ssn.engines.ddp import bucket_limit
 from dist_ssn.errors import UserError
 from tests.ranks import RanksFailed, run_ranks
 
@@ -175,13 +175,13 @@ def test_bucket_choice() -> None:
         names = {"own": "norm.weight", "a": "dist_ssn.a.bank", "b": "inner.dist_ssn.b.bank"}
         return [(names[key], nn.Parameter(torch.empty(size, device="meta"))) for key, size in sizes.items()]
 
-    mib = 1024 * 256
-    assert bucket_mib(named(own=50 * mib)) is None
-    assert bucket_mib(named(own=100, a=100)) == 1
-    assert bucket_mib(named(own=mib, a=100 * mib)) == 101
-    assert bucket_mib(named(own=40 * mib, a=100 * mib)) == 25
-    assert bucket_mib(named(own=mib, a=100 * mib, b=7 * mib)) == 7
-    assert bucket_mib(named(own=mib, a=100, b=100)) == 1
+    mib = 2**18  # numbers of 4 bytes
+    assert bucket_limit(named(own=50 * mib)) is None
+    assert bucket_limit(named(own=100, a=100)) == 800
+    assert bucket_limit(named(own=mib, a=100 * mib)) == 101 * 2**20
+    assert bucket_limit(named(own=40 * mib, a=100 * mib)) == 25 * 2**20
+    assert bucket_limit(named(own=mib, a=100 * mib, b=7 * mib)) == 7 * 2**20
+    assert bucket_limit(named(own=mib, a=100, b=100)) == 2**16
 
 
 def _buffers(rank: int, n: int) -> None:

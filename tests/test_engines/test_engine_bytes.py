@@ -22,8 +22,10 @@ def test_an_engine_sends_what_theory_says(columns: tuple[str, ...]) -> None:
     found = launch(columns, 2, "benchmarks.engine_bytes")
     for column in columns:
         dense, shared = (line for line in found if line["engine"] == column)
-        assert shared["ring_bytes"] == pytest.approx(theory(column, shared["trainable"], 2), rel=0.01), column
-        assert dense["ring_bytes"] / shared["ring_bytes"] >= 0.9 / BUDGET, column
+        told = theory(column, shared["trainable"], 2, shared["banks"])
+        assert shared["ring_bytes"] == pytest.approx(told, rel=0.01), column
+        if "sums" not in column:
+            assert dense["ring_bytes"] / shared["ring_bytes"] >= 0.9 / BUDGET, column
         assert shared["optimizer_bytes"] <= (BUDGET + 0.02) * dense["optimizer_bytes"], column
         gathers = shared["rounds"].get("parameters: all_gather", 0)
         # ZeRO-3 gathers each parameter by itself, all others by group; none is gathered twice.

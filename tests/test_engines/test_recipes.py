@@ -43,6 +43,7 @@ def train(folder: Path, engine: str, ranks: int, steps: int, *more: str, name: s
     return json.loads((folder / name / "summary.json").read_text())["rows"][0]
 
 
+@pytest.mark.timeout(480)  # six starts, of three processes some
 def test_a_run_changes_its_engine_at_every_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="pip install 'dist_ssn[deepspeed]'")
     pytest.importorskip("mpi4py", reason="pip install 'dist_ssn[mpi]'")

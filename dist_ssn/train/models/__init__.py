@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from dist_ssn.errors import RecipeError, unknown_choice
+from dist_ssn.errors import RecipeError, UserError, told, unknown_choice
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
 
@@ -63,10 +63,19 @@ def build_model(name: str, args: Mapping[str, Any], task: HasHints | None = None
     ]
     if missing:
         raise RecipeError(f"model_args of {name}: {', '.join(missing)} must be given, for {name} has no default for it")
-    model = builder(**given)
+    try:
+        model = builder(**given)
+    except UserError:
+        raise
+    except Exception as error:  # a user's code, or sizes that do not fit
+        raise RecipeError(f"model {name!r} cannot be built with {_shown(given)}: {told(error)}") from error
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model {name!r} must return a torch.nn.Module, but returned a {type(model).__name__}")
     return model
+
+
+def _shown(given: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r:.40}" for key, value in given.items()) or "no arguments"
 
 
 def _arguments(builder: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:

@@ -1,0 +1,1 @@
+"""What a plan costs on a cluster, before anything is trained."""

@@ -1,0 +1,39 @@
+"""How long collectives take on a link, and how much of that a backward hides. Pure arithmetic.
+
+Letters: S bytes that each process hands in, n processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_ssn.cluster import Link
+from dist_ssn.comm.ledger import RING_BYTES
+
+
+def all_reduce_seconds(payload: float, processes: int, link: Link) -> float:
+    """Time of a ring all-reduce of S bytes: 2 (n - 1) rounds, and S · 2 (n - 1)/n bytes on the wire of each process.
+
+    Source: Thakur, Rabenseifner & Gropp 2005, section 4.
+    """
+    if processes < 2:
+        return 0.0
+    on_wire = RING_BYTES["all_reduce"](payload, processes)  # type: ignore[arg-type]
+    return 2 * (processes - 1) * link.latency_seconds + on_wire / link.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A message: when it can start, in seconds, and how long it takes."""
+
+    ready: float
+    seconds: float
+
+
+def exposed_seconds(messages: Sequence[Sent], end: float) -> float:
+    """How long somebody who is ready at `end` waits for the last of `messages`, which share one link in this order."""
+    free = 0.0
+    for message in messages:
+        free = max(free, message.ready) + message.seconds
+    return max(0.0, free - end)

@@ -1,0 +1,122 @@
+"""When in backward each gradient becomes final: measured on this machine, on all processes at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_ssn.bank import Bank
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Seconds from the beginning of each backward.
+
+    Args:
+        ready: name of a weight or own parameter → [steps, processes], when its gradient was final.
+        end: [steps, processes], when backward had computed all.
+        rest: [steps, processes], seconds of the step outside of backward.
+    """
+
+    ready: Mapping[str, np.ndarray]
+    end: np.ndarray
+    rest: np.ndarray
+
+
+class _Clock:
+    """Notes when gradients are final; the `Watcher` of one bank, or of no bank at all."""
+
+    def __init__(self, bank: Bank | None, times: dict[str, float]):
+        self.names = [slot.name for slot in bank.group.slots] if bank is not None else []
+        self.times = times
+
+    def read(self, index: int) -> None:
+        pass
+
+    def begin(self, sums: dict[str, Tensor]) -> None:
+        pass
+
+    def grown(self, index: int, sums: dict[str, Tensor]) -> None:
+        self.times[self.names[index]] = time.perf_counter()
+
+    def collect(self, sums: dict[str, Tensor]) -> None:
+        pass
+
+
+@contextmanager
+def _watched(model: nn.Module, times: dict[str, float]) -> Iterator[None]:
+    """Fills `times` with when each gradient grew last: of weights, and of the model's own parameters."""
+    banks = [module for module in model.modules() if isinstance(module, Bank)]
+    before = [bank.watcher for bank in banks]
+    of_banks = {p for bank in banks for p in bank.parameters(recurse=False)}
+    handles = []
+    for bank in banks:
+        bank.watcher = _Clock(bank, times)
+    for name, parameter in model.named_parameters():
+        if parameter not in of_banks and parameter.requires_grad:
+            handles.append(parameter.register_post_accumulate_grad_hook(_noting(name, times)))
+    try:
+        yield
+    finally:
+        for bank, watcher in zip(banks, before, strict=True):
+            bank.watcher = watcher
+        for handle in handles:
+            handle.remove()
+
+
+def _noting(name: str, times: dict[str, float]) -> Callable[[Tensor], None]:
+    def note(_: Tensor) -> None:
+        times[name] = time.perf_counter()
+
+    return note
+
+
+def measure_timeline(
+    model: nn.Module, optimizer: Optimizer, loss_of: Callable[[int], Tensor], steps: int = 20
+) -> Timeline:
+    """Trains `steps` steps on this process alone, and tells when what was final; changes the model.
+
+    In a job of several processes all measure at once, from a common start of each step, since they may share a machine: whoever
+    waits for a sum waits for the slowest.
+
+    Args:
+        loss_of: the loss of a step, by its number.
+    """
+    joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    names: list[str] = []
+    rows: list[list[float]] = []
+    for step in range(WARM_UP + steps):
+        times: dict[str, float] = {}
+        with _watched(model, times):
+            if joined:
+                dist.barrier()
+            first = time.perf_counter()
+            loss = loss_of(step)
+            begin = time.perf_counter()
+            loss.backward()
+            end = time.perf_counter()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = time.perf_counter()
+        if step >= WARM_UP:
+            names = names or sorted(times)
+            rows.append([*(times.get(name, end) - begin for name in names), end - begin, after - end + begin - first])
+    table = torch.tensor(rows, dtype=torch.float64)
+    everyone = [torch.empty_like(table) for _ in range(dist.get_world_size() if joined else 1)]
+    if joined:
+        dist.all_gather(everyone, table)
+    else:
+        everyone = [table]
+    whole = torch.stack(everyone, dim=1).numpy()  # [steps, processes, columns]
+    ready = {name: whole[:, :, column] for column, name in enumerate(names)}
+    return Timeline(ready, whole[:, :, -2], whole[:, :, -1])
