@@ -100,9 +100,8 @@ def _ready(message: Message, timeline: Timeline) -> np.ndarray:
 def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, processes: int, link: Link) -> Exposure:
     """Lays a step's messages over each measured step."""
     seconds = [all_reduce_seconds(message.payload, processes, link) for message in messages]
-    compute = timeline.end + timeline.rest
     if overlap.kind == "delay":  # there is a whole step to travel in
-        exposed = np.maximum(0.0, sum(seconds) - compute)
+        exposed = np.maximum(0.0, sum(seconds) - timeline.end)
     else:
         starts = [_ready(message, timeline) for message in messages]
         exposed = np.array(
@@ -118,5 +117,5 @@ def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, p
         rounds=len(messages),
         payload=sum(message.payload for message in messages),
         exposed=float(exposed.mean()),
-        step=float((compute + exposed).mean()),
+        step=float((timeline.end + exposed).mean()),
     )

@@ -1,4 +1,4 @@
-"""When in backward each gradient becomes final: measured on this machine, on all processes at once."""
+"""When in a step each gradient becomes final: measured on this machine, on all processes at once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds from the beginning of each backward.
+    """Seconds from the moment at which all processes have the former step's gradients.
 
     Args:
         ready: name of a weight or own parameter → [steps, processes], when its gradient was final.
         end: [steps, processes], when backward had computed all.
-        rest: [steps, processes], seconds of the step outside of backward.
     """
 
     ready: Mapping[str, np.ndarray]
     end: np.ndarray
-    rest: np.ndarray
 
 
 class _Clock:
@@ -97,20 +95,18 @@ def measure_timeline(
     rows: list[list[float]] = []
     for step in range(WARM_UP + steps):
         times: dict[str, float] = {}
+        if joined:
+            dist.barrier()
+        start = time.perf_counter()
+        if step:
+            optimizer.step()
+            optimizer.zero_grad()
         with _watched(model, times):
-            if joined:
-                dist.barrier()
-            first = time.perf_counter()
-            loss = loss_of(step)
-            begin = time.perf_counter()
-            loss.backward()
-            end = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
-        after = time.perf_counter()
+            loss_of(step).backward()
+        end = time.perf_counter()
         if step >= WARM_UP:
             names = names or sorted(times)
-            rows.append([*(times.get(name, end) - begin for name in names), end - begin, after - end + begin - first])
+            rows.append([*(times.get(name, end) - start for name in names), end - start])
     table = torch.tensor(rows, dtype=torch.float64)
     everyone = [torch.empty_like(table) for _ in range(dist.get_world_size() if joined else 1)]
     if joined:
@@ -118,5 +114,4 @@ def measure_timeline(
     else:
         everyone = [table]
     whole = torch.stack(everyone, dim=1).numpy()  # [steps, processes, columns]
-    ready = {name: whole[:, :, column] for column, name in enumerate(names)}
-    return Timeline(ready, whole[:, :, -2], whole[:, :, -1])
+    return Timeline({name: whole[:, :, column] for column, name in enumerate(names)}, whole[:, :, -1])
