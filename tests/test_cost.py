@@ -14,7 +14,7 @@ import dist_ssn
 from dist_ssn.cli import main
 from dist_ssn.cluster import Link
 from dist_ssn.comm import CommMeter
-from dist_ssn.cost.network import Sent, all_reduce_seconds, lay_over
+from dist_ssn.cost.network import Sent, all_reduce_seconds, exposed_seconds
 from dist_ssn.cost.overlap import Message, messages_of, predict
 from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.engines import DDPEngine
@@ -31,16 +31,18 @@ def test_an_all_reduce_by_hand() -> None:
 
 
 def test_messages_wait_for_each_other() -> None:
-    assert lay_over([], 1.0) == (1.0, 0)
-    assert lay_over([Sent(0.2, 0.3)], 1.0) == (1.0, 0)
-    assert lay_over([Sent(0.2, 1.0), Sent(0.9, 0.5)], 1.0) == (1.0, pytest.approx(0.7))  # the second starts at 1.2
-    assert lay_over([Sent(0.9, 0.5), Sent(0.2, 0.2)], 1.0) == (1.0, pytest.approx(0.6))  # in their order
+    assert exposed_seconds([], 1.0) == 0
+    assert exposed_seconds([Sent(0.2, 0.3)], 1.0) == 0
+    assert exposed_seconds([Sent(0.2, 1.0), Sent(0.9, 0.5)], 1.0) == pytest.approx(0.7)  # the second starts at 1.2
+    assert exposed_seconds([Sent(0.9, 0.5), Sent(0.2, 0.2)], 1.0) == pytest.approx(0.6)  # in their order
 
 
-def test_communication_that_takes_the_processor() -> None:
-    # 0.2 s on the way take 0.1 s of compute; what was ready at 0.9 is ready at 1.0, and ends with the computation.
-    assert lay_over([Sent(0.2, 0.2), Sent(0.9, 0.1)], 1.0, slowdown=0.5) == (pytest.approx(1.15), pytest.approx(0))
-    assert lay_over([Sent(1.0, 2.0)], 1.0, slowdown=0.5) == (1.0, 2.0)  # what comes afterwards disturbs nobody
+def test_messages_that_compute_slows_down() -> None:
+    assert exposed_seconds([Sent(0.2, 0.4, drag=0.4)], 1.0) == 0
+    assert exposed_seconds([Sent(0.6, 0.4, drag=0.4)], 1.0) == pytest.approx(0.2)  # half of it has travelled by then
+    assert exposed_seconds([Sent(1.0, 0.4, drag=0.4)], 1.0) == pytest.approx(
+        0.4
+    )  # what comes afterwards is undisturbed
 
 
 def timeline(**ready: float) -> Timeline:

@@ -25,24 +25,21 @@ def all_reduce_seconds(payload: float, processes: int, link: Link) -> float:
 
 @dataclass(frozen=True)
 class Sent:
-    """A message: when it can start, in seconds, and how long it takes."""
+    """A message: when it can start, how long it takes, and how much longer beside compute; in seconds."""
 
     ready: float
     seconds: float
+    drag: float = 0.0
 
 
-def lay_over(messages: Sequence[Sent], end: float, slowdown: float = 0.0) -> tuple[float, float]:
-    """Messages, which share one link in this order, laid over a computation that would end at `end` without them.
-
-    Args:
-        slowdown: seconds of compute that a second of communication beside it costs: what is ready later is ready later still.
-
-    Returns:
-        when the computation ends, and how long it then waits for the last message.
-    """
-    free = lost = 0.0
+def exposed_seconds(messages: Sequence[Sent], end: float) -> float:
+    """How long somebody who is ready at `end` waits for the last of `messages`, which share one link in this order."""
+    free = 0.0
     for message in messages:
-        start = max(free, message.ready + lost)
-        free = start + message.seconds
-        lost += slowdown * max(0.0, min(free, end + lost) - start)
-    return end + lost, max(0.0, free - end - lost)
+        start, slow = max(free, message.ready), message.seconds + message.drag
+        if start + slow <= end or not slow:
+            free = start + slow
+        else:  # what has not travelled until `end` travels at full speed
+            travelled = max(0.0, end - start) / slow
+            free = max(start, end) + (1 - travelled) * message.seconds
+    return max(0.0, free - end)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_ssn.cluster import Link
-from dist_ssn.cost.network import Sent, all_reduce_seconds, lay_over
+from dist_ssn.cost.network import Sent, all_reduce_seconds, exposed_seconds
 from dist_ssn.cost.timeline import Timeline
 from dist_ssn.plan import Group, Plan
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, pieces_of
@@ -100,19 +100,18 @@ def _ready(message: Message, timeline: Timeline) -> np.ndarray:
 def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, processes: int, link: Link) -> Exposure:
     """Lays a step's messages over each measured step."""
     seconds = [all_reduce_seconds(message.payload, processes, link) for message in messages]
+    drag = 2 * (processes - 1) * timeline.drag
     # A delayed message has the whole next step to travel in.
     starts = [
         np.zeros(len(timeline.end)) if overlap.kind == "delay" else _ready(message, timeline) for message in messages
     ]
-    ends, exposed = np.empty_like(timeline.end), np.empty_like(timeline.end)
-    for step, process in np.ndindex(timeline.end.shape):
-        sent = [Sent(float(start[step]), time) for start, time in zip(starts, seconds, strict=True)]
-        ends[step, process], exposed[step, process] = lay_over(
-            sent, float(timeline.end[step, process]), timeline.slowdown
-        )
+    exposed = np.empty_like(timeline.end)
+    for step, process in np.ndindex(exposed.shape):
+        sent = [Sent(float(start[step]), time, drag) for start, time in zip(starts, seconds, strict=True)]
+        exposed[step, process] = exposed_seconds(sent, float(timeline.end[step, process]))
     return Exposure(
         rounds=len(messages),
         payload=sum(message.payload for message in messages),
         exposed=float(exposed.mean()),
-        step=float((ends + exposed).mean()),
+        step=float((timeline.end + exposed).mean()),
     )

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from dist_ssn.bank import Bank
 
 WARM_UP = 3
+PROBE_NUMBERS = 2**14
+"""Of the all-reduce that is timed beside compute and without: short enough to end before a step does."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,12 @@ class Timeline:
     Args:
         ready: name of a weight or own parameter → [steps, processes], when its gradient was final.
         end: [steps, processes], when backward had computed all.
-        slowdown: seconds of compute that a second of communication beside it costs, where processor cores do both.
+        drag: seconds by which each round of a collective takes longer beside compute, where processor cores do both.
     """
 
     ready: Mapping[str, np.ndarray]
     end: np.ndarray
-    slowdown: float = 0.0
+    drag: float = 0.0
 
 
 class _Clock:
@@ -87,55 +89,59 @@ def measure_timeline(
     """Trains on this process alone, and tells when what was final; changes the model.
 
     In a job of several processes all measure at once, from a common start of each step, since they may share a machine: whoever
-    waits for a sum waits for the slowest. And then once more beside an all-reduce of as many numbers as the model has.
+    waits for a sum waits for the slowest.
 
     Args:
         loss_of: the loss of a step, by its number.
         steps: how many count.
     """
     joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    names, alone, _ = _measure(model, optimizer, loss_of, steps, None)
-    processes = dist.get_world_size() if joined else 1
-    everyone = [torch.empty_like(alone) for _ in range(processes)] if joined else [alone]
-    slowdown = torch.zeros((), dtype=torch.float64)
-    if joined:
-        dist.all_gather(everyone, alone)
-        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        _, beside, overlapped = _measure(model, optimizer, loss_of, steps, torch.zeros(numbers))
-        slowdown = (beside[:, -1].mean() - alone[:, -1].mean()) / overlapped.mean()
-        dist.all_reduce(slowdown)
-    whole = torch.stack(everyone, dim=1).numpy()  # [steps, processes, columns]
-    ready = {name: whole[:, :, column] for column, name in enumerate(names)}
-    return Timeline(ready, whole[:, :, -1], max(0.0, float(slowdown) / processes))
-
-
-def _measure(
-    model: nn.Module, optimizer: Optimizer, loss_of: Callable[[int], Tensor], steps: int, message: Tensor | None
-) -> tuple[list[str], Tensor, Tensor]:
-    """Names; [steps, names + 1] when each was final, and the end; [steps] seconds of it in which `message` was on its way."""
-    joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     names: list[str] = []
     rows: list[list[float]] = []
-    overlapped: list[float] = []
     for step in range(WARM_UP + steps):
         times: dict[str, float] = {}
-        arrived: list[float] = []
         if joined:
             dist.barrier()
         start = time.perf_counter()
-        work = dist.all_reduce(message, async_op=True) if message is not None else None
-        if work is not None:
-            work.get_future().add_done_callback(lambda _, arrived=arrived: arrived.append(time.perf_counter()))
         if step:
             optimizer.step()
             optimizer.zero_grad()
         with _watched(model, times):
             loss_of(step).backward()
         end = time.perf_counter()
-        if work is not None:
-            work.wait()
         if step >= WARM_UP:
             names = names or sorted(times)
             rows.append([*(times.get(name, end) - start for name in names), end - start])
-            overlapped.append(min([end, *arrived]) - start)
-    return names, torch.tensor(rows, dtype=torch.float64), torch.tensor(overlapped, dtype=torch.float64)
+    table = torch.tensor(rows, dtype=torch.float64)
+    everyone = [torch.empty_like(table) for _ in range(dist.get_world_size() if joined else 1)]
+    if joined:
+        dist.all_gather(everyone, table)
+    else:
+        everyone = [table]
+    whole = torch.stack(everyone, dim=1).numpy()  # [steps, processes, columns]
+    ready = {name: whole[:, :, column] for column, name in enumerate(names)}
+    drag = _measure_drag(lambda step: loss_of(step).backward(), steps) if joined else 0.0
+    optimizer.zero_grad()
+    return Timeline(ready, whole[:, :, -1], drag)
+
+
+def _measure_drag(compute: Callable[[int], None], steps: int) -> float:
+    """How much longer each round of an all-reduce takes beside `compute`, as a mean over processes and steps."""
+    sums = torch.zeros(2, dtype=torch.float64)  # alone, beside
+    for step in range(steps):
+        for place in (0, 1):
+            arrived: list[float] = []
+            dist.barrier()
+            start = time.perf_counter()
+            work = dist.all_reduce(torch.zeros(PROBE_NUMBERS), async_op=True)
+            assert work is not None
+            work.get_future().add_done_callback(lambda _, arrived=arrived: arrived.append(time.perf_counter()))
+            if place:
+                compute(step)
+            work.wait()
+            while not arrived:  # the callback may come a moment later
+                time.sleep(1e-4)
+            sums[place] += arrived[0] - start
+    dist.all_reduce(sums)
+    alone, beside = (sums / (steps * dist.get_world_size())).tolist()
+    return max(0.0, beside - alone) / (2 * (dist.get_world_size() - 1))
