@@ -57,6 +57,25 @@ def predict(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return {row["way"]: row for row in rows}
 
 
+def table_of(lines: list[dict[str, Any]]) -> Table:
+    """Medians of what was measured, beside medians of what was predicted for the same runs."""
+    table = Table("side", "rounds", "logical B/step")
+    for what in ("exposed ms", "step ms"):
+        table.add_column(f"{what}: median (min-max)", justify="right")
+        table.add_column("predicted", justify="right")
+    for side in SIDES:
+        mine = [line for line in lines if line["side"] == side]
+        cells = []
+        for key in ("exposed_ms_per_step", "ms_per_step"):
+            values = [line[key] for line in mine]
+            told = statistics.median(line["predicted"][key] for line in mine)
+            middle = statistics.median(values)
+            cells.append(f"{middle:.0f} ({min(values):.0f}-{max(values):.0f})")
+            cells.append(f"{told:.0f} ({told / middle - 1:+.0%})")
+        table.add_row(side, f"{mine[0]['predicted']['rounds']}", f"{mine[0]['bytes_per_step_logical']:,}", *cells)
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", nargs="+", default=["h0", "h1", "h2", "h3"])
@@ -65,37 +84,18 @@ def main() -> None:
     parser.add_argument("--cluster", default="emulated-100mbit")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--table", action="store_true", help="measure nothing, show the newest results")
     arguments = parser.parse_args()
     results = ResultFile("overlap")
-    measured: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
-    predicted: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     common = {"cluster": arguments.cluster, "hosts": len(arguments.hosts), "batch_size": arguments.batch_size}
-    for _ in range(arguments.repetitions):
+    for _ in range(0 if arguments.table else arguments.repetitions):
         told = predict(arguments)
         for side, recipe in SIDES.items():
-            predicted[side].append(told[side])
-            measured[side].append(measure(arguments, recipe))
-            results.add(
-                {"side": side, **common, "steps": arguments.steps, **measured[side][-1], "predicted": told[side]}
-            )
-    table = Table(
-        "side",
-        "rounds",
-        "logical B/step",
-        "exposed ms: median (min-max)",
-        "predicted",
-        "step ms: median (min-max)",
-        "predicted",
-    )
-    for side, lines in measured.items():
-        cells = []
-        for key in ("exposed_ms_per_step", "ms_per_step"):
-            values = [line[key] for line in lines]
-            cells.append(f"{statistics.median(values):.0f} ({min(values):.0f}-{max(values):.0f})")
-            cells.append(f"{statistics.median(line[key] for line in predicted[side]):.0f}")
-        table.add_row(side, f"{lines[0]['rounds']:.1f}", f"{lines[0]['bytes_per_step_logical']:,}", *cells)
-    Console(width=140).print(table)
+            line = {**common, "steps": arguments.steps, **measure(arguments, recipe), "predicted": told[side]}
+            results.add({"side": side, **line})
+    newest = max(results.folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+    Console(width=140).print(table_of([json.loads(line) for line in newest.read_text().splitlines()]))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import fused
+from .errors import ShareError
 from .morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from .plan.rules import EMBEDDING_SIZE
 from .plan.types import Group
@@ -148,6 +149,11 @@ class Bank(nn.Module):
         """
         if values is not None:
             return self._fast(index, rows, dtype, values.checked(self.group.slots[index].name))
+        if hasattr(self.bank, "device_mesh"):
+            raise ShareError(
+                f"the bank of {self.group.slots[index].name} is in parts here, by FSDP2: give it to the root's group, "
+                "fully_shard(model, reshard_after_forward=False), and make the root a module of your own if it is an nn.Sequential"
+            )
         if self.pure or is_tracing():
             return self._make(index, rows, self._parameters, dtype)
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):

@@ -107,6 +107,9 @@ class DeepSpeedEngine:
         """Clips by the norm over all processes, updates, gathers what the stage has taken apart; returns the norm if clipping."""
         with purpose("parameters"):
             self._engine.step()
+        if self.stage == 3:
+            # Trap (DeepSpeed 0.19): what a step leaves out would get its former gradient once more.
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         if self.scheduler is not None:
             self.scheduler.step()
         norm = self._engine.get_global_grad_norm()  # None at stage 0

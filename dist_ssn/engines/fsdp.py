@@ -74,7 +74,8 @@ class FSDPEngine:
         with purpose("initialization"):
             check_plans(model)
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.detach(), src=0)
+                if not isinstance(tensor, DTensor):  # a block that the user has sharded already
+                    dist.broadcast(tensor.detach(), src=0)
             # Trap: resharding after forward would empty the banks, from which backward makes each weight again.
             fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=mp_policy or MixedPrecisionPolicy())
         return model

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import dist_ssn
+from dist_ssn.engines import engine_class
 from dist_ssn.engines.deepspeed import settings_of
 from dist_ssn.errors import ShareError, UserError
 from tests.ranks import run_ranks
@@ -103,3 +104,47 @@ def test_zero_init_is_refused_and_a_small_threshold_is_warned_of(monkeypatch: py
     assert quiet == [] and len(warned) == 1
     assert f'"stage3_param_persistence_threshold": {size + 1}' in warned[0]
     assert same == pytest.approx(loss, rel=1e-6)
+
+
+class Branches(nn.Module):
+    """Layers that read one bank, in an order that depends on the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.left, self.right = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, order: str) -> torch.Tensor:
+        x = self.stem(x)
+        for name in order.split():
+            x = x + self.get_submodule(name)(x).tanh()
+        return x
+
+
+ORDERS = ("left right", "right left", "right", "left left right")
+
+
+def _orders(rank: int, world_size: int, stage: int) -> float:
+    """The difference to one process after steps that use the layers in other orders, or not at all, or twice."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))
+    data = torch.randn(len(ORDERS), 8, 8, generator=torch.Generator().manual_seed(1))
+    alone, model = (dist_ssn.share(Branches(), 0.5, mapping="single") for _ in range(2))
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    engine = engine_class("deepspeed")(model, torch.optim.SGD(model.parameters(), lr=0.1), stage=stage)
+    for x, order in zip(data, ORDERS, strict=True):
+        alone(x, order).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with engine.accumulating(True):
+            engine.backward(engine.model(x[rank::world_size], order).square().mean())
+        engine.step()
+    found, expected = engine.gathered()[0], dict(alone.named_parameters())
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_order_in_which_layers_read_a_bank_may_change(stage: int) -> None:
+    """Stage 3 notes the order of the first step, to gather ahead."""
+    pytest.importorskip("deepspeed", reason="pip install 'dist_ssn[deepspeed]'")
+    assert max(run_ranks(_orders, 2, stage)) <= 1e-5
