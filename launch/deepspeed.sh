@@ -23,7 +23,7 @@ if [ -n "${HOSTFILE:-}" ]; then
   if [ -n "${INTERFACE:-}" ]; then export GLOO_SOCKET_IFNAME=$INTERFACE NCCL_SOCKET_IFNAME="=$INTERFACE"; fi
 fi
 if [ -n "${NODE_RANK:-}" ]; then
-  [ -n "${HOSTFILE:-}" ] && [ -n "${MASTER_ADDR:-}" ] || fail "NODE_RANK needs HOSTFILE and MASTER_ADDR"
+  [ -n "${HOSTFILE:+${MASTER_ADDR:-}}" ] || fail "NODE_RANK needs HOSTFILE and MASTER_ADDR"
   where+=(--no_ssh --node_rank "$NODE_RANK")
 fi
 exec deepspeed "${where[@]}" "$@"

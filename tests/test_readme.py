@@ -131,6 +131,7 @@ def check(words: list[str], folder: Path, arguments: str | None) -> str | None:
         return f"exit code {result.returncode}\n{result.stdout}{result.stderr}" if result.returncode else None
     ours = next((index for index, word in enumerate(words) if word in ("dist-ssn", "dist_ssn.cli")), None)
     if ours is not None:
+        words = words[: words.index("--")] if "--" in words else words  # what follows is for another command
         command = "dist-ssn " + "".join(words[ours + 1 : ours + 2])
         result = run([*command.split(), "--help"], folder)
         if not result.stdout.startswith(f"usage: {command} "):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dist_ssn
+from dist_ssn.cluster import load_cluster
 
 
 def tiny() -> nn.Module:
@@ -43,4 +44,5 @@ assert torch.allclose(dist_ssn.materialize(model)(inputs), model(inputs), atol=1
 assert (files("dist_ssn") / "py.typed").is_file(), "py.typed is not in the wheel"
 recipes = [entry.name for entry in (files("dist_ssn") / "recipes").iterdir() if entry.name.endswith(".yaml")]
 assert recipes, "there are no recipes in the wheel"
+assert load_cluster("wan").nodes == 4, "the clusters are not in the wheel"
 print(f"dist_ssn from {installed.parent}: {shared} parameters for {dense}, recipes {', '.join(sorted(recipes))}")

@@ -15,6 +15,10 @@ from dist_ssn.cluster.types import Cluster, Link, Rendezvous
 from dist_ssn.errors import ClusterError
 
 MAX_BYTES = 65_536
+_ORDER = (
+    *("nodes", "processes_per_node", "launcher", "interface", "image", "emulated", "delay_ms", "loss_percent"),
+    *("rendezvous", "environment", "within", "between"),
+)
 MAX_DEPTH = 3  # of dicts and lists; deeper ones could only be nonsense
 
 
@@ -67,14 +71,18 @@ def cluster_from_yaml(text: str, source: str = "cluster.yaml") -> Cluster:
 
 def cluster_to_yaml(cluster: Cluster, comment: str = "") -> str:
     """A cluster as YAML text, which `cluster_from_yaml` reads back; the lines of `comment` come first, each after a `# `."""
-    content = dataclasses.asdict(cluster)
-    del content["name"]
+    values = dataclasses.asdict(cluster)
     defaults = {field.name: field.default for field in dataclasses.fields(Cluster)}
-    content = {
-        name: value
-        for name, value in content.items()
-        if name in ("launcher", "interface") or (value and value != defaults[name])
-    }
+    content = {name: value for name in _ORDER if (value := values[name]) and value != defaults[name]}
+    content |= {"launcher": cluster.launcher, "interface": cluster.interface}
+    if cluster.rendezvous == Rendezvous():
+        del content["rendezvous"]
+    for link, other, alone in (("within", "between", cluster.processes_per_node), ("between", "within", cluster.nodes)):
+        if alone == 1 and content.get(link) == content.get(other):
+            del content[link]  # no process uses it, and reading makes it like the other one
+        else:
+            content[link] = {key: int(x) if x == int(x) else x for key, x in content[link].items()}
+    content = {name: content[name] for name in _ORDER if name in content}
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=False)
     return "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines()) + text
 

@@ -172,15 +172,17 @@ def _deepspeed(job: _Job) -> Command:
 
 def _mpirun(job: _Job) -> Command:
     processes = int(job.cluster.processes_per_node)
-    where = ("-launcher", "fork")  # one node needs no ssh
+    where, environment = ("-launcher", "fork"), dict(job.environment)  # one node needs no ssh
     if job.nodes > 1:
+        if job.address:  # where rank 0 listens for what is not MPI's; else on its host's name
+            environment["MASTER_ADDR"] = job.address
         where = ("-f", str(job.hostfile), "-ppn", str(processes))
         if job.cluster.interface:
             where += ("-iface", job.cluster.interface)
     # -u: what a process prints goes through mpirun's pipes, and would come only at the end.
     return Command(
         ("mpirun", *where, "-n", str(job.nodes * processes), "python", "-u", *job.program),
-        job.environment,
+        environment,
     )
 
 
