@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dist_ssn.errors import RecipeError, UserError, unknown_choice
+from dist_ssn.errors import Preempted, RanksLost, RecipeError, UserError, unknown_choice
 
 if TYPE_CHECKING:
     from dist_ssn.plan import Plan
@@ -179,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of this process.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user, 1 for trouble with the machine, 130 for Ctrl-C.
+        The exit code: 0, 2 for a mistake of the user, 1 for trouble with the machines, 75 for a run that a signal asked to make
+        room and that wants to be started again, 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -188,6 +189,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _tell(str(error))
         return 2
+    except Preempted as error:
+        from dist_ssn.train.stop import EXIT_REQUEUE
+
+        _tell(str(error))
+        return EXIT_REQUEUE
+    except RanksLost as error:
+        _tell(str(error))
+        return 1
     except KeyboardInterrupt:
         _tell("stopped by Ctrl-C")
         return 130

@@ -313,7 +313,7 @@ def test_malformed_variables_are_named(
 
 def test_slurm_tasks_that_know_nothing_of_each_other_do_not_train_alone(variables: pytest.MonkeyPatch) -> None:
     variables.setenv("SLURM_STEP_NUM_TASKS", "2")
-    with pytest.raises(UserError, match="Slurm has started 2 tasks .*--mpi=pmi2"):
+    with pytest.raises(UserError, match=r"Slurm has started 2 tasks .*--mpi=pmi2"):
         init_world(device="cpu")
     variables.setenv("SLURM_STEP_NUM_TASKS", "1")
     init_world(device="cpu").close()
