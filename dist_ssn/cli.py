@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dist_ssn.errors import Preempted, RanksLost, RecipeError, UserError, unknown_choice
@@ -102,14 +101,15 @@ def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:
     """The plan, and what is not shared, with the reasons."""
     import torch
 
-    from dist_ssn.plan import Plan, make_plan
+    from dist_ssn.plan import make_plan
     from dist_ssn.specs import find_specs
+    from dist_ssn.train.build import plan_of_file
     from dist_ssn.train.data import data_hints
     from dist_ssn.train.models import build_model
 
     share = recipe.share
     if share.plan is not None:
-        return Plan.from_json(Path(share.plan).read_text()), ()
+        return plan_of_file(share.plan), ()
     if share.budget is None:
         raise RecipeError("share.budget is null, which leaves the model dense: give one, such as --share.budget=10%")
     hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
