@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_ssn.cli import main
 from dist_ssn.errors import CheckpointError, RecipeError
 from dist_ssn.train.bounded import MIB, read_tensors, read_text
 from dist_ssn.train.models import build_model
@@ -149,3 +150,30 @@ def test_a_checkpoint_opens_only_its_own_files(readers: Readers) -> None:
     state["files"]["model.safetensors"] = {"bytes": 1, "sha256": "0"}
     with pytest.raises(CheckpointError, match=r"model.safetensors has \d+ bytes and was written with 1"):
         readers.read["state.json"](json.dumps(state).encode())
+
+
+def test_a_secret_of_the_environment_is_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    secret = "5ec0e7" * 6
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    arguments = [
+        "train",
+        f"--output={tmp_path}",
+        "--steps=2",
+        "--batch_size=2",
+        "--evaluate_batches=1",
+        "--data.limit=50000",
+    ]
+    arguments += [
+        "--model_args={layers: 1, width: 16, heads: 2, context: 16}",
+        "--share.budget=50%",
+        "--checkpoint.every=1",
+    ]
+    assert main(arguments) == 0
+    assert main([*arguments, "--optimizer.lr=1e30", "--steps=5", "--clip_norm=null"]) == 2
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(written) > 10
+    assert [file for file in written if secret.encode() in file.read_bytes()] == []
+    said = capsys.readouterr()
+    assert secret not in said.out + said.err
