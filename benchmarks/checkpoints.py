@@ -83,8 +83,8 @@ def size() -> list[dict[str, Any]]:
     dense = sizes[None]
     return [
         {
-            **{"what": "size", "budget": budget, "bytes": sizes[budget], "dense_bytes": sizes[None]},
-            **{"ratio": sizes[budget] / sizes[None], "bound": budget + 0.02},
+            **{"what": "size", "budget": budget, "bytes": sizes[budget], "dense_bytes": dense},
+            **{"ratio": sizes[budget] / dense, "bound": budget + 0.02},
         }
         for budget in BUDGETS
     ]

@@ -20,8 +20,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_REQUEUE = 75
 """Exit code of a run that was asked to make room and is saved: "temporary failure, try again", sysexits.h's EX_TEMPFAIL."""
 EXIT_LOST = 1
-GRACE_SECONDS = 20.0  # for a collective to end after a signal; torchrun ends a process 30 s after it
-SPARE_SECONDS = 10.0  # beyond the time-out, within which a backend may give up by itself, and say more
+GRACE_SECONDS = 20.0  # for a collective to end after SIGTERM; torchrun ends a process 30 s after it
+SPARE_SECONDS = 10.0  # beyond twice the time-out: backends that give up by themselves do so before
 LOOK_SECONDS = 1.0
 
 
@@ -39,7 +39,7 @@ class Stop:
     def __init__(self, timeout_seconds: float, last_words: Callable[[str], str]) -> None:
         self.number = 0
         """The signal that came, 0 for none."""
-        self._limit = timeout_seconds + SPARE_SECONDS
+        self._limit = 2 * timeout_seconds + SPARE_SECONDS
         self._last_words = last_words
         self._since = 0.0
         self._before: dict[int, Any] = {}
@@ -83,7 +83,7 @@ class Stop:
             if operation is None:
                 continue
             now = time.monotonic()
-            after_signal = self.number and now - max(operation.began, self._since) > GRACE_SECONDS
+            after_signal = self.number == signal.SIGTERM and now - max(operation.began, self._since) > GRACE_SECONDS
             if after_signal or now - operation.began > self._limit:
                 why = f"{GRACE_SECONDS:g} s after {self.name}" if after_signal else "its time is up"
                 print(f"dist-ssn: {self._last_words(why)}", file=sys.stderr, flush=True)
