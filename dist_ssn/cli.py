@@ -198,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(str(error))
         return 1
     except KeyboardInterrupt:
-        _tell("stopped by Ctrl-C")
+        if not _is_follower():  # the launcher ends all processes anyhow
+            _tell("stopped by Ctrl-C")
         return 130
     except BrokenPipeError:  # `dist-ssn plan | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -241,10 +242,15 @@ def _tell(sentence: str) -> None:
     A launcher ends all processes with the first that fails, which must therefore be the one that speaks. The others wait for that
     end, and speak for themselves if it does not come.
     """
-    local_ranks = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
-    if any(os.environ.get(name, "0") != "0" for name in local_ranks):
+    if _is_follower():
         time.sleep(PATIENCE_SECONDS)
     print(f"dist-ssn: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def _is_follower() -> bool:
+    """Whether another process of a job is the first on this machine."""
+    local_ranks = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
+    return any(os.environ.get(name, "0") != "0" for name in local_ranks)
 
 
 if __name__ == "__main__":

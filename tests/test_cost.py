@@ -14,7 +14,7 @@ import dist_ssn
 from dist_ssn.cli import main
 from dist_ssn.cluster import Link
 from dist_ssn.comm import CommMeter
-from dist_ssn.cost.network import Sent, all_reduce_seconds, exposed_seconds
+from dist_ssn.cost.network import Sent, all_reduce_seconds, lay_over
 from dist_ssn.cost.overlap import Message, messages_of, predict
 from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.engines import DDPEngine
@@ -31,16 +31,22 @@ def test_an_all_reduce_by_hand() -> None:
 
 
 def test_messages_wait_for_each_other() -> None:
-    assert exposed_seconds([], 1.0) == 0
-    assert exposed_seconds([Sent(0.2, 0.3)], 1.0) == 0
-    assert exposed_seconds([Sent(0.2, 1.0), Sent(0.9, 0.5)], 1.0) == pytest.approx(0.7)  # the second starts at 1.2
-    assert exposed_seconds([Sent(0.9, 0.5), Sent(0.2, 0.2)], 1.0) == pytest.approx(0.6)  # in their order
+    assert lay_over([], 1.0) == (1.0, 0)
+    assert lay_over([Sent(0.2, 0.3)], 1.0) == (1.0, 0)
+    assert lay_over([Sent(0.2, 1.0), Sent(0.9, 0.5)], 1.0) == (1.0, pytest.approx(0.7))  # the second starts at 1.2
+    assert lay_over([Sent(0.9, 0.5), Sent(0.2, 0.2)], 1.0) == (1.0, pytest.approx(0.6))  # in their order
+
+
+def test_communication_that_takes_the_processor() -> None:
+    # 0.2 s on the way take 0.1 s of compute; what was ready at 0.9 is ready at 1.0, and ends with the computation.
+    assert lay_over([Sent(0.2, 0.2), Sent(0.9, 0.1)], 1.0, slowdown=0.5) == (pytest.approx(1.15), pytest.approx(0))
+    assert lay_over([Sent(1.0, 2.0)], 1.0, slowdown=0.5) == (1.0, 2.0)  # what comes afterwards disturbs nobody
 
 
 def timeline(**ready: float) -> Timeline:
-    """Two processes, one step of a second's backward and half a second else; the second process is 0.1 s behind."""
+    """Two processes, one step that ends after a second; the second process is 0.1 s behind."""
     late = np.array([[0.0, 0.1]])
-    return Timeline({name: when + late for name, when in ready.items()}, 1.0 + late, np.array([[0.5, 0.5]]))
+    return Timeline({name: when + late for name, when in ready.items()}, 1.0 + late)
 
 
 def test_a_prediction_by_hand() -> None:
@@ -48,12 +54,12 @@ def test_a_prediction_by_hand() -> None:
     found = predict(messages, Overlap(), timeline(late=0.3, early=0.9), 2, SLOW)
     # From 0.4 to 0.652; then from 1.0, when the slower has the last, to 1.502; ends at 1.0 and at 1.1.
     assert found.exposed == pytest.approx((0.502 + 0.402) / 2)
-    assert found.step == pytest.approx((1.502 + 1.502) / 2 + 0.5)
+    assert found.step == pytest.approx(1.502)
     assert (found.rounds, found.payload) == (2, 750_000)
     delayed = predict(messages, parse_overlap("delay"), timeline(late=0.3, early=0.9), 2, SLOW)
     assert delayed.exposed == 0
-    delayed = predict([Message(1_750_000, frozenset())], parse_overlap("delay"), timeline(late=0.3), 2, SLOW)
-    assert delayed.exposed == pytest.approx(1.752 - 1.55)
+    delayed = predict([Message(1_250_000, frozenset())], parse_overlap("delay"), timeline(late=0.3), 2, SLOW)
+    assert delayed.exposed == pytest.approx(1.252 - 1.05)
 
 
 WAYS = ("dense", "none", "depth:2", "segments:3", "sums:2", "delay")

@@ -31,9 +31,18 @@ class Sent:
     seconds: float
 
 
-def exposed_seconds(messages: Sequence[Sent], end: float) -> float:
-    """How long somebody who is ready at `end` waits for the last of `messages`, which share one link in this order."""
-    free = 0.0
+def lay_over(messages: Sequence[Sent], end: float, slowdown: float = 0.0) -> tuple[float, float]:
+    """Messages, which share one link in this order, laid over a computation that would end at `end` without them.
+
+    Args:
+        slowdown: seconds of compute that a second of communication beside it costs: what is ready later is ready later still.
+
+    Returns:
+        when the computation ends, and how long it then waits for the last message.
+    """
+    free = lost = 0.0
     for message in messages:
-        free = max(free, message.ready) + message.seconds
-    return max(0.0, free - end)
+        start = max(free, message.ready + lost)
+        free = start + message.seconds
+        lost += slowdown * max(0.0, min(free, end + lost) - start)
+    return end + lost, max(0.0, free - end - lost)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_ssn.cluster import Link
-from dist_ssn.cost.network import Sent, all_reduce_seconds, exposed_seconds
+from dist_ssn.cost.network import Sent, all_reduce_seconds, lay_over
 from dist_ssn.cost.timeline import Timeline
 from dist_ssn.plan import Group, Plan
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, pieces_of
@@ -100,23 +100,19 @@ def _ready(message: Message, timeline: Timeline) -> np.ndarray:
 def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, processes: int, link: Link) -> Exposure:
     """Lays a step's messages over each measured step."""
     seconds = [all_reduce_seconds(message.payload, processes, link) for message in messages]
-    compute = timeline.end + timeline.rest
-    if overlap.kind == "delay":  # there is a whole step to travel in
-        exposed = np.maximum(0.0, sum(seconds) - compute)
-    else:
-        starts = [_ready(message, timeline) for message in messages]
-        exposed = np.array(
-            [
-                [
-                    exposed_seconds([Sent(float(s[i]), t) for s, t in zip(starts, seconds, strict=True)], float(end))
-                    for end in ends
-                ]
-                for i, ends in enumerate(timeline.end)
-            ]
+    # A delayed message has the whole next step to travel in.
+    starts = [
+        np.zeros(len(timeline.end)) if overlap.kind == "delay" else _ready(message, timeline) for message in messages
+    ]
+    ends, exposed = np.empty_like(timeline.end), np.empty_like(timeline.end)
+    for step, process in np.ndindex(timeline.end.shape):
+        sent = [Sent(float(start[step]), time) for start, time in zip(starts, seconds, strict=True)]
+        ends[step, process], exposed[step, process] = lay_over(
+            sent, float(timeline.end[step, process]), timeline.slowdown
         )
     return Exposure(
         rounds=len(messages),
         payload=sum(message.payload for message in messages),
         exposed=float(exposed.mean()),
-        step=float((compute + exposed).mean()),
+        step=float((ends + exposed).mean()),
     )

@@ -1,4 +1,4 @@
-"""When in backward each gradient becomes final: measured on this machine, on all processes at once."""
+"""When in a step each gradient becomes final: measured on this machine, on all processes at once."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ WARM_UP = 3
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds from the beginning of each backward.
+    """Seconds from the moment at which all processes have the former step's gradients.
 
     Args:
         ready: name of a weight or own parameter → [steps, processes], when its gradient was final.
         end: [steps, processes], when backward had computed all.
-        rest: [steps, processes], seconds of the step outside of backward.
+        slowdown: seconds of compute that a second of communication beside it costs, where processor cores do both.
     """
 
     ready: Mapping[str, np.ndarray]
     end: np.ndarray
-    rest: np.ndarray
+    slowdown: float = 0.0
 
 
 class _Clock:
@@ -84,39 +84,58 @@ def _noting(name: str, times: dict[str, float]) -> Callable[[Tensor], None]:
 def measure_timeline(
     model: nn.Module, optimizer: Optimizer, loss_of: Callable[[int], Tensor], steps: int = 20
 ) -> Timeline:
-    """Trains `steps` steps on this process alone, and tells when what was final; changes the model.
+    """Trains on this process alone, and tells when what was final; changes the model.
 
     In a job of several processes all measure at once, from a common start of each step, since they may share a machine: whoever
-    waits for a sum waits for the slowest.
+    waits for a sum waits for the slowest. And then once more beside an all-reduce of as many numbers as the model has.
 
     Args:
         loss_of: the loss of a step, by its number.
+        steps: how many count.
     """
+    joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    names, alone, _ = _measure(model, optimizer, loss_of, steps, None)
+    processes = dist.get_world_size() if joined else 1
+    everyone = [torch.empty_like(alone) for _ in range(processes)] if joined else [alone]
+    slowdown = torch.zeros((), dtype=torch.float64)
+    if joined:
+        dist.all_gather(everyone, alone)
+        numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        _, beside, overlapped = _measure(model, optimizer, loss_of, steps, torch.zeros(numbers))
+        slowdown = (beside[:, -1].mean() - alone[:, -1].mean()) / overlapped.mean()
+        dist.all_reduce(slowdown)
+    whole = torch.stack(everyone, dim=1).numpy()  # [steps, processes, columns]
+    ready = {name: whole[:, :, column] for column, name in enumerate(names)}
+    return Timeline(ready, whole[:, :, -1], max(0.0, float(slowdown) / processes))
+
+
+def _measure(
+    model: nn.Module, optimizer: Optimizer, loss_of: Callable[[int], Tensor], steps: int, message: Tensor | None
+) -> tuple[list[str], Tensor, Tensor]:
+    """Names; [steps, names + 1] when each was final, and the end; [steps] seconds of it in which `message` was on its way."""
     joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     names: list[str] = []
     rows: list[list[float]] = []
+    overlapped: list[float] = []
     for step in range(WARM_UP + steps):
         times: dict[str, float] = {}
+        arrived: list[float] = []
+        if joined:
+            dist.barrier()
+        start = time.perf_counter()
+        work = dist.all_reduce(message, async_op=True) if message is not None else None
+        if work is not None:
+            work.get_future().add_done_callback(lambda _, arrived=arrived: arrived.append(time.perf_counter()))
+        if step:
+            optimizer.step()
+            optimizer.zero_grad()
         with _watched(model, times):
-            if joined:
-                dist.barrier()
-            first = time.perf_counter()
-            loss = loss_of(step)
-            begin = time.perf_counter()
-            loss.backward()
-            end = time.perf_counter()
-        optimizer.step()
-        optimizer.zero_grad()
-        after = time.perf_counter()
+            loss_of(step).backward()
+        end = time.perf_counter()
+        if work is not None:
+            work.wait()
         if step >= WARM_UP:
             names = names or sorted(times)
-            rows.append([*(times.get(name, end) - begin for name in names), end - begin, after - end + begin - first])
-    table = torch.tensor(rows, dtype=torch.float64)
-    everyone = [torch.empty_like(table) for _ in range(dist.get_world_size() if joined else 1)]
-    if joined:
-        dist.all_gather(everyone, table)
-    else:
-        everyone = [table]
-    whole = torch.stack(everyone, dim=1).numpy()  # [steps, processes, columns]
-    ready = {name: whole[:, :, column] for column, name in enumerate(names)}
-    return Timeline(ready, whole[:, :, -2], whole[:, :, -1])
+            rows.append([*(times.get(name, end) - start for name in names), end - start])
+            overlapped.append(min([end, *arrived]) - start)
+    return names, torch.tensor(rows, dtype=torch.float64), torch.tensor(overlapped, dtype=torch.float64)

@@ -275,6 +275,7 @@ class _Run:
         if evaluate:
             values |= self._evaluate()
         values["ring_bytes"] = self.account.ring_bytes()
+        values["exposed_seconds"] = self.meter.ledger.totals("gradients").exposed_seconds  # of this process
         if evaluate:
             kept = ("seconds", "ring_bytes", *(key for key in values if key.startswith("validation_")))
             counters.history.append({"step": counters.step, **{key: values[key] for key in kept}})
