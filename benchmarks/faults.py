@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -52,7 +53,8 @@ Act = Callable[[Lab, list[subprocess.Popen[bytes]], float], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """kind: of `fault_model.py`. act: what is done from outside. rank: whose accident it is."""
+    """kind: of `fault_model.py`. act: what is done from outside. rank: whose accident it is. made: steps made when it is noticed,
+    where no sentence says so."""
 
     kind: str
     act: Act | None = None
@@ -61,6 +63,7 @@ class Fault:
     loss_percent: float = 0.0
     disk_mb: int | None = None
     truncate: bool = False
+    made: int | None = None
 
 
 def _link_down(seconds: float | None) -> Act:
@@ -79,14 +82,14 @@ def _signal_all(lab: Lab, processes: list[subprocess.Popen[bytes]], since: float
 FAULTS: dict[str, Fault] = {
     "SIGKILL in forward": Fault("kill-in-forward"),
     "SIGKILL in all-reduce": Fault("kill-in-all-reduce"),
-    "SIGKILL while saving": Fault("kill-while-saving", rank=0),
+    "SIGKILL while saving": Fault("kill-while-saving", rank=0, at=EVERY + 5),
     "SIGSTOP for 60 s": Fault("stop"),
     "link down 10 s": Fault("mark", _link_down(10)),
     "link down for good": Fault("mark", _link_down(None)),
     "5 % packet loss": Fault("mark", loss_percent=5),
-    "disk full while saving": Fault("mark", disk_mb=8),
+    "disk full while saving": Fault("mark", disk_mb=8, made=STEPS),
     "checkpoint truncated": Fault("kill-in-forward", truncate=True),
-    "NaN on one rank": Fault("nan"),
+    "NaN on one rank": Fault("nan", made=STEPS),
     "one bank bit flipped": Fault("flip"),
     "SIGTERM to all": Fault("mark", _signal_all),
 }
@@ -120,7 +123,9 @@ def measure(engine: str, fault: Fault, reference: dict[str, Any], folder: Path) 
         outcome = run_on(lab, cluster, program(engine, folder), folder, f"{fault.kind} {fault.rank} {fault.at}", act)
         link(lab, RANK, up=True)
         ballast.unlink(missing_ok=True)
-        steps_made = fault.at - 1 if result_of(run) is None else STEPS
+        steps_made = fault.made or max(
+            (int(step) for step in re.findall(r"after step (\d+)", " ".join(outcome.said))), default=fault.at - 1
+        )
         variables: dict[str, str] = {}
         if fault.truncate:
             newest = latest(run / "checkpoints")

@@ -114,12 +114,13 @@ class Watch:
         )
 
     def _who(self, number: int) -> str:
-        before = self._signs()
-        time.sleep(ROUNDS * self.seconds)
-        now = self._signs() if before is not None else None
+        if self._store is None:
+            return "which rank is missing is not known"
+        before, now = self._signs(), None
+        if before is not None:
+            time.sleep(ROUNDS * self.seconds)
+            now = self._signs()
         if before is None or now is None:
-            if self._store is None:
-                return "which rank is missing is not known"
             assert self.world.store is not None
             host, port = self.world.store
             return f"nobody answers at {host}:{port}, where the ranks meet: that host, or the way to it, is down"

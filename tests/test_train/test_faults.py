@@ -46,7 +46,10 @@ def snapshot(step: int) -> Snapshot:
 def ends(folder: Path) -> list[dict[str, torch.Tensor]]:
     found = latest(folder / "checkpoints")
     assert found is not None
-    return [load_file(found / name) for name in ("model.safetensors", "optimizer.safetensors")]
+    files = [load_file(found / name) for name in ("model.safetensors", "optimizer.safetensors")]
+    return [
+        {name: tensor.clone() for name, tensor in file.items()} for file in files
+    ]  # no longer the file's own memory
 
 
 def assert_same_end(one: Path, other: Path) -> None:
