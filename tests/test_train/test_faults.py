@@ -354,7 +354,7 @@ def test_a_process_that_waits_for_ever_ends() -> None:
 
 
 def _nan(rank: int, world_size: int, output: str, engine: EngineConfig) -> str:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     args = {"accident": "nan", "at": 8, "rank": 1}
     with pytest.raises(UserError) as caught:
         train(recipe(output, model_args=args, checkpoint=CheckpointConfig(every=5), engine=engine), progress=False)
