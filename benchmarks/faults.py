@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dist_ssn.cluster import load_cluster
@@ -176,7 +177,7 @@ def table(lines: list[dict[str, Any]]) -> Table:
             line["fault"],
             line["engine"],
             "-" if line["detected_s"] is None else f"{line['detected_s']:.1f}",
-            seen,
+            escape(seen),
             str(line["steps_lost"]),
             "YES" if line["hang"] else "no",
             f"{left}: {whole}",
