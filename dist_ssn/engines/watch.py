@@ -7,6 +7,7 @@ collective has failed. A process that is killed, stopped or cut off says nothing
 from __future__ import annotations
 
 import json
+import re
 import socket
 import threading
 import time
@@ -26,6 +27,8 @@ SOONEST, LATEST = 0.5, 5.0  # seconds between two signs of life
 ANSWER_SECONDS = 10  # in which the store must answer
 ROUNDS = 2.5  # signs of life that a process may leave out before it counts as silent
 _MARKS = ("gloo", "closed by peer", "Connection reset", "Timed out waiting", "NCCL", "Broken pipe")
+
+_SOURCE = re.compile(r"\[\S+\.cc:\d+\] ")  # where in gloo's source a message comes from
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Watch:
         operation = under_way.first_failed() or under_way.oldest() or under_way.last_started()
         what = f"the {operation}" if operation is not None else "a collective"
         began = f", {time.monotonic() - operation.began:.0f} s after it began" if operation is not None else ""
-        first = (reason.strip().splitlines() or [""])[0]
+        first = _SOURCE.sub("", (reason.strip().splitlines() or [""])[0]).partition(". This is typically")[0]
         return (
             f"rank {self.world.rank} gave up {what} after step {self.step}{began}: "
             f"{self._who(operation.number if operation is not None else 0)} ({first})"
