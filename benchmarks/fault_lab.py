@@ -150,7 +150,7 @@ def result_of(run: Path) -> dict[str, Any] | None:
     state = json.loads((last / "state.json").read_text())
     return {
         "steps": state["step"],
-        "losses": [(point["step"], point["validation_loss"]) for point in summary["rows"][0]["history"]],
+        "losses": [[point["step"], point["validation_loss"]] for point in summary["rows"][0]["history"]],
         "model": state["files"]["model.safetensors"]["sha256"],
         "optimizer": state["files"]["optimizer.safetensors"]["sha256"],
     }
