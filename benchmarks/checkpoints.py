@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import dist_ssn
-from dist_ssn.engines import DDPEngine
+from dist_ssn.engines import Engine, engine_class
 from dist_ssn.train import checkpoint
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.snapshot import take
@@ -48,18 +48,18 @@ COMMON = {
 }
 
 
-def trained(budget: float | None) -> DDPEngine:
+def trained(budget: float | None) -> Engine:
     """A model that has made one step, so that the optimizer has all its tensors."""
     torch.manual_seed(0)
     model = build_gpt(**SIZES)
     if budget is not None:
         dist_ssn.share(model, budget)
-    engine = DDPEngine(model, torch.optim.AdamW(dist_ssn.parameter_groups(model), lr=1e-3))
+    engine = engine_class("ddp")(model, torch.optim.AdamW(dist_ssn.parameter_groups(model), lr=1e-3))
     step(engine)
     return engine
 
 
-def step(engine: DDPEngine) -> None:
+def step(engine: Engine) -> None:
     tokens = torch.randint(0, 256, (8, 64))
     with engine.accumulating(True):
         engine.backward(torch.nn.functional.cross_entropy(engine.model(tokens).flatten(0, 1), tokens.flatten()))

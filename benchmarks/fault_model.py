@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,7 @@ class FaultyGPT(nn.Module):
         return logits
 
 
-def build(**arguments: int) -> nn.Module:
+def build(**arguments: Any) -> nn.Module:
     """The recipe's model."""
     return FaultyGPT(build_gpt(**arguments))
 

@@ -81,6 +81,14 @@ def _signal_all(lab: Lab, processes: list[subprocess.Popen[bytes]], since: float
     return True
 
 
+def _fill_disk(folder: Path) -> Act:
+    def act(lab: Lab, processes: list[subprocess.Popen[bytes]], since: float) -> bool:
+        fill(folder, spare=100_000)  # for logs and metrics
+        return True
+
+    return act
+
+
 FAULTS: dict[str, Fault] = {
     "SIGKILL in forward": Fault("kill-in-forward"),
     "SIGKILL in all-reduce": Fault("kill-in-all-reduce"),
@@ -115,16 +123,10 @@ def measure(engine: str, fault: Fault, reference: dict[str, Any], folder: Path) 
     """The fault, and the run that is started after it."""
     run = folder / "run"
     with lab_of(fault.loss_percent) as (lab, cluster):
-        act, ballast = fault.act, folder / "ballast"
-        if fault.disk_mb is not None:
-
-            def act(lab: Lab, processes: list[subprocess.Popen[bytes]], since: float) -> bool:
-                fill(folder, spare=100_000)
-                return True
-
+        act = fault.act if fault.disk_mb is None else _fill_disk(folder)
         outcome = run_on(lab, cluster, program(engine, folder), folder, f"{fault.kind} {fault.rank} {fault.at}", act)
         link(lab, RANK, up=True)
-        ballast.unlink(missing_ok=True)
+        (folder / "ballast").unlink(missing_ok=True)
         steps_made = fault.made or max(
             (int(step) for step in re.findall(r"after step (\d+)", " ".join(outcome.said))), default=fault.at - 1
         )
@@ -141,13 +143,14 @@ def measure(engine: str, fault: Fault, reference: dict[str, Any], folder: Path) 
                 lab, cluster, program(engine, folder, not fault.truncate), folder, "none 0 0", None, variables
             )
     result = result_of(run)
+    said = [sentence.replace(str(folder), "runs") for sentence in outcome.said]
     passed_over = [line for line in (folder / "host-0.log").read_text().splitlines() if "passed over" in line]
     return {
         "detected_s": outcome.detected,
         "ended_s": outcome.ended,
         "exit_codes": outcome.codes,
-        "said": passed_over[0] if passed_over else (outcome.said[0] if outcome.said else None),
-        "all_said": outcome.said,
+        "said": passed_over[0].replace(str(folder), "runs") if passed_over else (said[0] if said else None),
+        "all_said": said,
         "steps_lost": steps_made - found[0] if found is not None and again is not None else 0,
         "hang": outcome.hung or (again is not None and again.hung),
         "checkpoint_left": found[0] if found is not None else None,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from dist_ssn.errors import RecipeError
 from dist_ssn.train.bounded import MIB, read_text
@@ -24,11 +25,9 @@ class _Plain(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             # A few lines of aliases of aliases stand for more values than any memory holds.
-            raise yaml.composer.ComposerError(
-                None, None, "aliases are refused: write the value again", event.start_mark
-            )
+            raise ComposerError(None, None, "aliases are refused: write the value again", event.start_mark)
         if self.depth > MOST_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"it nests more than {MOST_DEPTH} deep", event.start_mark)
+            raise ComposerError(None, None, f"it nests more than {MOST_DEPTH} deep", event.start_mark)
         self.depth += 1
         try:
             return super().compose_node(parent, index)
