@@ -126,10 +126,8 @@ class Watch:
         if before is None or now is None:
             assert self.world.store is not None
             host, port = self.world.store
-            return (
-                f"nobody answers at {host}:{port}, where the ranks meet: the launcher there has ended, or the host or the way to it "
-                "is down"
-            )
+            why = "the launcher there has ended, or the host or the way to it is down"
+            return f"nobody answers at {host}:{port}, where the ranks meet: {why}"
         found = []
         for rank, sign in sorted(now.items()):
             if rank == self.world.rank:

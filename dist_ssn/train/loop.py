@@ -36,7 +36,7 @@ from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
 from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe
-from dist_ssn.train.saver import Saver
+from dist_ssn.train.saver import Saver, last_checkpoint
 from dist_ssn.train.stop import Stop
 from dist_ssn.train.together import together
 
@@ -83,7 +83,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
         _threads(recipe.threads),
         CommMeter() as meter,
         Watch(world, seconds) as watch,
-        Stop(seconds, watch.missing) as stop,
+        Stop(seconds, lambda why: f"{watch.missing(why)}; {last_checkpoint(recipe)}") as stop,
     ):
         run = _Run(recipe, world, meter, watch, Saver(recipe, world, stop), progress)
         row = None

@@ -36,7 +36,7 @@ class Saver:
 
     def __init__(self, recipe: Recipe, world: World, stop: Stop) -> None:
         self._recipe, self._world, self._stop = recipe, world, stop
-        self._folder = Path(recipe.output) / recipe.name / "checkpoints"
+        self._folder = folder_of(recipe)
         self._writer = Writer(self._folder, recipe.checkpoint.keep)
         self._agreement = Agreement(world.world_size, world.device)
         self._saved_at = time.monotonic()
@@ -156,17 +156,23 @@ class Saver:
         try:
             self._writer.wait()
         except UserError as error:
-            return f"{error}; {self.last()}"
-        return self.last()
-
-    def last(self) -> str:
-        """The last good checkpoint, as half a sentence; waits for nothing."""
-        found = latest(self._folder)
-        return "no checkpoint was written before" if found is None else f"the last checkpoint is {found}"
+            return f"{error}; {last_checkpoint(self._recipe)}"
+        return last_checkpoint(self._recipe)
 
     def _agree(self, action: Callable[[], T]) -> T:
         with purpose("checkpoint"):
             return together(action, self._world.device)
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """Where a run's checkpoints are."""
+    return Path(recipe.output) / recipe.name / "checkpoints"
+
+
+def last_checkpoint(recipe: Recipe) -> str:
+    """The last good checkpoint, as half a sentence; waits for nothing."""
+    found = latest(folder_of(recipe))
+    return "no checkpoint was written before" if found is None else f"the last checkpoint is {found}"
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:
