@@ -9,10 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dist_ssn.errors import RecipeError, UserError, unknown_choice
+from dist_ssn.errors import Preempted, RanksLost, RecipeError, UserError, unknown_choice
 
 if TYPE_CHECKING:
     from dist_ssn.plan import Plan
@@ -102,14 +101,15 @@ def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:
     """The plan, and what is not shared, with the reasons."""
     import torch
 
-    from dist_ssn.plan import Plan, make_plan
+    from dist_ssn.plan import make_plan
     from dist_ssn.specs import find_specs
+    from dist_ssn.train.build import plan_of_file
     from dist_ssn.train.data import data_hints
     from dist_ssn.train.models import build_model
 
     share = recipe.share
     if share.plan is not None:
-        return Plan.from_json(Path(share.plan).read_text()), ()
+        return plan_of_file(share.plan), ()
     if share.budget is None:
         raise RecipeError("share.budget is null, which leaves the model dense: give one, such as --share.budget=10%")
     hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
@@ -179,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of this process.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user, 1 for trouble with the machine, 130 for Ctrl-C.
+        The exit code: 0, 2 for a mistake of the user, 1 for trouble with the machines, 75 for a run that a signal asked to make
+        room and that wants to be started again, 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -188,6 +189,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _tell(str(error))
         return 2
+    except Preempted as error:
+        from dist_ssn.train.stop import EXIT_REQUEUE
+
+        _tell(str(error))
+        return EXIT_REQUEUE
+    except RanksLost as error:
+        _tell(str(error))
+        return 1
     except KeyboardInterrupt:
         if not _is_follower():  # the launcher ends all processes anyhow
             _tell("stopped by Ctrl-C")

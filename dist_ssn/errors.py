@@ -48,6 +48,14 @@ class CheckpointError(UserError):
     """A checkpoint that is incomplete, altered, or that belongs to another plan or model."""
 
 
+class RanksLost(DistSSNError):
+    """A collective failed, because some of the processes are gone, stopped, or cannot be reached; nobody's mistake."""
+
+
+class Preempted(DistSSNError):
+    """A signal asked the run to make room: it is saved, and goes on from there when it is started again."""
+
+
 def told(error: BaseException) -> str:
     """An exception of code that is not ours, as half a sentence: what it is, and the last line of a user's own that it passed."""
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]

@@ -83,7 +83,7 @@ def _collect(ranks: list[tuple[Any, Connection]], folder: Path, timeout: float) 
 def _where(process: Any, file: Path) -> str:
     """The Python stack of a process that is still running."""
     if process.is_alive() and process.pid is not None and file.exists():
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, signal.SIGUSR2)
         time.sleep(0.3)
         return file.read_text()
     return "(no stack)"
@@ -100,7 +100,7 @@ def _child(
     out: Connection,
 ) -> None:
     stack = open(Path(folder) / f"stack{rank}", "w")  # noqa: SIM115 - stays open as long as the process lives
-    faulthandler.register(signal.SIGUSR1, file=stack)
+    faulthandler.register(signal.SIGUSR2, file=stack)
     import torch
     import torch.distributed as dist
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp_source
 from torch.nn.parallel import distributed as ddp_source
 
+from dist_ssn.comm import under_way
 from dist_ssn.comm.ledger import Ledger, Row, Totals, check_purpose
 from dist_ssn.errors import UserError
 from dist_ssn.private import at_end_of_backward, graph_task_id
@@ -210,22 +211,30 @@ def _kernel(name: str) -> Callable[..., Any]:
         data = args[payload_at] if payload_at is not None else ()
         size, tensor = _nbytes(data), _first(data)
         group_size = dist.ProcessGroup.unbox(args[group_at]).size()
+        task = graph_task_id()
+        whys = [_purpose_of(meter, collective, tensor, task) for meter in meters]
         start = time.perf_counter()
-        result = operator.redispatch(keyset, *args)
+        operation = under_way.started(collective, whys[-1])
+        try:
+            result = operator.redispatch(keyset, *args)
+        except RuntimeError:
+            under_way.ended(operation, failed=True)
+            raise
         future = _future(result, tensor)
+        if future is None:
+            under_way.ended(operation)  # as far as anybody will ever know
         timed = future is not None
         # Trap: the dispatcher leaves out trailing arguments that have their default, and async_op's is True.
         waits = timed and async_at is not None and async_at < len(args) and not args[async_at]
-        task = graph_task_id()
         reduces = timed and task != -1 and collective == "all_reduce" and not waits
         booked = []
-        for meter in meters:
-            why = _purpose_of(meter, collective, tensor, task)
+        for meter, why in zip(meters, whys, strict=True):
             row = meter.ledger.add(collective, why, size, group_size, timed=timed, exposed=waits or reduces)
             booked.append((meter.ledger, row))
 
-        def done(_: Any) -> None:
+        def done(completed: torch.futures.Future) -> None:
             seconds = time.perf_counter() - start
+            under_way.ended(operation, failed=_has_failed(completed))
             for ledger, row in booked:
                 ledger.add_times(row, seconds=seconds, exposed=seconds if waits else 0.0)
 
@@ -248,6 +257,14 @@ def _future(result: Any, tensor: torch.Tensor | None) -> torch.futures.Future | 
         return dist.Work.unbox(work).get_future()
     except RuntimeError:  # not implemented for gloo's send, recv and reduce-scatter
         return None
+
+
+def _has_failed(future: torch.futures.Future) -> bool:
+    try:
+        future.value()
+    except RuntimeError:  # the error itself is for whoever waits for the result
+        return True
+    return False
 
 
 def _expose_at_end_of_backward(task: int, booked: list[tuple[Ledger, Row]]) -> None:

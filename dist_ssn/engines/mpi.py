@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.bank import Bank
 from dist_ssn.comm.meter import book, purpose
+from dist_ssn.comm.under_way import waiting
 from dist_ssn.engines.delay import Delay
 from dist_ssn.engines.divergence import check_plans
 from dist_ssn.engines.exchange import make_exchange
@@ -60,7 +61,8 @@ class MPISum:
     def wait(self) -> Tensor:
         """The sum, when it is there; tells the meters how long that took."""
         started = time.perf_counter()
-        self._mpi.Request.Waitall(self._requests)
+        with waiting("all_reduce", "gradients"):
+            self._mpi.Request.Waitall(self._requests)
         book("all_reduce", "gradients", self._tensor.nbytes, self._size, exposed=time.perf_counter() - started)
         return self._tensor
 

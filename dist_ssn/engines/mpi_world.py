@@ -58,24 +58,26 @@ def failed() -> None:
     _failed = True
 
 
-def join_mpi(timeout_seconds: float) -> tuple[int, int, int]:
-    """Rank, world size and local rank; beside MPI, a gloo group for all that is not a gradient, if there are several processes.
+def join_mpi(timeout_seconds: float) -> tuple[int, int, int, tuple[str, int] | None]:
+    """Rank, world size, local rank, and where the store is that processes meet by; None where there is one process.
+
+    Beside MPI, several processes have a gloo group for all that is not a gradient.
 
     Rank 0 listens on MASTER_ADDR if that is set, else on loopback if all processes are on its machine, else on its host's name.
     """
     MPI = load_mpi()
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    where = None
     if world.size > 1:
         timeout = timedelta(seconds=timeout_seconds)
-        where = None
         if world.rank == 0:
             alone = local.size == world.size
             address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else socket.gethostname())
             store = TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False)
             where = (address, store.port)
-        address, port = world.bcast(where)
+        address, port = where = world.bcast(where)
         if world.rank != 0:
             store = TCPStore(address, port, is_master=False, timeout=timeout)
         dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size, timeout=timeout)
-    return world.rank, world.size, local.rank
+    return world.rank, world.size, local.rank, where

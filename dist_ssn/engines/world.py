@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ssn.engines import mpi_world
-from dist_ssn.errors import UserError
+from dist_ssn.errors import Preempted, UserError
 
 _FAREWELL_SECONDS = 0.1
 
@@ -22,6 +22,7 @@ class World:
     """This process among `world_size` processes; use it as a context manager, or call `close` at the end.
 
     owns_group: whether `close` ends the process group (False for one process, or when the group was there before).
+    store: address and port of the key-value store by which the processes have met, where it is known.
     """
 
     rank: int
@@ -29,6 +30,7 @@ class World:
     local_rank: int
     device: torch.device
     owns_group: bool = False
+    store: tuple[str, int] | None = None
 
     def close(self) -> None:
         """End the process group that `init_world` started; a second call does nothing."""
@@ -45,7 +47,7 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if kind is not None:
+        if kind is not None and not issubclass(kind, Preempted):
             mpi_world.failed()
         self.close()
 
@@ -70,8 +72,8 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
 
     joined = dist.is_available() and dist.is_initialized()
     if not joined and "WORLD_SIZE" not in os.environ and mpi_world.started_by_mpi():
-        rank, world_size, local_rank = mpi_world.join_mpi(timeout_seconds)
-        return World(rank, world_size, local_rank, _device(kind, local_rank), owns_group=True)
+        rank, world_size, local_rank, store = mpi_world.join_mpi(timeout_seconds)
+        return World(rank, world_size, local_rank, _device(kind, local_rank), owns_group=True, store=store)
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if (
         not joined and "WORLD_SIZE" not in os.environ and tasks != "1"
@@ -106,7 +108,7 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
             f"rank {rank} could not meet the other {world_size - 1} processes at {address}:{port} within "
             f"{timeout_seconds:g} s (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
-    return World(rank, world_size, local_rank, where, owns_group=True)
+    return World(rank, world_size, local_rank, where, owns_group=True, store=(address, port))
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

@@ -11,6 +11,7 @@ from dist_ssn.engines import World
 from dist_ssn.errors import PlanError, RecipeError, UserError, told
 from dist_ssn.plan import Plan
 from dist_ssn.share import share
+from dist_ssn.train.bounded import read_text
 from dist_ssn.train.data import Task, load_task
 from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe import Recipe, ShareConfig
@@ -63,11 +64,7 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
         PlanError: the plan's file cannot be read.
     """
     if config.plan is not None:
-        try:
-            plan = Plan.from_json(Path(config.plan).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"share.plan: cannot read {config.plan}: {error}") from error
-        return share(model, None, plan=plan)
+        return share(model, None, plan=plan_of_file(config.plan))
     if config.budget is None:
         return model
     return share(
@@ -79,3 +76,12 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
         exclude=config.exclude,
         seed=config.seed,
     )
+
+
+def plan_of_file(path: str) -> Plan:
+    """The plan in a recipe's `share.plan`. Raises: PlanError, when it cannot be read."""
+    try:
+        text = read_text(Path(path))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"share.plan: cannot read {path}: {error}") from error
+    return Plan.from_json(text)

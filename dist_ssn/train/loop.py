@@ -7,9 +7,7 @@ and needs no generator's state for it. The host waits for the device only at log
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
@@ -18,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -26,19 +24,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ssn.comm import CommMeter
-from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.engines import Engine, World, check_equal, engine_class, init_world
-from dist_ssn.errors import CheckpointError, UserError
+from dist_ssn.engines.watch import Watch
+from dist_ssn.errors import Preempted, UserError
 from dist_ssn.share import shared_plan
 from dist_ssn.track import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside, write_whole
-from dist_ssn.train import checkpoint
+from dist_ssn.train.account import Account
 from dist_ssn.train.build import build
-from dist_ssn.train.checkpoint import NotFinite, together
 from dist_ssn.train.clock import Clock
 from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
-from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe, changed_settings
+from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe
+from dist_ssn.train.saver import Saver, last_checkpoint
+from dist_ssn.train.stop import Stop
+from dist_ssn.train.together import together
 
 LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first
 PATIENCE_SECONDS = 20  # how long a failed rank waits for the others before it ends
@@ -74,18 +74,28 @@ def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
     Raises:
         UserError: the recipe, the data, a checkpoint or the model is not usable, or the loss is no longer finite.
             Every rank raises it.
+        Preempted: SIGTERM or SIGUSR1 asked the run to make room; it is saved. Every rank raises it.
+        RanksLost: a collective failed, because another rank is gone.
     """
-    with init_world() as world, _threads(recipe.threads), CommMeter() as meter:
-        run = _Run(recipe, world, meter, progress)
+    seconds = recipe.engine.timeout_seconds
+    with (
+        init_world(seconds) as world,
+        _threads(recipe.threads),
+        CommMeter() as meter,
+        Watch(world, seconds) as watch,
+        Stop(seconds, lambda why: f"{watch.missing(why)}; {last_checkpoint(recipe)}") as stop,
+    ):
+        run = _Run(recipe, world, meter, watch, Saver(recipe, world, stop), progress)
         row = None
-        try:
-            run.prepare()
-            run.train()
-            result = run.finish()
-            row = result.row
-            return result
-        finally:
-            run.close(row)
+        with watch.blaming(run.saver.where_to_go_on):
+            try:
+                run.prepare()
+                run.train()
+                result = run.finish()
+                row = result.row
+                return result
+            finally:
+                run.close(row)
 
 
 @contextmanager
@@ -98,32 +108,19 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@dataclass
-class _Counters:
-    """What a run carries over a checkpoint besides tensors, as JSON."""
-
-    step: int = 0
-    seconds: float = 0.0  # in steps: without evaluation and checkpoints
-    best: float | None = None  # lowest validation loss
-    stale: int = 0  # evaluations since then
-    history: list[dict[str, Any]] = field(default_factory=list)
-    ledger: list[dict[str, Any]] = field(default_factory=list)  # of the processes before this one
-    per_step: dict[str, float] = field(default_factory=dict)
-
-
 class _Run:
-    def __init__(self, recipe: Recipe, world: World, meter: CommMeter, progress: bool) -> None:
-        self.recipe, self.world, self.meter = recipe, world, meter
+    def __init__(
+        self, recipe: Recipe, world: World, meter: CommMeter, watch: Watch, saver: Saver, progress: bool
+    ) -> None:
+        self.recipe, self.world, self.meter, self.watch, self.saver = recipe, world, meter, watch, saver
         self.progress = progress and world.rank == 0
         self.console: Console | None = None
         self.tracker = Trackers([])
         self.folder = Path(recipe.output) / recipe.name
-        self.counters = _Counters()
         self.clock = Clock(world.device)
+        self.account = Account(meter, self.clock)
         self.losses = Losses(world.device)
-        self.last_checkpoint: Path | None = None
-        self.saved_step: int | None = None
-        self.after_first_step = (0, 0.0)
+        self.resumed_step: int | None = None
         self.next_show = 0.0
         self.notes: list[str] = []  # what the user should know before the first step
 
@@ -147,49 +144,20 @@ class _Run:
             clip_norm=recipe.clip_norm,
             **{name: getattr(recipe.engine, name) for name in ENGINE_OPTIONS[recipe.engine.name]},
         )
-        if recipe.checkpoint.resume:
-            self._resume()
-        self._agree(self._open_folder)
+        resumes = self.saver.resumes()
+        if resumes:
+            self.resumed_step, self.notes = self.saver.resume(self.engine, shared_plan(self.model), self.account)
+            if self.resumed_step is not None:
+                fast_forward(self.schedule, self.resumed_step)
+        self._agree(lambda: self._open_folder(resumes))
 
-    def _resume(self) -> None:
-        saved = self._agree(self._load, "checkpoint")
-        if self.world.world_size > 1:
-            steps = torch.tensor([self.counters.step, -self.counters.step], device=self.world.device)
-            with self.meter.purpose("checkpoint"):
-                dist.all_reduce(steps, op=dist.ReduceOp.MAX)
-            highest, lowest = int(steps[0]), -int(steps[1])
-            if highest != lowest:
-                raise UserError(
-                    f"some ranks find a checkpoint of step {highest} in {self.folder} and others of step {lowest}: "
-                    f"output must be a folder that all of them share"
-                )
-        if saved is None:
-            self.notes.append(f"there is no checkpoint in {self.folder / 'checkpoints'}: it begins at step 0")
-            return
-        fast_forward(self.schedule, saved.step)
-        self.notes.append(f"goes on from {saved.path}")
-        if changed := changed_settings(saved.recipe, json.loads(self.recipe.to_json())):
-            self.notes.append(f"it goes on with other settings than before: {'; '.join(changed)}")
-
-    def _load(self) -> checkpoint.State | None:
-        found = checkpoint.latest(self.folder / "checkpoints")
-        if found is None:
-            return None
-        saved = checkpoint.load(found, engine=self.engine, plan=shared_plan(self.model))
-        try:
-            self.counters = _Counters(**saved.run)
-        except TypeError as error:
-            raise CheckpointError(f"the checkpoint {found} was not written by dist_ssn's train ({error})") from None
-        self.last_checkpoint, self.saved_step = found, saved.step
-        return saved
-
-    def _open_folder(self) -> None:
+    def _open_folder(self, resumes: bool) -> None:
         if self.world.rank != 0:
             return
         plan = shared_plan(self.model)
         check_wandb(self.recipe.wandb)  # before anything is moved
         try:
-            if not self.recipe.checkpoint.resume and (aside := set_aside(self.folder)) is not None:
+            if not resumes and (aside := set_aside(self.folder)) is not None:
                 self.notes.append(f"{self.folder} held another run, which is in {aside} now")
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "recipe.json").write_text(self.recipe.to_json() + "\n")
@@ -207,7 +175,7 @@ class _Run:
             name=self.recipe.name,
             recipe=json.loads(self.recipe.to_json()),
             console=self.console,
-            resume_step=self.saved_step,
+            resume_step=self.resumed_step,
         )
         if plan is not None:
             self.tracker.table("plan", plan.rows())
@@ -216,7 +184,7 @@ class _Run:
 
     def train(self) -> None:
         """Steps until the last one, or until evaluations have not improved for `patience` of them."""
-        recipe, counters = self.recipe, self.counters
+        recipe, counters = self.recipe, self.account.counters
         self.model.train()
         first = counters.step
         seen = 0  # step times that were logged
@@ -224,22 +192,19 @@ class _Run:
             with self.clock.step():
                 loss = self._step(counters.step)
             counters.step += 1
-            if (
-                recipe.engine.compare_every
-                and counters.step % recipe.engine.compare_every == 0
-                and self.engine.replicated
-            ):
-                check_equal(self.engine.module, counters.step)
+            self.watch.step = counters.step
             if counters.step == first + 1:
-                self.after_first_step = self._step_bytes()
+                self.account.first_step_is_over()
             self._show(loss, counters.step - first)
+            wants = self.saver.after_step(counters.step)
             evaluate = counters.step % recipe.evaluate_every == 0 or counters.step == recipe.steps
-            save = recipe.checkpoint.every is not None and counters.step % recipe.checkpoint.every == 0
-            if evaluate or save or counters.step % LOG_EVERY == 0:
+            if evaluate or wants.save or counters.step % LOG_EVERY == 0:
                 self._log(seen, evaluate)
                 seen = len(self.clock.times)
-            if save:
-                self._save()
+            if wants.save:
+                self.saver.save(self.engine, shared_plan(self.model), self.account)
+            if wants.stop and counters.step < recipe.steps:
+                self.saver.make_room(wants.stop, counters.step)
 
     def _step(self, step: int) -> Tensor:
         recipe, world = self.recipe, self.world
@@ -255,9 +220,20 @@ class _Run:
                     loss = self.task.loss(self.engine.model(inputs), targets) / recipe.accumulation
                 self.engine.backward(loss, last)
             total += loss.detach()
+        self._compare(step + 1)
         self.engine.step()
         self.losses.add(step, total)
         return total
+
+    def _compare(self, step: int) -> None:
+        """Before the update: an engine that gathers parameters anew would cover up what a rank has computed with."""
+        every = self.recipe.engine.compare_every
+        if not every or step % every or not self.engine.replicated:
+            return
+        try:
+            check_equal(self.engine.module, step - 1)
+        except UserError as error:
+            self._stop(str(error))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
@@ -270,115 +246,81 @@ class _Run:
         self.next_show = time.perf_counter() + BAR_SECONDS
         self.clock.settle()
         seconds = statistics.median(self.clock.times[-20:])
-        mb_per_step = self._step_bytes()[1] / steps / 1e6
-        console.advance(self.counters.step, loss.item(), self.recipe.batch_size / seconds, mb_per_step)
+        mb_per_step = self.account.step_bytes()[1] / steps / 1e6
+        console.advance(self.account.counters.step, loss.item(), self.recipe.batch_size / seconds, mb_per_step)
 
     def _out_of_patience(self) -> bool:
-        return self.recipe.patience is not None and self.counters.stale >= self.recipe.patience
+        return self.recipe.patience is not None and self.account.counters.stale >= self.recipe.patience
 
     # ------------------------------------------------------------ between steps
 
     def _log(self, seen: int, evaluate: bool) -> None:
-        recipe = self.recipe
+        recipe, counters = self.recipe, self.account.counters
         with self.meter.purpose("metrics"):
             mean, first_bad = self.losses.take(self.world.world_size)
         if first_bad is not None:
-            raise UserError(
+            self._stop(
                 f"the run {recipe.name} was stopped: its training loss became {mean} in step {first_bad + 1}; try a lower "
-                f"optimizer.lr than {recipe.optimizer.lr:g}, a warm-up or a clip_norm; {self._where_to_go_on()}"
+                f"optimizer.lr than {recipe.optimizer.lr:g}, a warm-up or a clip_norm"
             )
         self.clock.settle()
         times = self.clock.times[seen:]
-        self.counters.seconds += sum(times)
+        counters.seconds += sum(times)
         values: dict[str, Any] = {
             "train_loss": mean,
-            "learning_rate": recipe.optimizer.lr * rate_factor(recipe.schedule, self.counters.step - 1, recipe.steps),
+            "learning_rate": recipe.optimizer.lr * rate_factor(recipe.schedule, counters.step - 1, recipe.steps),
             "samples_per_second": recipe.batch_size * len(times) / sum(times),
-            "seconds": self.counters.seconds,
+            "seconds": counters.seconds,
         }
         if evaluate:
             values |= self._evaluate()
-        values["ring_bytes"] = self._ring_bytes()
+        values["ring_bytes"] = self.account.ring_bytes()
         values["exposed_seconds"] = self.meter.ledger.totals("gradients").exposed_seconds  # of this process
         if evaluate:
             kept = ("seconds", "ring_bytes", *(key for key in values if key.startswith("validation_")))
-            self.counters.history.append({"step": self.counters.step, **{key: values[key] for key in kept}})
-        self._agree(lambda: self.tracker.log(self.counters.step, values), "metrics")
+            counters.history.append({"step": counters.step, **{key: values[key] for key in kept}})
+        self._agree(lambda: self.tracker.log(counters.step, values), "metrics")
 
-    def _where_to_go_on(self) -> str:
-        if self.last_checkpoint is None:
-            return "no checkpoint was written before"
-        return f"the last checkpoint is {self.last_checkpoint}"
+    def _stop(self, sentence: str) -> NoReturn:
+        """Ends the run on all ranks, which know that already; rank 0 knows what was saved last."""
+
+        def say() -> None:
+            if self.world.rank == 0:
+                raise UserError(f"{sentence}; {self.saver.where_to_go_on()}")
+
+        self._agree(say)
+        raise AssertionError("rank 0 has raised, and all with it")
 
     def _evaluate(self) -> dict[str, float]:
         means = evaluate(self.engine.module, self.task, self.recipe, self.world, self.meter, self._autocast())
-        counters, loss = self.counters, means["validation_loss"]
+        counters, loss = self.account.counters, means["validation_loss"]
         improved = counters.best is None or loss < counters.best
         counters.best = loss if improved else counters.best
         counters.stale = 0 if improved else counters.stale + 1
         return means
 
-    def _save(self) -> None:
-        counters = dataclasses.replace(self.counters, ledger=self._ledger(), per_step=self._per_step())
-
-        def write() -> Path:
-            try:
-                return checkpoint.save(
-                    self.folder / "checkpoints",
-                    step=counters.step,
-                    engine=self.engine,
-                    recipe_json=self.recipe.to_json(),
-                    plan=shared_plan(self.model),
-                    keep=self.recipe.checkpoint.keep,
-                    run=jsonable(dataclasses.asdict(counters)),
-                )
-            except NotFinite as error:
-                raise UserError(
-                    f"the run {self.recipe.name} was stopped: {error}; try a lower optimizer.lr; {self._where_to_go_on()}"
-                ) from None
-
-        self._agree(write, "checkpoint")
-        self.last_checkpoint = checkpoint.latest(self.folder / "checkpoints")
-        self.saved_step = counters.step
-
     # ------------------------------------------------------------ the end
 
     def finish(self) -> RunResult:
         """The last checkpoint, the row of the comparing table, `summary.json`."""
-        if self.saved_step != self.counters.step:
-            self._save()
-        counters = self.counters
+        counters = self.account.counters
+        self.saver.save(self.engine, shared_plan(self.model), self.account)
+        self.saver.finish(counters.step)
         last = counters.history[-1] if counters.history else self._evaluate()
         row: dict[str, Any] = {
             "name": self.recipe.name,
             "parameters": self.parameters,
             "optimizer_bytes": state_bytes(self.optimizer),
-            **self._per_step(),
-            "total_bytes": self._ring_bytes(),
+            **self.account.per_step(),
+            "total_bytes": self.account.ring_bytes(),
             **{key: value for key, value in last.items() if key.startswith("validation_")},
             "history": counters.history,
         }
-        ledger = self._ledger()
-        by_purpose: dict[str, int] = {}
-        for entry in ledger:
-            by_purpose[entry["purpose"]] = by_purpose.get(entry["purpose"], 0) + round(entry["ring_bytes"])
-        summary = {
-            "rows": [row],
-            "ring_bytes_by_purpose": by_purpose,
-            "ledger": ledger,
-            "best_validation_loss": counters.best,
-            "steps": counters.step,
-            "stopped_early": counters.step < self.recipe.steps,
-            "seconds": counters.seconds,
-            "world_size": self.world.world_size,
-            "device": str(self.world.device),
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "recipe": json.loads(self.recipe.to_json()),
-        }
+        summary = self.account.summary(row, self.recipe, self.world)
 
         def write() -> None:
             if self.world.rank == 0:
-                self.tracker.table("ledger", ledger)
+                self.tracker.table("ledger", summary["ledger"])
                 write_whole(
                     self.folder / "summary.json", json.dumps(jsonable(summary), indent=1, allow_nan=False) + "\n"
                 )
@@ -392,38 +334,12 @@ class _Run:
         A launcher kills all processes as soon as one has ended with an error, which may be before rank 0 has said why.
         """
         self.tracker.close(row)
-        if row is None and self.world.world_size > 1 and isinstance(sys.exc_info()[1], UserError):
+        if row is None and self.world.world_size > 1 and isinstance(sys.exc_info()[1], UserError | Preempted):
             waiting = dist.barrier(async_op=True)
             # Every rank raises the same; should one have died nonetheless, the others end without it.
             with suppress(RuntimeError):
                 assert waiting is not None
                 waiting.wait(timedelta(seconds=PATIENCE_SECONDS))
-
-    def _per_step(self) -> dict[str, float]:
-        """What a step of this process has cost; what its predecessor said if it has made none."""
-        steps = len(self.clock.times)
-        if not steps:
-            return self.counters.per_step
-        logical, ring = self._step_bytes()
-        if steps > 1:
-            logical, ring = logical - self.after_first_step[0], ring - self.after_first_step[1]
-        counted = max(1, steps - 1)
-        return {
-            "bytes_per_step_logical": round(logical / counted),
-            "bytes_per_step_ring": round(ring / counted),
-            "ms_per_step": 1000 * self.clock.median(),
-        }
-
-    def _step_bytes(self) -> tuple[int, float]:
-        """Logical and ring bytes of all steps of this process."""
-        totals = [self.meter.ledger.totals(purpose) for purpose in ("gradients", "parameters", "buffers")]
-        return sum(part.logical_bytes for part in totals), sum(part.ring_bytes for part in totals)
-
-    def _ring_bytes(self) -> int:
-        return round(sum(entry["ring_bytes"] for entry in self._ledger()))
-
-    def _ledger(self) -> list[dict[str, Any]]:
-        return merged_rows(self.counters.ledger, self.meter.ledger.rows())
 
     def _agree(self, action: Callable[[], T], purpose: str = "other") -> T:
         with self.meter.purpose(purpose):

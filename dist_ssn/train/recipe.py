@@ -102,12 +102,14 @@ class CheckpointConfig:
     """Checkpoints.
 
     Args:
-        every: steps between two checkpoints; null: only at the end
+        every: steps between two checkpoints; null: only at the end, and as every_seconds says
+        every_seconds: seconds between two checkpoints; null: none for the time's sake
         keep: how many of the latest to keep
         resume: go on from the latest checkpoint of this run, if there is one
     """
 
     every: int | None = None
+    every_seconds: float | None = None
     keep: int = 2
     resume: bool = False
 
@@ -125,6 +127,7 @@ class EngineConfig:
         cuda_aware: gradients on a GPU are handed to MPI as they are (mpi)
         overlap: how gradients travel while processes compute: none, segments:N, sums:N or delay (ddp, mpi)
         compare_every: steps between two proofs that all ranks hold the same parameters; null: none
+        timeout_seconds: how long processes wait for each other, at the start and in each collective
     """
 
     name: str = "ddp"
@@ -135,6 +138,7 @@ class EngineConfig:
     cuda_aware: bool = False
     overlap: str = "none"
     compare_every: int | None = 100
+    timeout_seconds: float = 600.0
 
 
 ENGINE_OPTIONS: dict[str, tuple[str, ...]] = {

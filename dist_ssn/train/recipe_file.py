@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentError, Namespace
 
 from dist_ssn.errors import RecipeError
+from dist_ssn.train.bounded import parse_json
 from dist_ssn.train.recipe import Recipe
 from dist_ssn.train.recipe_keys import (
     bundled_recipes,
@@ -32,6 +31,7 @@ from dist_ssn.train.recipe_keys import (
     type_problems,
 )
 from dist_ssn.train.recipe_values import recipe_problems
+from dist_ssn.train.recipe_yaml import read_yaml, yaml_value
 
 
 def load_recipe(path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()) -> Recipe:
@@ -100,12 +100,12 @@ def parse_recipe(
         if key == "config":
             path = _find(value)
             files.append(f"--config={path}")
-            leaves = dict(_leaves(_read_yaml(path), str(path), problems))
+            leaves = dict(_leaves(read_yaml(path), str(path), problems))
             found = type_problems(leaves)
             origin |= dict.fromkeys(leaves, str(path))
             model_args = leaves.get("model_args", model_args)
         elif key.startswith("model_args."):
-            model_arg[key.removeprefix("model_args.")] = _yaml_value(value)
+            model_arg[key.removeprefix("model_args.")] = yaml_value(value)
             origin["model_args"] = "command line"
             found = {}
         else:
@@ -113,7 +113,7 @@ def parse_recipe(
             options.append(f"--{key}={value}")
             found = option_problem(key, value)
             origin[key] = "command line"
-            model_args = _yaml_value(value) if key == "model_args" else model_args
+            model_args = yaml_value(value) if key == "model_args" else model_args
         problems += [f"{origin[key]}: {problem}" for key, problem in found.items()]
     raise_all(problems)
     if model_arg:
@@ -157,44 +157,6 @@ def _find(name: str) -> Path:
     raise RecipeError(f"the recipe {name!r} {problem}; the built-in ones are {', '.join(bundled)}")
 
 
-def _yaml_value(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError:
-        return text
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader (no tag can run code), which also refuses a key that is there twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML follows, takes 1e-3 for a text; jsonargparse and everybody else takes it for a number.
-_UniqueKeys.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{path}{line}: this is not valid YAML ({error.problem})") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise RecipeError(f"{path}: this is not a text file in UTF-8") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-    return content
-
-
 def _leaves(content: Any, source: str, problems: list[str]) -> Iterator[tuple[str, Any]]:
     """The known keys in a file's content with their values; unknown ones go to `problems`."""
     if not isinstance(content, dict):
@@ -221,9 +183,11 @@ def recipe_from_json(text: str, source: str = "recipe.json") -> Recipe:
     """The recipe in JSON text. Raises: RecipeError, whose sentence names `source`."""
     problems: list[str] = []
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         raise RecipeError(f"{source}: line {error.lineno} cannot be read as JSON ({error.msg})") from None
+    except ValueError as error:  # too deep, or a number of thousands of digits
+        raise RecipeError(f"{source}: cannot be read as JSON ({error})") from None
     leaves = dict(_leaves(content, source, problems))
     problems += [f"{source}: {problem}" for problem in type_problems(leaves).values()]
     raise_all(problems)

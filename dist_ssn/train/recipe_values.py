@@ -68,6 +68,8 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         ("optimizer.momentum", 0, 1, "at least 0 and below 1"),
         ("schedule.final", 0, math.nextafter(1, 2), "between 0 and 1"),
         ("schedule.gamma", math.ulp(0), math.nextafter(1, 2), "above 0 and at most 1"),
+        ("checkpoint.every_seconds", math.ulp(0), math.inf, "a number of seconds above 0, or null"),
+        ("engine.timeout_seconds", math.ulp(0), 1e9, "a number of seconds above 0"),
         ("data.validation", math.ulp(0), 1, "above 0 and below 1"),
     ):
         if given(key) and not low <= values[key] < high:  # nan and inf fail too

@@ -23,6 +23,8 @@ import dist_ssn
 from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.train import checkpoint
+from dist_ssn.train.folder import fingerprint
+from dist_ssn.train.together import together
 from tests.ranks import run_ranks
 
 DENSE = None
@@ -168,7 +170,7 @@ def _honest_pickle(path: Path) -> None:
     """A pickle that state.json vouches for: only the reader itself can refuse it."""
     _pickle(path)
     state = json.loads((path / "state.json").read_text())
-    state["files"]["model.safetensors"] = checkpoint._fingerprint(path / "model.safetensors")
+    state["files"]["model.safetensors"] = fingerprint(path / "model.safetensors")
     (path / "state.json").write_text(json.dumps(state))
 
 
@@ -344,9 +346,9 @@ def _fails_on(rank: int, world_size: int, failing: int) -> str:
         return rank
 
     device = torch.device("cpu")
-    assert checkpoint.together(lambda: rank, device) == rank
+    assert together(lambda: rank, device) == rank
     try:
-        checkpoint.together(action, device)
+        together(action, device)
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -361,9 +363,9 @@ def test_what_fails_on_one_rank_is_raised_on_all(failing: int) -> None:
 
 def test_together_in_one_process() -> None:
     device = torch.device("cpu")
-    assert checkpoint.together(lambda: 5, device) == 5
+    assert together(lambda: 5, device) == 5
     with pytest.raises(CheckpointError, match="full"):
-        checkpoint.together(lambda: (_ for _ in ()).throw(CheckpointError("full")), device)
+        together(lambda: (_ for _ in ()).throw(CheckpointError("full")), device)
 
 
 def test_a_view_into_a_larger_storage_is_written_alone(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -52,10 +54,21 @@ class Net(nn.Module):
         return logits
 
 
+def _stop_for(seconds: int) -> None:
+    """SIGSTOP to this process, and SIGCONT after a while."""
+    later = f"sleep {seconds}; kill -CONT {os.getpid()} 2>/dev/null"
+    subprocess.Popen(["sh", "-c", later], start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 ACCIDENTS: dict[str, Callable[[torch.Tensor], object]] = {
     "none": lambda logits: None,
     "kill": lambda logits: os.kill(os.getpid(), signal.SIGKILL),
     "nan": lambda logits: logits.data.fill_(math.nan),
+    "term": lambda logits: os.kill(os.getpid(), signal.SIGTERM),
+    "stop": lambda logits: _stop_for(8),
+    "raise": lambda logits: [][len(logits)],
+    "sleep": lambda logits: time.sleep(8),
     "infinite gradient": lambda logits: logits.register_hook(lambda gradient: gradient * math.inf),
 }
 

@@ -158,8 +158,8 @@ def test_hints_fill_in_what_the_user_left_open() -> None:
         ("wide_resnet", {"norm": 3}, "wide_resnet: norm must be str, got 3"),
         ("wide_resnet", {"channels": 3}, "wide_resnet: channels is 3, but the data has 1"),
         ("nowhere.build", {}, "nowhere cannot be imported from .* or the installed packages"),
-        ("math.sqroot", {}, "unknown function of math 'sqroot': .*did you mean 'sqrt'?"),
-        ("math.pi", {}, "'math.pi' must be a function that returns a model, but is a float"),
+        ("numpy.sqroot", {}, "unknown function of numpy 'sqroot': .*did you mean 'sqrt'?"),
+        ("numpy.pi", {}, "'numpy.pi' must be a function that returns a model, but is a float"),
     ],
 )
 def test_wrong_models(name: str, args: dict, wanted: str) -> None:

@@ -91,6 +91,8 @@ def _imported(path: str) -> Callable[..., Any]:
     if not module_name:
         known = unknown_choice("model", path, MODELS)
         raise RecipeError(f"{known}; a model of your own is an import path such as my_module.build")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:  # a recipe must not be a way to call os.system
+        raise RecipeError(f"model {path!r}: Python's own library builds no model; name a function of yours")
     folder = os.getcwd()
     if folder not in sys.path:  # as `python -m` does; a console script has its own folder there instead
         sys.path.insert(0, folder)

@@ -1,0 +1,90 @@
+"""Hostile files by the million: every reader refuses them by an error of ours, in bounded time and memory.
+
+    python -m benchmarks.fuzz [--inputs 1000000] [--seed 0] [--readers plan cluster ...]
+
+Writes results/fuzz/, one line per reader. An input that makes a reader fail in any other way is printed, and is the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+import tracemalloc
+from pathlib import Path
+
+from tests.fuzz_targets import Readers, mutated
+
+from .results import ResultFile
+
+WEIGHTS = {
+    **{"plan": 35, "cluster": 20, "recipe": 2, "recipe-json": 3},
+    **{"state.json": 12, "model.safetensors": 12, "optimizer.safetensors": 8, "plan.json": 5, "recipe.json": 3},
+}
+"""How the inputs are spread over the readers, in per cent: most to those that are quick."""
+SAMPLE = 200  # of so many inputs one is read with its memory traced, which is slow
+SLOW_SECONDS = 5.0
+
+
+def fuzz(readers: Readers, name: str, inputs: int, seed: int) -> dict[str, object]:
+    """Reads `inputs` changed files; what is found wrong is printed."""
+    dice = random.Random(f"{name} {seed}")
+    good = readers.seeds[name]
+    for _ in range(20):  # imports and caches are not an input's
+        readers.accepts(name, good)
+    accepted, failures, slowest, most = 0, [], 0.0, 0.0
+    began = time.monotonic()
+    for number in range(inputs):
+        data = mutated(good, dice)
+        traced = number % SAMPLE == 0
+        if traced:
+            tracemalloc.start()
+        start = time.monotonic()
+        try:
+            accepted += readers.accepts(name, data)
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}"[:200])
+            print(f"{name}: {failures[-1]}: {data[:2000]!r}", flush=True)
+        slowest = max(slowest, time.monotonic() - start)
+        if traced:
+            most = max(most, tracemalloc.get_traced_memory()[1] / max(1, len(data)))
+            tracemalloc.stop()
+    return {
+        "reader": name,
+        "inputs": inputs,
+        "seed": seed,
+        "accepted": accepted,
+        "failures": len(failures),
+        "kinds_of_failures": sorted({failure.partition(":")[0] for failure in failures}),
+        "slowest_s": slowest,
+        "file_bytes": len(good),
+        "most_allocated_per_file_byte": most,
+        "traced": -(-inputs // SAMPLE),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=int, default=1_000_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readers", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    arguments = parser.parse_args()
+    results = ResultFile("fuzz")
+    whole = sum(WEIGHTS[name] for name in arguments.readers)
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        readers = Readers(Path(folder))
+        for name in arguments.readers:
+            line = fuzz(readers, name, -(-arguments.inputs * WEIGHTS[name] // whole), arguments.seed)
+            results.add(line)
+            failures += bool(line["failures"]) or bool(float(str(line["slowest_s"])) > SLOW_SECONDS)
+            shown = ("reader", "inputs", "accepted", "failures", "slowest_s", "most_allocated_per_file_byte", "seconds")
+            print({key: line[key] for key in shown}, flush=True)
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

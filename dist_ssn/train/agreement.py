@@ -1,0 +1,71 @@
+"""What one rank wants all to do, known to all at the same step.
+
+A few numbers, of which the highest over all ranks counts, travel while a step computes: asked for after one step, read after the
+next. That happens about once a second, so that it costs neither time nor bytes worth naming.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+ASK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a rank wants; agreed upon, what any of them wants.
+
+    Args:
+        stop: number of the signal that asks to make room, 0 for none
+        save: a checkpoint is due
+        failed: something has failed in the background
+    """
+
+    stop: int = 0
+    save: bool = False
+    failed: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.stop or self.save or self.failed)
+
+
+class Agreement:
+    """Call `after_step` after every step, on all ranks alike."""
+
+    def __init__(self, world_size: int, device: torch.device) -> None:
+        self._world_size, self._device = world_size, device
+        self._work: dist.Work | None = None
+        self._numbers = torch.zeros(4, dtype=torch.int32, device=device)
+        self._asked_at, self._asked_step, self._next_step = time.monotonic(), -1, 0
+
+    def after_step(self, step: int, mine: Wants) -> Wants:
+        """What any rank wanted one step ago; nothing, on all of them, where they were not asked."""
+        if self._world_size == 1:
+            return mine
+        if self._work is not None:
+            return self.answer(step)
+        if step >= self._next_step:
+            now = time.monotonic()
+            made = step - self._asked_step if self._asked_step >= 0 else 1
+            rate = made / max(now - self._asked_at, 1e-3)
+            self._asked_at, self._asked_step = now, step
+            interval = max(1, math.ceil(rate * ASK_SECONDS))
+            wants = [mine.stop, int(mine.save), int(mine.failed), interval]
+            self._numbers.copy_(torch.tensor(wants, dtype=torch.int32))
+            self._work = dist.all_reduce(self._numbers, op=dist.ReduceOp.MAX, async_op=True)
+        return Wants()
+
+    def answer(self, step: int) -> Wants:
+        """Waits for what is still under way, if anything is; all ranks call it at the same step."""
+        if self._work is None:
+            return Wants()
+        self._work.wait()
+        self._work = None
+        stop, save, failed, interval = self._numbers.tolist()
+        self._next_step = step + interval
+        return Wants(stop, bool(save), bool(failed))

@@ -1,0 +1,76 @@
+"""Reading files that somebody else may have written: nothing is allocated before its size is known to be within bounds."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+MIB = 1 << 20
+MOST_JSON = 64 * MIB
+"""Bytes of the largest JSON file that is read; a plan of 100,000 weights has 50 MiB."""
+MOST_HEADER = 16 * MIB
+"""Bytes of the largest header of a safetensors file; 100 bytes name a tensor."""
+
+
+def read_text(path: Path, most: int = MOST_JSON) -> str:
+    """The text of a regular file.
+
+    Raises:
+        ValueError: it is no regular file, has more than `most` bytes, or is not UTF-8.
+        OSError: it cannot be read.
+    """
+    # Trap: opening a pipe waits until somebody writes to it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most} bytes, the most that is read")
+    return content.decode()
+
+
+def read_json(path: Path, most: int = MOST_JSON) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        ValueError: as `read_text`; or it is not JSON.
+        OSError: it cannot be read.
+    """
+    return parse_json(read_text(path, most))
+
+
+def parse_json(text: str) -> Any:
+    """Raises: ValueError, when the text is not JSON, or nests too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; the library checks that each lies inside of the file.
+
+    Raises:
+        ValueError: the file is malformed.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(8)
+        size = os.fstat(file.fileno()).st_size
+    header = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if not 2 <= header <= min(size - 8, MOST_HEADER):
+        raise ValueError(
+            f"its header should have {header} bytes, and the file has {size}, of which at most {MOST_HEADER} may be header"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        # The last four: kinds of numbers that the library knows and this torch does not, or shapes that torch refuses.
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
