@@ -55,6 +55,10 @@ def plan(arguments: Sequence[str]) -> None:
     flags = {"--json": "print the plan as JSON, which share.plan reads; with --cluster, the costs"}
     arguments, cluster = _without_option(arguments, "--cluster")
     recipe, given = parse_recipe(arguments, "dist-ssn plan", PLAN, flags)
+    if recipe.share.control is not None:
+        raise RecipeError(
+            f"share.control is {recipe.share.control}, which has no banks and so no plan: leave it null, or train it"
+        )
     if cluster is not None:
         return _costs(recipe, cluster, "--json" in given)
     made, left_out = _plan_of(recipe)
