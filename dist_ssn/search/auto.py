@@ -139,7 +139,7 @@ class _Auto:
         return list(found.values())
 
     def _mapping(self, candidate: Candidate) -> str | dict[str, str]:
-        if candidate.method not in METHODS or candidate.method == "random":
+        if candidate.method not in METHODS:
             return candidate.mapping
         known = self.trials.find(kind="mapping", mapping=candidate.mapping)
         if known is None:

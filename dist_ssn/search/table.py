@@ -21,20 +21,21 @@ class Progress:
     def __init__(self, console: Console, shown: bool = True):
         self.lines: list[Line] = []
         self.note: str | None = None
-        self._live = Live(trial_table([]), console=console, auto_refresh=False) if shown else None
-        self._started = False
+        self._console, self._shown = console, shown
+        self._live: Live | None = None
 
     def report(self, line: Line) -> None:
-        """Takes a line of a search; of rank 0 alone, as is the note at the end."""
+        """Takes a line of a search, and the note at its end; rank 0 alone is given them."""
         if line["kind"] == "found":
             self.note = line["note"]
             return
         self.lines.append(line)
-        if self._live is not None:
-            if not self._started:  # methods without trials have no table
-                self._live.start()
-                self._started = True
-            self._live.update(trial_table(self.lines), refresh=True)
+        if not (self._shown and self._console.is_terminal):
+            return
+        if self._live is None:  # methods without trials have no table
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        self._live.update(trial_table(self.lines), refresh=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -42,8 +43,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None and self._started:
+        if self._live is not None:
             self._live.stop()
+        elif self.lines and self._shown:
+            self._console.print(trial_table(self.lines))
 
 
 def trial_table(lines: list[Line]) -> Table:
