@@ -1,6 +1,6 @@
 """Quality at equal data, batch and steps: shared models against dense ones, each at its own best learning rate.
 
-    python -m benchmarks.quality rates morphs confirm budgets [--jobs 2]     # resumable: measured cells are not run again
+    python -m benchmarks.quality rates controls morphs confirm budgets [--jobs 2]     # resumable: measured cells stay
     python -m benchmarks.quality --table
 
 Every cell is one run of `dist_ssn.train` on one thread; its line in `results/quality/` holds the recipe's overrides.
@@ -9,6 +9,7 @@ Every cell is one run of `dist_ssn.train` on one thread; its line in `results/qu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -71,6 +72,10 @@ EQUAL: dict[str, dict[str, Any]] = {
 _ADAMW, _SGD = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2), (0.05, 0.1, 0.2, 0.4, 0.8)
 RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD}
 KINDS = ("dense", "equal", "shared")
+CONTROLS = ("tied", "hashed", "hashed-global", "lowrank")
+"""Kinds that are controls at the budget of "shared"; docs/search.md says what each is."""
+CONTROL_RATES: dict[str, tuple[float, ...]] = {"gpt": (*_ADAMW, 4.8e-2), "wrn": _SGD}
+"""One rate more for Adam, which nothing raises for a control as `parameter_groups` does for a bank."""
 DEFAULT = "offset:chunk=16"
 """What "auto" chooses below a budget of 1 (gains where a weight is a matrix), named so that a line says what it measured."""
 MORPHS: dict[str, tuple[str, ...]] = {
@@ -87,9 +92,10 @@ SEEDS = (0, 1, 2)
 
 
 def cell(task: str, kind: str, lr: float, seed: int = 0, more: dict[str, Any] | None = None) -> Cell:
-    """One run: `kind` is dense, equal or shared; `more` are overrides of the recipe."""
+    """One run: `kind` is one of KINDS or CONTROLS; `more` are overrides of the recipe."""
     overrides: dict[str, Any] = {"model_args": EQUAL[task]} if kind == "equal" else {}
     overrides |= {"share.budget": 0.1, "share.morph": DEFAULT} if kind == "shared" else {}
+    overrides |= {"share.budget": 0.1, "share.control": kind} if kind in CONTROLS else {}
     return {"task": task, "kind": kind, "seed": seed, "overrides": {**overrides, "optimizer.lr": lr, **(more or {})}}
 
 
@@ -97,6 +103,14 @@ def rates() -> Iterator[Cell]:
     """Each method's learning rate over a grid of factor 2, one seed."""
     for task, grid in RATES.items():
         for kind in KINDS:
+            for lr in grid:
+                yield cell(task, kind, lr)
+
+
+def controls() -> Iterator[Cell]:
+    """Each control's learning rate over a grid of its own, one seed; `confirm` goes on with further seeds."""
+    for task, grid in CONTROL_RATES.items():
+        for kind in CONTROLS:
             for lr in grid:
                 yield cell(task, kind, lr)
 
@@ -114,11 +128,16 @@ def morphs() -> Iterator[Cell]:
 
 
 def confirm() -> Iterator[Cell]:
-    """Three seeds (of weights, data and mapping together) at each method's two best rates of `rates`: one may be luck."""
+    """Three seeds (of weights, data and mapping together) at each method's two best rates: one may be luck."""
     for (task, kind), losses in _losses(ResultFile("quality").lines(), seeds=SEEDS[:1]).items():
         for lr in sorted(losses, key=lambda lr: losses[lr])[:2]:
             for seed in SEEDS[1:]:
-                yield cell(task, kind, lr, seed, {"share.seed": seed} if kind == "shared" else {})
+                yield cell(task, kind, lr, seed, _seeded(kind, seed))
+
+
+def _seeded(kind: str, seed: int) -> dict[str, Any]:
+    """What else a seed decides: where a weight reads the bank, or its buckets."""
+    return {"share.seed": seed} if seed and kind not in ("dense", "equal") else {}
 
 
 def budgets() -> Iterator[Cell]:
@@ -133,6 +152,7 @@ def budgets() -> Iterator[Cell]:
 
 SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
     "rates": rates,
+    "controls": controls,
     "morphs": morphs,
     "confirm": confirm,
     "budgets": budgets,
@@ -179,9 +199,9 @@ def _losses(lines: Iterable[Cell], seeds: tuple[int, ...]) -> dict[tuple[str, st
     """(task, kind) → rate → mean validation loss of these seeds, for rates where all of them were measured."""
     measured = {identity(line): line["validation_loss"] for line in lines}
     found: dict[tuple[str, str], dict[float, float]] = {}
-    for one in rates():
+    for one in itertools.chain(rates(), controls()):
         task, kind, lr = one["task"], one["kind"], one["overrides"]["optimizer.lr"]
-        more = [{"share.seed": seed} if kind == "shared" and seed else {} for seed in seeds]
+        more = [_seeded(kind, seed) for seed in seeds]
         losses = [measured.get(identity(cell(task, kind, lr, seed, m))) for seed, m in zip(seeds, more, strict=True)]
         if None not in losses:
             found.setdefault((task, kind), {})[lr] = statistics.mean(losses)  # type: ignore[type-var]

@@ -8,6 +8,7 @@ model = torch.nn.parallel.DistributedDataParallel(model)             # sends a t
 from .comm.meter import CommMeter
 from .groups import parameter_groups
 from .plan import Morph, Plan, make_plan
+from .search import search
 from .share import materialize, share, shared_plan, summary
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "make_plan",
     "materialize",
     "parameter_groups",
+    "search",
     "share",
     "shared_plan",
     "summary",

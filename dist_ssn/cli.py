@@ -1,4 +1,4 @@
-"""The command line: `dist-ssn train`, `plan`, `report`, `launch`, `cluster`, `lab`."""
+"""The command line: `dist-ssn train`, `plan`, `search`, `report`, `launch`, `cluster`, `lab`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,14 @@ TRAIN = """Train a model by a recipe, alone or under torchrun; write its metrics
 Example: dist-ssn train --config quickstart --share.budget=5% --steps=200"""
 PLAN = """Show how a recipe's model would share its weights, without reading its data or training it.
 Example: dist-ssn plan --config quickstart --share.budget=5%
+With --picture=FILE.png: the mapping as a picture, here and in that file.
 With --cluster=FILE: what a step would cost there, dense and by each way to overlap communication (compute is measured here).
 Example: dist-ssn plan --config quickstart --cluster=ethernet-1g"""
+SEARCH = """Find which weights should share a bank, and write the plan, which share.plan of a recipe reads.
+Example: dist-ssn search --config quickstart --method=weights-free --output=plan.json
+--method: weights-free, pretrain, gradients, network (with --cluster=FILE), random, manual, or auto (default), which tries several
+on short runs within --max-steps=N or --max-seconds=S, and goes on from --trials=FILE. --groups=N; --picture=FILE.png.
+For pretrain and gradients: --short-steps=N, --templates=K."""
 REPORT = """Compare finished runs in a table, and in plots if --output is given.
 Example: dist-ssn report runs/quickstart --output plots"""
 LAUNCH = """Start a program on a cluster, by torchrun, deepspeed, mpirun, Slurm or Kubernetes.
@@ -53,10 +59,19 @@ def plan(arguments: Sequence[str]) -> None:
 
     flags = {"--json": "print the plan as JSON, which share.plan reads; with --cluster, the costs"}
     arguments, cluster = _without_option(arguments, "--cluster")
+    arguments, picture = _without_option(arguments, "--picture")
     recipe, given = parse_recipe(arguments, "dist-ssn plan", PLAN, flags)
+    if recipe.share.control is not None:
+        raise RecipeError(
+            f"share.control is {recipe.share.control}, which has no banks and so no plan: leave it null, or train it"
+        )
     if cluster is not None:
         return _costs(recipe, cluster, "--json" in given)
     made, left_out = _plan_of(recipe)
+    if picture is not None:
+        from dist_ssn.report.picture import draw_plan
+
+        draw_plan(made, picture)
     if "--json" in given:
         print(made.to_json())
     else:
@@ -65,6 +80,10 @@ def plan(arguments: Sequence[str]) -> None:
         from dist_ssn.share import left_out_text
 
         Console().print(made.table())
+        if picture is not None:
+            from dist_ssn.report.picture import plan_picture
+
+            Console().print(plan_picture(made))
         if left_out:
             Console().print(f"left as they are: {left_out_text(left_out)}", markup=False, highlight=False)
 
@@ -119,6 +138,13 @@ def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:
     return made, specs.left_out
 
 
+def search(arguments: Sequence[str]) -> None:
+    """Runs `dist-ssn search`."""
+    from dist_ssn.search.cli import search as run
+
+    run(arguments, SEARCH, _without_option)
+
+
 def report(arguments: Sequence[str]) -> None:
     """Runs `dist-ssn report`."""
     parser = _parser("dist-ssn report", REPORT)
@@ -155,6 +181,7 @@ def lab(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "plan": plan,
+    "search": search,
     "report": report,
     "launch": launch,
     "cluster": cluster,
@@ -215,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     if arguments and arguments[0] in COMMANDS:
         return COMMANDS[arguments[0]](arguments[1:])
-    texts = zip(COMMANDS, (TRAIN, PLAN, REPORT, LAUNCH, CLUSTER, LAB), strict=True)
+    texts = zip(COMMANDS, (TRAIN, PLAN, SEARCH, REPORT, LAUNCH, CLUSTER, LAB), strict=True)
     commands = "\n".join(f"  {name:8}{text.splitlines()[0]}" for name, text in texts)
     parser = _parser(
         "dist-ssn",

@@ -75,7 +75,7 @@ def share(
             )
         specs = find_specs(model, include=names)
         _check_plan(plan, specs)
-    _check_order(model, specs)
+    check_order(model, specs)
     _warn_of_seeds(specs)
     _attach(model, plan, specs)
     return model
@@ -161,7 +161,7 @@ def _check_plan(plan: Plan, specs: Specs) -> None:
         raise PlanError("the plan belongs to another model: " + "; ".join(problems[:5]))
 
 
-def _check_order(model: nn.Module, specs: Specs) -> None:
+def check_order(model: nn.Module, specs: Specs) -> None:
     """Sharing comes first: who took hold of a weight before would train or average what nobody reads any more.
 
     Raises:
@@ -218,7 +218,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
-    owner = _owner(model, next(iter(slots)))
+    owner = owner_of(model, next(iter(slots)))
     if hasattr(owner, _ATTRIBUTE):
         raise ShareError(f"{type(owner).__name__} has an attribute {_ATTRIBUTE!r} already: rename it")
     for module, layer_slots in slots.items():
@@ -226,7 +226,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
     owner.add_module(_ATTRIBUTE, banks)
 
 
-def _owner(model: nn.Module, first: str) -> nn.Module:
+def owner_of(model: nn.Module, first: str) -> nn.Module:
     """The module that the banks belong to: the root, but where it is a container, which calls or lists all its children.
 
     Then it is the module around the first weight (named `first`) that is none: the layer, or who keeps its parametrization.

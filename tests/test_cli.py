@@ -104,7 +104,7 @@ def test_report_is_called_with_the_runs(monkeypatch: pytest.MonkeyPatch, capsys:
         ([], "the following arguments are required: COMMAND"),
         (
             ["trian"],
-            "unknown command 'trian': known are cluster, lab, launch, plan, report, train; did you mean 'train'?",
+            "unknown command 'trian': known are cluster, lab, launch, plan, report, search, train; did you mean 'train'?",
         ),
         (["--nonsense", "train"], "unknown command"),
         (["train", "--stepz=3"], "command line: unknown key stepz; did you mean steps?"),

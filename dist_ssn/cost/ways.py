@@ -40,7 +40,7 @@ def compare_ways(recipe: Recipe, cluster: Cluster, steps: int = 20) -> dict[str,
             "share.budget is null, which leaves the model dense: give one to compare with, such as --share.budget=10%"
         )
     with init_world() as world:
-        processes = cluster.nodes * _per_node(cluster)
+        processes = cluster.nodes * per_node(cluster)
         if world.world_size not in (1, processes):
             raise UserError(
                 f"the cluster {cluster.name} has {processes} processes, and {world.world_size} were started: "
@@ -68,7 +68,7 @@ def compare_ways(recipe: Recipe, cluster: Cluster, steps: int = 20) -> dict[str,
         return found if world.rank == 0 else None
 
 
-def _per_node(cluster: Cluster) -> int:
+def per_node(cluster: Cluster) -> int:
     if isinstance(cluster.processes_per_node, int):
         return cluster.processes_per_node
     return max(1, torch.cuda.device_count())

@@ -144,14 +144,14 @@ def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     templates = max(1, min(morph.templates or MAX_TEMPLATES, bank // 10))  # a tiny bank is not cut into crumbs
     height, width = _template_shape(bank // templates, slot.rows, slot.columns)
-    spread = _spread(height, slot.rows) * _spread(width, slot.columns)
+    smoothed = spread(height, slot.rows) * spread(width, slot.columns)
     coefficients = templates if templates > 1 else 0
     return replace(
         slot,
         templates=templates,
         coefficients=coefficients,
         template_shape=(height, width),
-        scale=1 / math.sqrt(spread),
+        scale=1 / math.sqrt(smoothed),
     )
 
 
@@ -207,7 +207,7 @@ def reach(slot: Slot, bank: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _spread(source: int, size: int) -> float:
+def spread(source: int, size: int) -> float:
     """Variance of a resized white sequence, relative to the source's: resizing smooths."""
     place = np.clip((_some(size) + 0.5) * source / size - 0.5, 0, source - 1)
     part = place - np.floor(place)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dist_ssn.controls import control
 from dist_ssn.engines import World
 from dist_ssn.errors import PlanError, RecipeError, UserError, told
 from dist_ssn.plan import Plan
@@ -58,7 +59,7 @@ def _check_fit(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor], recip
 
 
 def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
-    """Shares `model` in place as a recipe says, by budget or by a plan's file; neither leaves it dense.
+    """Shares `model` in place as a recipe says, by budget, by a plan's file or as a control; none leaves it dense.
 
     Raises:
         PlanError: the plan's file cannot be read.
@@ -67,6 +68,10 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
         return share(model, None, plan=plan_of_file(config.plan))
     if config.budget is None:
         return model
+    if config.control is not None:
+        return control(
+            model, config.control, config.budget, include=config.include, exclude=config.exclude, seed=config.seed
+        )
     return share(
         model,
         config.budget,

@@ -45,6 +45,7 @@ class ShareConfig:
         include: names, globs or classes of the weights to share; null: all that can be
         exclude: names, globs or classes of the weights to leave as they are
         plan: JSON file of a plan to follow instead of budget, mapping and morph
+        control: instead of sharing, a control of this budget: tied, hashed, hashed-global or lowrank
         seed: seed of the plan's pseudo-random choices
     """
 
@@ -54,6 +55,7 @@ class ShareConfig:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     plan: str | None = None
+    control: str | None = None
     seed: int = 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_ssn.controls import CONTROLS
 from dist_ssn.engines import ENGINES
 from dist_ssn.errors import PlanError, unknown_choice
 from dist_ssn.plan.overlap import parse_overlap
@@ -24,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.name": tuple(OPTIMIZERS),
     "schedule.name": tuple(SCHEDULES),
     "engine.name": tuple(ENGINES),
+    "share.control": tuple(CONTROLS),
     "wandb.mode": ("disabled", "offline", "online"),
     "precision": ("fp32", "bf16"),
 }
@@ -117,6 +119,8 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         yield "schedule.milestones", "must name at least one step, for schedule.name is step"
     if given("share.plan") and not Path(values["share.plan"]).is_file():
         yield "share.plan", f"must be a plan's JSON file, but {values['share.plan']!r} does not exist"
+    if given("share.control"):
+        yield from _control_problems(values)
     if given("batch_size", "accumulation") and min(values["batch_size"], values["accumulation"]) > 0:
         parts = world_size * values["accumulation"]
         if values["batch_size"] % parts:
@@ -125,6 +129,17 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
                 f"must be divisible by processes × accumulation = {world_size} × {values['accumulation']} = {parts}, "
                 f"got {values['batch_size']}; the next one is {parts * math.ceil(values['batch_size'] / parts)}",
             )
+
+
+def _control_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What does not go with a control, which has no banks."""
+    control = values["share.control"]
+    if values["share.budget"] is None:
+        yield "share.control", f"is {control}, which needs a budget: set share.budget too, such as --share.budget=10%"
+    for key, unset in (("share.plan", None), ("share.mapping", "auto"), ("share.morph", "auto")):
+        if values[key] != unset:
+            shown = "null" if unset is None else unset
+            yield key, f"is for shared weights, and share.control {control} has no banks: leave one of them {shown}"
 
 
 def _is_json(value: Any) -> bool:
