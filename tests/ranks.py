@@ -104,6 +104,8 @@ def _child(
     import torch
     import torch.distributed as dist
 
+    from dist_ssn.engines.world import end_process_group
+
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     try:
@@ -117,7 +119,7 @@ def _child(
             )
         value = fn(rank, world_size, *args)
         if group and dist.is_initialized():
-            dist.destroy_process_group()
+            end_process_group()
         message = pickle.dumps((True, value))
     except BaseException:
         message = pickle.dumps((False, traceback.format_exc()))

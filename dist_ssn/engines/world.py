@@ -35,13 +35,7 @@ class World:
     def close(self) -> None:
         """End the process group that `init_world` started; a second call does nothing."""
         if self.owns_group and dist.is_initialized():
-            # Traps (torch 2.13): the last one to let go of a gloo group waits for its threads. If that is DDP's reducer, it holds
-            # Python's lock meanwhile, which such a thread may need to drop the last collective's tensors: the process never ends.
-            # If it is such a thread itself, the process aborts. So nobody is the last.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-            dist.destroy_process_group()
-            # And a thread that still wants Python's lock when the interpreter ends aborts it as well: let it have the lock now.
-            time.sleep(_FAREWELL_SECONDS)
+            end_process_group()
 
     def __enter__(self) -> World:
         return self
@@ -50,6 +44,19 @@ class World:
         if kind is not None and not issubclass(kind, Preempted):
             mpi_world.failed()
         self.close()
+
+
+def end_process_group() -> None:
+    """Ends torch.distributed's process group for good.
+
+    Traps (torch 2.13): the last one to let go of a gloo group waits for its threads. If that is DDP's reducer, it holds Python's
+    lock meanwhile, which such a thread may need to drop the last collective's tensors: the process never ends. If it is such a
+    thread itself, the process aborts. So nobody is the last. And a thread that still wants the lock when the interpreter ends
+    aborts it as well, so it may have it now.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+    dist.destroy_process_group()
+    time.sleep(_FAREWELL_SECONDS)
 
 
 def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> World:

@@ -90,11 +90,13 @@ def test_gradients_part_layers_that_conflict_and_join_those_that_agree() -> None
     dist_ssn.share(model, plan=plan)
     (bank,) = [module for module in model.modules() if isinstance(module, Bank)]
     with torch.no_grad():
+        assert bank.coefficients is not None
         bank.coefficients.copy_(torch.ones(6))
     bank.watcher = cosines = Cosines(bank)
     pull = torch.randn(6, 6)
     for _ in range(2):
-        a, b, c = (layer.weight for layer in model[:3])
+        weights: list[Any] = [layer.weight for layer in model.children()]
+        a, b, c = weights
         ((a + 2 * b - c) * pull).sum().backward()
     mean = cosines.mean().numpy()
     assert np.allclose(mean, [[1, 1, -1], [1, 1, -1], [-1, -1, 1]], atol=1e-4) and cosines.passes == 2
@@ -208,7 +210,9 @@ def test_a_diverged_trial_ranks_last(tmp_path: Path, monkeypatch: pytest.MonkeyP
     real = ShortRun.validation_loss
 
     def first_diverges(self: ShortRun) -> float:
-        return float("inf") if len(dist_ssn.shared_plan(self.model).groups) == 1 else real(self)
+        plan = dist_ssn.shared_plan(self.model)
+        assert plan is not None
+        return float("inf") if len(plan.groups) == 1 else real(self)
 
     monkeypatch.setattr(ShortRun, "validation_loss", first_diverges)
     plan = dist_ssn.search(recipe(), output=tmp_path / "plan.json", max_steps=100, short_steps=4)
