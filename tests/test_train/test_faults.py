@@ -253,7 +253,7 @@ def until(condition: Callable[[], object], seconds: float) -> bool:
 @pytest.mark.distributed
 def test_torchrun_restarts_a_group_that_goes_on_by_itself(tmp_path: Path) -> None:
     dies = {"dropout": 0.3, "accident": "kill", "at": 11, "rank": 1, "context": 8}
-    going = recipe(tmp_path, model_args=dies, checkpoint=EVERY, engine=EngineConfig(timeout_seconds=10.0))
+    going = recipe(tmp_path, model_args=dies, checkpoint=EVERY)
     (tmp_path / "recipe.json").write_text(going.to_json())  # JSON is YAML
     torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--local-addr=127.0.0.1"]
     elastic = ["--nnodes=1:1", "--nproc-per-node=2", "--max-restarts=1", "-m", "dist_ssn.cli"]
