@@ -44,15 +44,20 @@ def plan_picture(plan: Plan) -> Table:
     return table
 
 
+def check_picture(path: str | os.PathLike[str]) -> Path:
+    """The file, if a PNG may have that name. Raises: UserError."""
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"the picture's file must end in .png, got {os.fspath(path)!r}")
+    return Path(path)
+
+
 def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
     """Draws weights × banks as a PNG: a bar where a weight reads a bank, as long as its numbers; above each bank its size.
 
     Raises:
         UserError: the file is no PNG by its name, or cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise UserError(f"the picture's file must end in .png, got {str(path)!r}")
+    path = check_picture(path)
     slots = [(bank, slot) for bank, group in enumerate(plan.groups) for slot in group.slots]
     largest = max(slot.numel for _, slot in slots)
     banks = len(plan.groups)

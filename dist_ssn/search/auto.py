@@ -17,7 +17,7 @@ from dist_ssn.search.short import ShortRun
 from dist_ssn.search.trials import Line, Trials
 
 _MARGIN = 0.8
-"""Part of the seconds that is planned: evaluations, building models and a machine that slows down take the rest."""
+"""Part of the seconds that is planned; the rest is for a machine that slows down."""
 _CALIBRATION = 4
 _ASK_EVERY = 4
 """Steps between two looks at the clock, which all ranks must take together."""
@@ -86,22 +86,23 @@ class _Auto:
             return schedule(wanted, options.max_steps or most, most, costs)
         known = self.trials.find(kind="schedule", max_seconds=options.max_seconds)
         if known is None:
-            steps = max(0, int(_MARGIN * (self._left() - self._calibrate()) / self.pace))
-            count, first = schedule(wanted, self.setting.agree(steps), most, costs)
+            pace, overhead = self._calibrate()
+            steps = max(0, int(_MARGIN * self._left() / pace))
+            steps, overhead = self.setting.agree((steps, math.ceil(overhead / pace)))
+            count, first = schedule(wanted, steps, most, costs, overhead)
             known = {"candidates": count, "first": first}
             self._note(kind="schedule", max_seconds=options.max_seconds, **known)
         return known["candidates"], known["first"]
 
-    def _calibrate(self) -> float:
-        """Measures the seconds of a step; returns those of building a run."""
+    def _calibrate(self) -> tuple[float, float]:
+        """Seconds of a step, and those that a trial takes besides its steps: building the model, and the evaluation."""
         start = time.monotonic()
         run = ShortRun(self.setting.recipe, self.setting.world, self.setting.plan("auto"), LEAST_STEPS)
         run.step()
-        built = time.monotonic()
+        run.validation_loss()
+        ready = time.monotonic()
         run.run(_CALIBRATION)
-        run.validation_loss()  # counts as if each step had a part of it
-        self.pace = (time.monotonic() - built) / _CALIBRATION
-        return built - start
+        return (time.monotonic() - ready) / _CALIBRATION, ready - start
 
     def _left(self) -> float:
         """Seconds of the budget that are left; infinite where it is one of steps. Rank 0's clock counts."""
@@ -130,7 +131,10 @@ class _Auto:
         for candidate in wanted:
             try:
                 plan = self.setting.plan(self._mapping(candidate), candidate.morph)
-            except BudgetError as error:  # too many groups or numbers of their own for this budget
+            except (
+                BudgetError,
+                RecipeError,
+            ) as error:  # too small a budget for so many groups; a short run that diverged
                 self.report({"kind": "left out", **self._shown(candidate), "reason": str(error)})
                 continue
             if plan.fingerprint not in found:

@@ -33,16 +33,17 @@ def search(arguments: Sequence[str], description: str, without_option: WithoutOp
     options = {name: _value(name, text) for name, text in taken.items() if text is not None}
     from rich.console import Console
 
+    from dist_ssn.report.picture import check_picture, draw_plan, plan_picture
     from dist_ssn.search.run import run
     from dist_ssn.search.table import Progress
 
+    if picture is not None:
+        check_picture(picture)  # before hours of searching
     console = Console()
     with Progress(console, shown="--no-progress" not in given) as progress:
         plan = run(recipe, method, output, options, progress.report)
     if progress.note is None:  # another rank speaks
         return
-    from dist_ssn.report.picture import draw_plan, plan_picture
-
     console.print(plan_picture(plan))
     console.print(f"{progress.note}\n{plan}\nwritten to {output}: train with --share.plan={output}", markup=False)
     if picture is not None:

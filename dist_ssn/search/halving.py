@@ -6,6 +6,7 @@ Letters: n candidates, h steps of each in the first rung; every rung keeps the b
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,28 +59,34 @@ def rungs_of(count: int, first: int, most: int) -> list[tuple[int, int]]:
     return rungs
 
 
-def steps_of(rungs: Sequence[tuple[int, int]]) -> int:
-    return sum(count * steps for count, steps in rungs)
+def steps_of(rungs: Sequence[tuple[int, int]], overhead: int = 0) -> int:
+    """All steps of the rungs together, where each trial costs `overhead` steps besides its own."""
+    return sum(count * (steps + overhead) for count, steps in rungs)
 
 
-def schedule(wanted: Sequence[Candidate], budget: int, most: int, costs: dict[str, int]) -> tuple[int, int]:
+def schedule(
+    wanted: Sequence[Candidate], budget: int, most: int, costs: dict[str, int], overhead: int = 0
+) -> tuple[int, int]:
     """(how many of the first candidates to try, steps of each in the first rung): as many as the budget has room for.
 
     Args:
         budget: steps in all; most: of one trial; costs: steps that a method itself takes, once for each number of groups.
+        overhead: of each trial and method, in steps: what is not training, where the budget is one of time.
 
     Raises:
         UserError: the budget is too small for one trial.
     """
+    least = min(LEAST_STEPS, most)
     for count in range(len(wanted), 0, -1):
-        mappings = {candidate.mapping: costs.get(candidate.method, 0) for candidate in wanted[:count]}
+        mappings = {c.mapping: costs[c.method] + overhead for c in wanted[:count] if c.method in costs}
         left = budget - sum(mappings.values())
-        first = most
-        while first >= min(LEAST_STEPS, most) and steps_of(rungs_of(count, first, most)) > left:
-            first -= 1
-        if first >= min(LEAST_STEPS, most):
-            return count, first
+        possible = range(least, most + 1)
+        fitting = bisect.bisect_right(
+            possible, left, key=lambda first, count=count: steps_of(rungs_of(count, first, most), overhead)
+        )
+        if fitting:
+            return count, possible[fitting - 1]
     raise UserError(
-        f"search: a budget of {budget} steps is too small for one trial, which takes at least {min(LEAST_STEPS, most)}: give "
-        "more by max_steps or max_seconds"
+        f"search: a budget of {budget} steps is too small for one trial, which takes at least {least + overhead}: give more by "
+        "max_steps or max_seconds"
     )

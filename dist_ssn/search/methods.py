@@ -48,7 +48,9 @@ def _first_gradients(setting: Setting) -> list[float]:
     run = ShortRun(setting.recipe, setting.world, None, 1)
     run.loss(run.model, 0).backward()
     squares = torch.tensor(
-        [_square(run.model.get_parameter(weight.name)) for weight in setting.specs.weights], dtype=torch.float64
+        [_square(run.model.get_parameter(weight.name)) for weight in setting.specs.weights],
+        dtype=torch.float64,
+        device=setting.world.device,
     )
     if setting.world.world_size > 1:
         dist.all_reduce(squares)

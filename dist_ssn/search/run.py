@@ -41,6 +41,7 @@ def run(
     """
     chosen = read_options(options)
     check_search(recipe, method, output)
+    check_options(method, options)
     with init_world() as world, _threads(recipe.threads):
         validate(recipe, world.world_size)
         specs = _specs(recipe)
@@ -86,6 +87,27 @@ def check_search(recipe: Recipe, method: str, output: str | os.PathLike[str] | N
         )
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise UserError(f"search: the folder of the output {output} does not exist: make it first")
+
+
+_OF_METHODS: dict[str, tuple[str, ...]] = {
+    "groups": ("weights-free", "pretrain", "gradients", "network", "random"),
+    "short_steps": ("pretrain", "gradients", AUTO),
+    "templates": ("pretrain", "gradients", AUTO),
+    "cluster": ("network",),
+    "max_steps": (AUTO,),
+    "max_seconds": (AUTO,),
+    "trials": (AUTO,),
+}
+"""option → the methods that it goes with."""
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raises: RecipeError, where an option is given that the method would not look at."""
+    for name, value in options.items():
+        if value is not None and method not in _OF_METHODS[name]:
+            raise RecipeError(
+                f"search: {name} goes with the method {' or '.join(_OF_METHODS[name])}, not with {method}"
+            )
 
 
 def _specs(recipe: Recipe) -> Any:

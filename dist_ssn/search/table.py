@@ -58,7 +58,7 @@ def trial_table(lines: list[Line]) -> Table:
             losses.setdefault(line["rung"], []).append(line["loss"])
     for line in lines:
         if line["kind"] == "left out":
-            table.add_row("–", line["mapping"], line["morph"], "–", "–", "no such plan at this budget", "–")
+            table.add_row("–", line["mapping"], line["morph"], "–", "–", f"left out: {line['reason']}", "–")
             continue
         loss = line["loss"]
         mark = " ←" if loss is not None and loss == min(losses[line["rung"]]) else ""

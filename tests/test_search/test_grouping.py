@@ -90,19 +90,24 @@ def test_halving_keeps_the_better_half_for_twice_the_steps() -> None:
     assert rungs_of(1, 10, 1000) == [(1, 10)]
 
 
-@given(st.integers(1, 5000), st.integers(1, 500), st.integers(0, 100))
-def test_a_schedule_is_within_its_budget(budget: int, most: int, cost: int) -> None:
+@given(st.integers(1, 5000), st.integers(1, 500), st.integers(0, 100), st.integers(0, 30))
+def test_a_schedule_is_within_its_budget(budget: int, most: int, cost: int, overhead: int) -> None:
     wanted = candidates("auto")
     costs = {"gradients": cost, "pretrain": 2 * cost}
     least = min(LEAST_STEPS, most)
-    if budget < least:
-        with pytest.raises(UserError, match=f"a budget of {budget} steps is too small for one trial, .* {least}: give"):
-            schedule(wanted, budget, most, costs)
+    if budget < least + overhead:
+        wanted_text = f"a budget of {budget} steps is too small for one trial, .* {least + overhead}: give"
+        with pytest.raises(UserError, match=wanted_text):
+            schedule(wanted, budget, most, costs, overhead)
         return
-    count, first = schedule(wanted, budget, most, costs)
-    mappings = {one.mapping: costs.get(one.method, 0) for one in wanted[:count]}
-    assert least <= first <= most
-    assert steps_of(rungs_of(count, first, most)) + sum(mappings.values()) <= budget
+    count, first = schedule(wanted, budget, most, costs, overhead)
+    mappings = {one.mapping: costs[one.method] + overhead for one in wanted[:count] if one.method in costs}
+
+    def all_steps(first: int) -> int:
+        return steps_of(rungs_of(count, first, most), overhead) + sum(mappings.values())
+
+    assert least <= first <= most and all_steps(first) <= budget
+    assert first == most or all_steps(first + 1) > budget
 
 
 def test_the_default_is_always_tried_first() -> None:

@@ -48,13 +48,17 @@ def groups_of(plan: Plan) -> set[frozenset[str]]:
     return {frozenset(slot.name for slot in group.slots) for group in plan.groups}
 
 
-OPTIONS: dict[str, dict[str, Any]] = {"network": {"cluster": "ethernet-1g"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "network": {"cluster": "ethernet-1g"},
+    "pretrain": {"short_steps": 4},
+    "gradients": {"short_steps": 4},
+}
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "manual"])
 def test_each_method_finds_a_plan_that_train_takes(method: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    options = {"short_steps": 4, **OPTIONS.get(method, {})}
+    options = OPTIONS.get(method, {})
     plan = dist_ssn.search(recipe(), method, output=file, **options)
     assert Plan.from_json(file.read_text()) == plan
     names = {weight.name for weight in find_specs(build_model("gpt", ARGS)).weights}
@@ -69,8 +73,7 @@ def test_each_method_finds_a_plan_that_train_takes(method: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("method", ["weights-free", "pretrain", "gradients", "random", "network"])
 def test_the_number_of_groups_can_be_given(method: str) -> None:
-    options = {"short_steps": 2, "groups": 3, **OPTIONS.get(method, {})}
-    assert len(dist_ssn.search(recipe(), method, **options).groups) == 3
+    assert len(dist_ssn.search(recipe(), method, groups=3, **OPTIONS.get(method, {})).groups) == 3
 
 
 def test_manual_is_the_recipes_own_mapping() -> None:
@@ -256,6 +259,8 @@ def test_trials_refuse_what_is_none(tmp_path: Path) -> None:
         ("auto", (), {"max_steps": 9, "max_seconds": 9}, "max_steps and max_seconds are two budgets: give one of them"),
         ("auto", (), {"maxsteps": 9}, "unknown option of search 'maxsteps': .*did you mean 'max_steps'"),
         ("random", (), {"groups": 0}, "groups must be a number of at least 1, got 0"),
+        ("auto", (), {"groups": 3}, "groups goes with the method weights-free or .*, not with auto"),
+        ("random", (), {"max_steps": 9}, "max_steps goes with the method auto, not with random"),
         ("network", (), {}, "the method network needs a cluster's file or name"),
         ("network", (), {"cluster": "ethernet-1"}, "the cluster 'ethernet-1' does not exist"),
         (
@@ -300,6 +305,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert main(["search", *words]) == 2 and "--output needs the plan's file" in capsys.readouterr().err
     assert main(["search", *words, "--output=x.json", "--groups=two"]) == 2
     assert "--groups must be a number, got 'two'" in capsys.readouterr().err
+    assert main(["search", *words, "--output=x.json", "--picture=x.jpg"]) == 2
+    assert "must end in .png, got 'x.jpg'" in capsys.readouterr().err and not (tmp_path / "x.trials.jsonl").exists()
     with pytest.raises(SystemExit):
         main(["search", "--help"])
     assert "--max-steps" in capsys.readouterr().out
