@@ -616,6 +616,7 @@ def test_the_public_names() -> None:
             "make_plan",
             "materialize",
             "parameter_groups",
+            "search",
             "share",
             "shared_plan",
             "summary",
