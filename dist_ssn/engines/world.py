@@ -10,6 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from dist_ssn.engines import mpi_world
 from dist_ssn.errors import Preempted, UserError
@@ -102,13 +104,18 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
 
     address, port = _text("MASTER_ADDR"), _integer("MASTER_PORT", low=1, high=65535)
     try:
+        # Not tcp://: under torchrun the launcher itself holds the store at this port, which only env:// knows. Trap (torch 2.13): it
+        # keeps the store over restarts, and in it the addresses of processes that are gone, where a new one may look for others.
+        timeout = timedelta(seconds=timeout_seconds)
+        met, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        met.set_timeout(timeout)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
-            # Not tcp://: under torchrun the launcher itself holds the store at this port, which only env:// knows.
-            init_method="env://",
+            store=PrefixStore(f"dist_ssn/attempt-{attempt}", met),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timeout,
         )
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
