@@ -104,8 +104,8 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
 
     address, port = _text("MASTER_ADDR"), _integer("MASTER_PORT", low=1, high=65535)
     try:
-        # Not tcp://: under torchrun the launcher itself holds the store at this port, which only env:// knows. Trap (torch 2.13): it
-        # keeps the store over restarts, and in it the addresses of processes that are gone, where a new one may look for others.
+        # Not tcp://: under torchrun the launcher itself holds the store at this port, which only env:// knows. Trap (torch 2.13):
+        # it keeps the store over restarts, and in it the addresses of processes that are gone, where a new one may look for others.
         timeout = timedelta(seconds=timeout_seconds)
         met, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
         met.set_timeout(timeout)
