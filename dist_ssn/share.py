@@ -218,12 +218,24 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
+    install(model, _ATTRIBUTE, banks, slots)
+
+
+def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[str, dict[str, Any]]) -> None:
+    """Gives `model` a module that makes weights, as `attribute` of its owner, and lets the layers ask it.
+
+    Args:
+        slots: name of a layer → its parameters → (what makes the weight, the weight's number there).
+
+    Raises:
+        ShareError: the owner has such an attribute already.
+    """
     owner = owner_of(model, next(iter(slots)))
-    if hasattr(owner, _ATTRIBUTE):
-        raise ShareError(f"{type(owner).__name__} has an attribute {_ATTRIBUTE!r} already: rename it")
+    if hasattr(owner, attribute):
+        raise ShareError(f"{type(owner).__name__} has an attribute {attribute!r} already: rename it")
     for module, layer_slots in slots.items():
         share_layer(model.get_submodule(module), layer_slots)
-    owner.add_module(_ATTRIBUTE, banks)
+    owner.add_module(attribute, maker)
 
 
 def owner_of(model: nn.Module, first: str) -> nn.Module:

@@ -9,8 +9,7 @@ from torch import nn
 
 from ..budget import Budget, resolve_budget
 from ..errors import BudgetError, ShareError, unknown_choice
-from ..layers import share_layer
-from ..share import check_order, owner_of
+from ..share import check_order, install
 from ..specs import Selector, Specs, find_specs
 from .factors import lowrank, tied
 from .generator import Generator
@@ -77,9 +76,4 @@ def _attach(model: nn.Module, generator: Generator, specs: Specs) -> None:
         for name in (weight.name, *weight.aliases):
             module, _, local = name.rpartition(".")
             places.setdefault(module, {})[local] = (made, index)
-    owner = owner_of(model, next(iter(places)))
-    if hasattr(owner, _ATTRIBUTE):
-        raise ShareError(f"{type(owner).__name__} has an attribute {_ATTRIBUTE!r} already: rename it")
-    for module, slots in places.items():
-        share_layer(model.get_submodule(module), slots)
-    owner.add_module(_ATTRIBUTE, generator)
+    install(model, _ATTRIBUTE, generator, places)

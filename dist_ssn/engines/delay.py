@@ -68,8 +68,7 @@ class Delay:
 
     def _deliver(self, before: _Pending | None) -> None:
         """Puts the former step's gradients, corrected, in the place of this step's."""
-        mean = self._corrected(before) if before is not None else None
-        mean = torch.zeros_like(self._flat_parameters()) if mean is None else mean
+        mean = torch.zeros_like(self._flat_parameters()) if before is None else self._corrected(before)
         for parameter, part in zip(self._named.values(), mean.split(self._sizes()), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 

@@ -96,9 +96,7 @@ class _Gradient:
 
     def take(self, piece: Piece) -> Tensor:
         """The piece's gradient so far; what comes later is counted from zero."""
-        if (
-            self.local is None
-        ):  # backward has not come to this bank, or went through it without its anchor (torch.compile)
+        if self.local is None:  # backward did not come to this bank, or not by its anchor (torch.compile)
             self.local, self.bank.bank.grad = self._accumulated(), None
         part = self.local[piece.start : piece.end]
         sent = part.clone()

@@ -84,9 +84,8 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
         rank, world_size, local_rank, store = mpi_world.join_mpi(timeout_seconds)
         return World(rank, world_size, local_rank, _device(kind, local_rank), owns_group=True, store=store)
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if (
-        not joined and "WORLD_SIZE" not in os.environ and tasks != "1"
-    ):  # else each would train alone, and write over the others
+    # Else each task would train alone, and write over what the others write.
+    if tasks != "1" and not joined and "WORLD_SIZE" not in os.environ:
         raise UserError(
             f"Slurm has started {tasks} tasks that know nothing of each other: use srun --mpi=pmi2 (or pmix), or one task per node "
             "that starts torchrun, as launch/slurm.sbatch does"

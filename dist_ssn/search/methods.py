@@ -170,7 +170,8 @@ def network(setting: Setting) -> Found:
     own = {n: p.numel() for n, p in run.model.named_parameters() if p.requires_grad and "dist_ssn." not in n}
     costs = {count: _cost(plan, own, timeline, processes, link) for count, plan in _stages(setting).items()}
     count = cheapest(costs)
-    note = f"{count} stages on {cluster.name}: {1000 * costs[count].exposed:.1f} ms of a step exposed"
+    stages = "1 stage" if count == 1 else f"{count} stages"
+    note = f"{stages} on {cluster.name}: {1000 * costs[count].exposed:.1f} ms of a step exposed"
     if 1 in costs and count > 1:
         note += f", {1000 * costs[1].exposed:.1f} ms with one"
     return Found(_by_depth(setting, count), note)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from dist_ssn.specs import find_specs
 from dist_ssn.track import write_whole
 from dist_ssn.train.recipe import Recipe
 from dist_ssn.train.recipe_values import validate
+from dist_ssn.train.threads import processor_threads
 
 AUTO = "auto"
 
@@ -42,7 +42,7 @@ def run(
     chosen = read_options(options)
     check_search(recipe, method, output)
     check_options(method, options)
-    with init_world() as world, _threads(recipe.threads):
+    with init_world() as world, processor_threads(recipe.threads):
         validate(recipe, world.world_size)
         specs = _specs(recipe)
         setting = Setting(recipe, world, specs, chosen)
@@ -126,13 +126,3 @@ def _key(recipe: Recipe, *options: Any) -> str:
     for name in ("name", "output", "wandb", "checkpoint", "engine", "threads"):
         del settings[name]
     return hashlib.sha256(json.dumps([settings, *options], sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -11,8 +11,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,7 @@ from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, 
 from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe
 from dist_ssn.train.saver import Saver, last_checkpoint
 from dist_ssn.train.stop import Stop
+from dist_ssn.train.threads import processor_threads
 from dist_ssn.train.together import together
 
 LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first
@@ -80,7 +81,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
     seconds = recipe.engine.timeout_seconds
     with (
         init_world(seconds) as world,
-        _threads(recipe.threads),
+        processor_threads(recipe.threads),
         CommMeter() as meter,
         Watch(world, seconds) as watch,
         Stop(seconds, lambda why: f"{watch.missing(why)}; {last_checkpoint(recipe)}") as stop,
@@ -96,16 +97,6 @@ def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
                 return result
             finally:
                 run.close(row)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class _Run:
