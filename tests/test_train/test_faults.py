@@ -261,7 +261,8 @@ def test_torchrun_restarts_a_group_that_goes_on_by_itself(tmp_path: Path) -> Non
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"goes on from {tmp_path / 'small' / 'checkpoints' / 'step-00000008'}" in done.stdout
+    # Of step 4 if the kill came before the checkpoint of step 8, written in the background, was whole.
+    assert re.search(rf"goes on from {re.escape(str(tmp_path))}/small/checkpoints/step-0000000[48]\n", done.stdout)
     run_ranks(_goes_on, 2, recipe(tmp_path, name="whole", model_args={"dropout": 0.3}), False)
     assert_same_end(tmp_path / "small", tmp_path / "whole")
 

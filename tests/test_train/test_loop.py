@@ -22,6 +22,7 @@ from torch import nn
 import dist_ssn
 from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.errors import CheckpointError, RecipeError, UserError
+from dist_ssn.train.folder import checkpoints
 from dist_ssn.train.loop import RunResult, train
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor
 from dist_ssn.train.recipe import (
@@ -245,10 +246,12 @@ def test_killed_and_resumed_it_ends_bit_equal(tmp_path: Path, world_size: int) -
     with pytest.raises(RanksFailed, match="died without a word"):
         run_ranks(run, world_size, recipes)
     whole, killed = tmp_path / "whole", tmp_path / "dies"
-    assert [path.name for path in sorted((killed / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    # The checkpoint of step 8 is written in the background: the kill may come before it is whole.
+    kept = [path.name for path in checkpoints(killed / "checkpoints")]
+    assert kept in (["step-00000004"], ["step-00000004", "step-00000008"])
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "half a li')
-    # The accident has number 11 of a process's forwards: after 8 steps made by another it never comes.
+    # The accident has number 11 of a process's forwards: after 4 or 8 steps made by another it never comes.
     going_on = replace(recipes[1], checkpoint=CheckpointConfig(every=4, resume=True))
     ((resumed, *_), *_) = run_ranks(run, world_size, [going_on])
     for name in ("model.safetensors", "optimizer.safetensors"):
