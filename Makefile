@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test faults lint wheel clean
+.PHONY: help setup train test faults soak lint wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(READY) ## run all tests (less than 15 minutes on 2 cores)
 
 faults: $(READY) ## as root: what a run survives, on four emulated hosts (about 30 minutes on 2 cores; goes on where it was)
 	$(PY) -m benchmarks.faults $(ARGS)
+
+soak: $(READY) ## as root: two hours of training on four emulated hosts, with a random fault every three minutes
+	$(PY) -m benchmarks.soak $(ARGS)
 
 lint: $(READY) ## check style, formatting and types
 	$(PY) -m ruff check .

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,38 +63,52 @@ def run_on(
     """
     mark = folder / "mark"
     mark.unlink(missing_ok=True)
-    environ = {**DEFAULTS, **os.environ, "FAULT": fault, "FAULT_MARK": str(mark), **(variables or {})}
-    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
     logs = [folder / f"host-{rank}.log" for rank in range(len(lab.network.hosts))]
     began = time.time()
     marked: float | None = None
     detected: float | None = None
-    with ExitStack() as stack:
-        processes = []
-        for rank, command in enumerate(host_commands(cluster, lab.network, program, folder)):
-            command = found(command, environ["PATH"])
-            log = stack.enter_context(logs[rank].open("wb"))
-            processes.append(lab.start(rank, command.argv, {**environ, **command.environment}, log))
-        hung = False
-        while any(process.poll() is None for process in processes):
-            time.sleep(0.1)
-            if marked is None and mark.exists():
-                marked = float(mark.read_text())
-            if marked is not None and act is not None and act(lab, processes, time.time() - marked):
-                act = None
-            if detected is None and marked is not None and any(_sentences(log) for log in logs):
-                detected = time.time() - marked
-            if time.time() > (began + START_SECONDS if marked is None else marked + LIMIT_SECONDS):
-                hung = True
-                end_processes(lab.network.namespaces)
+    variables = {"FAULT": fault, "FAULT_MARK": str(mark), **(variables or {})}
+    processes = start_on(lab, cluster, program, folder, logs, variables)
+    hung = False
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.1)
+        if marked is None and mark.exists():
+            marked = float(mark.read_text())
+        if marked is not None and act is not None and act(lab, processes, time.time() - marked):
+            act = None
+        if detected is None and marked is not None and any(sentences(log) for log in logs):
+            detected = time.time() - marked
+        if time.time() > (began + START_SECONDS if marked is None else marked + LIMIT_SECONDS):
+            hung = True
+            end_processes(lab.network.namespaces)
     end = time.time()
     end_processes(lab.network.namespaces)
-    said = [sentence for log in logs for sentence in _sentences(log)]
+    said = [sentence for log in logs for sentence in sentences(log)]
     ended = None if marked is None else end - marked
     return Outcome([process.returncode for process in processes], said, detected, ended, hung, end - began)
 
 
-def _sentences(log: Path) -> list[str]:
+def start_on(
+    lab: Lab,
+    cluster: Cluster,
+    program: Sequence[str],
+    folder: Path,
+    logs: Sequence[Path],
+    variables: Mapping[str, str],
+) -> list[subprocess.Popen[bytes]]:
+    """Starts `dist-ssn PROGRAM` on all hosts, each with its log."""
+    environ = {**DEFAULTS, **os.environ, **variables}
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+    processes = []
+    for rank, command in enumerate(host_commands(cluster, lab.network, program, folder)):
+        command = found(command, environ["PATH"])
+        with logs[rank].open("wb") as log:
+            processes.append(lab.start(rank, command.argv, {**environ, **command.environment}, log))
+    return processes
+
+
+def sentences(log: Path) -> list[str]:
+    """What dist-ssn itself said in a log."""
     lines = log.read_text(errors="replace").splitlines()
     return [line.removeprefix("dist-ssn: ") for line in lines if line.startswith("dist-ssn: ")]
 
