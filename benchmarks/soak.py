@@ -106,9 +106,13 @@ class Job:
 # ---------------------------------------------------------------- faults, on a host chosen by chance
 
 
+def _children(job: Job, host: int) -> list[psutil.Process]:
+    return psutil.Process(job.processes[host].pid).children()
+
+
 def _signal_worker(number: signal.Signals) -> Callable[[Job, int], None]:
     def act(job: Job, host: int) -> None:
-        for worker in psutil.Process(job.processes[host].pid).children():
+        for worker in _children(job, host):
             worker.send_signal(number)
 
     return act
@@ -116,7 +120,7 @@ def _signal_worker(number: signal.Signals) -> Callable[[Job, int], None]:
 
 def _stop_for(seconds: float) -> Callable[[Job, int], None]:
     def act(job: Job, host: int) -> None:
-        stopped = psutil.Process(job.processes[host].pid).children()
+        stopped = _children(job, host)
         for worker in stopped:
             worker.suspend()
         job.watch(seconds)
@@ -137,7 +141,9 @@ def _link_down_for(seconds: float) -> Callable[[Job, int], None]:
 
 
 def _kill_host(job: Job, host: int) -> None:
-    os.killpg(job.processes[host].pid, signal.SIGKILL)
+    launcher = psutil.Process(job.processes[host].pid)
+    for process in (launcher, *launcher.children(recursive=True)):
+        process.kill()
 
 
 def _terminate_all(job: Job, _: int) -> None:
