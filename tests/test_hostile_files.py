@@ -95,6 +95,16 @@ def test_a_header_is_believed_only_as_far_as_the_file_goes(tmp_path: Path, kind:
         tracemalloc.stop()
 
 
+def test_a_small_file_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "small.json").write_text("{}")
+    tracemalloc.start()
+    try:
+        read_text(tmp_path / "small.json")
+        assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_large_file_and_a_pipe_are_refused_unread(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate(1 << 40)

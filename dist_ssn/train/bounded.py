@@ -30,7 +30,8 @@ def read_text(path: Path, most: int = MOST_JSON) -> str:
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if not path.is_file():
             raise ValueError("it is not a regular file")
-        content = file.read(most + 1)
+        # Trap: reading N bytes allocates N, however small the file is.
+        content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most} bytes, the most that is read")
     return content.decode()
