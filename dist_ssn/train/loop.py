@@ -295,16 +295,18 @@ class _Run:
     def finish(self) -> RunResult:
         """The last checkpoint, the row of the comparing table, `summary.json`."""
         counters = self.account.counters
+        if not counters.history or counters.history[-1]["step"] != counters.step:  # it went on from where it ends
+            so_far = {"step": counters.step, "seconds": counters.seconds, "ring_bytes": self.account.ring_bytes()}
+            counters.history.append({**so_far, **self._evaluate()})
         self.saver.save(self.engine, shared_plan(self.model), self.account)
         self.saver.finish(counters.step)
-        last = counters.history[-1] if counters.history else self._evaluate()
         row: dict[str, Any] = {
             "name": self.recipe.name,
             "parameters": self.parameters,
             "optimizer_bytes": state_bytes(self.optimizer),
             **self.account.per_step(),
             "total_bytes": self.account.ring_bytes(),
-            **{key: value for key, value in last.items() if key.startswith("validation_")},
+            **{key: value for key, value in counters.history[-1].items() if key.startswith("validation_")},
             "history": counters.history,
         }
         summary = self.account.summary(row, self.recipe, self.world)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -204,6 +205,19 @@ def test_it_stops_when_evaluations_no_longer_improve(tmp_path: Path) -> None:
         recipe(tmp_path, optimizer=never_moves, evaluate_every=2, patience=2, checkpoint=resume), progress=False
     )
     assert again.row == stopped.row
+
+
+def test_a_run_that_goes_on_from_where_it_ends_is_evaluated_there(tmp_path: Path) -> None:
+    constant = ScheduleConfig("constant")
+    made = recipe(
+        tmp_path, name="made", steps=20, evaluate_every=5, schedule=constant, checkpoint=CheckpointConfig(every=7)
+    )
+    train(made, progress=False)
+    shutil.rmtree(tmp_path / "made" / "checkpoints" / "step-00000020")
+    ended = train(replace(made, steps=14, checkpoint=CheckpointConfig(every=7, resume=True)), progress=False)
+    whole = train(replace(made, name="whole", steps=14), progress=False)
+    assert ended.row["validation_loss"] == whole.row["validation_loss"]
+    assert [point["step"] for point in ended.row["history"]] == [5, 10, 14]
 
 
 # ---------------------------------------------------------------- ranks
