@@ -1,0 +1,86 @@
+"""Bytes that four emulated hosts send, by their network devices, over what the plan says, for each engine.
+
+    sudo python -m benchmarks.lab_bytes [--steps 300] [--engines ddp zero-1 mpi]
+
+Each is `dist-ssn lab run` of the quick start at a budget of 50 %, start, evaluation, metrics and packet headers included. The
+plan's figure is that of a ring: what all steps' gradients need. Writes results/lab_bytes/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from dist_ssn.cluster import load_cluster
+
+from .results import ResultFile
+
+ENGINES = {
+    "ddp": ("torchrun", ["--engine.name=ddp"]),
+    "zero-1": ("torchrun", ["--engine.name=deepspeed", "--engine.stage=1"]),
+    "mpi": ("mpirun", ["--engine.name=mpi"]),
+}
+
+
+def measure(engine: str, steps: int) -> dict[str, Any]:
+    """One run, with the counters of its hosts."""
+    launcher, settings = ENGINES[engine]
+    cluster = load_cluster("emulated-100mbit")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        facts = {
+            key: value for key, value in dataclasses.asdict(cluster).items() if value and key not in ("name", "within")
+        }
+        (folder / "cluster.yaml").write_text(yaml.safe_dump({**facts, "launcher": launcher}))
+        lab = [
+            "-m",
+            "dist_ssn.cli",
+            "lab",
+            "run",
+            "--cluster",
+            str(folder / "cluster.yaml"),
+            "--logs",
+            str(folder / "logs"),
+        ]
+        program = ["train", "--config", "quickstart", f"--output={folder}", "--share.budget=50%", f"--steps={steps}"]
+        program += [f"--evaluate_every={steps}", "--schedule.warmup=1", "--no-progress", *settings]
+        subprocess.run([sys.executable, *lab, "--", *program], check=True, stdout=subprocess.DEVNULL)
+        row = json.loads((folder / "quickstart" / "summary.json").read_text())["rows"][0]
+        counters = json.loads((folder / "logs" / "counters.json").read_text())
+    sent = [host["sent_bytes"] for host in counters]
+    hosts = len(sent)
+    plan = 4 * row["parameters"] * 2 * (hosts - 1) / hosts * steps
+    return {
+        **{"engine": engine, "launcher": launcher, "hosts": hosts, "steps": steps, "parameters": row["parameters"]},
+        **{"plan_bytes": plan, "ring_bytes": row["total_bytes"], "sent_bytes": sent},
+        "sent_to_plan": [value / plan for value in sent],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    arguments = parser.parse_args()
+    results = ResultFile("lab_bytes")
+    table = Table("engine", "plan, MB per host", "meter's ring, MB", "sent / plan, host by host")
+    for engine in arguments.engines:
+        line = measure(engine, arguments.steps)
+        results.add(line)
+        ratios = " ".join(f"{ratio:.3f}" for ratio in line["sent_to_plan"])
+        table.add_row(engine, f"{line['plan_bytes'] / 1e6:.1f}", f"{line['ring_bytes'] / 1e6:.1f}", ratios)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
