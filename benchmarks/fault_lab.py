@@ -97,14 +97,19 @@ def start_on(
     variables: Mapping[str, str],
 ) -> list[subprocess.Popen[bytes]]:
     """Starts `dist-ssn PROGRAM` on all hosts, each with its log."""
-    environ = {**DEFAULTS, **os.environ, **variables}
-    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+    environ = environment_of(variables)
     processes = []
     for rank, command in enumerate(host_commands(cluster, lab.network, program, folder)):
         command = found(command, environ["PATH"])
         with logs[rank].open("wb") as log:
             processes.append(lab.start(rank, command.argv, {**environ, **command.environment}, log))
     return processes
+
+
+def environment_of(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's, with `variables`, and with this Python's programs first."""
+    environ = {**DEFAULTS, **os.environ, **variables}
+    return {**environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])}
 
 
 def sentences(log: Path) -> list[str]:

@@ -159,7 +159,7 @@ class Watch:
         self._count += 1
         last = under_way.last_started()
         sign = Sign(self._count, self._host, self.step, last.number if last is not None else 0, **end)
-        self._store.set(_key(self.world.rank), json.dumps(vars(sign)))
+        self._store.set(self._key(self.world.rank), json.dumps(vars(sign)))
 
     def _tell_end(self, reason: str, lost: bool) -> None:
         self._ends.set()
@@ -173,14 +173,13 @@ class Watch:
             return None
 
         def ask() -> dict[int, Sign]:
-            ranks = [rank for rank in range(self.world.world_size) if store.check([_key(rank)])]
-            return {rank: Sign(**json.loads(store.get(_key(rank)))) for rank in ranks}
+            ranks = [rank for rank in range(self.world.world_size) if store.check([self._key(rank)])]
+            return {rank: Sign(**json.loads(store.get(self._key(rank)))) for rank in ranks}
 
         return _within(ANSWER_SECONDS, ask)
 
-
-def _key(rank: int) -> str:
-    return f"dist_ssn/life/{rank}"
+    def _key(self, rank: int) -> str:
+        return f"dist_ssn/{self.world.meeting}/life/{rank}"
 
 
 def _of_a_collective(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from dist_ssn.engines import mpi_world
+from dist_ssn.engines.meeting import meet
 from dist_ssn.errors import Preempted, UserError
 
 _FAREWELL_SECONDS = 0.1
@@ -25,6 +26,7 @@ class World:
 
     owns_group: whether `close` ends the process group (False for one process, or when the group was there before).
     store: address and port of the key-value store by which the processes have met, where it is known.
+    meeting: the name under which they have met there.
     """
 
     rank: int
@@ -33,6 +35,7 @@ class World:
     device: torch.device
     owns_group: bool = False
     store: tuple[str, int] | None = None
+    meeting: str = ""
 
     def close(self) -> None:
         """End the process group that `init_world` started; a second call does nothing."""
@@ -103,15 +106,14 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
 
     address, port = _text("MASTER_ADDR"), _integer("MASTER_PORT", low=1, high=65535)
     try:
-        # Not tcp://: under torchrun the launcher itself holds the store at this port, which only env:// knows. Trap (torch 2.13):
-        # it keeps the store over restarts, and in it the addresses of processes that are gone, where a new one may look for others.
+        # Not tcp://: under torchrun the launcher itself holds the store at this port, which only env:// knows.
         timeout = timedelta(seconds=timeout_seconds)
         met, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
         met.set_timeout(timeout)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        meeting = meet(met, rank, world_size, timeout)
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
-            store=PrefixStore(f"dist_ssn/attempt-{attempt}", met),
+            store=PrefixStore(f"dist_ssn/{meeting}", met),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -121,7 +123,7 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
             f"rank {rank} could not meet the other {world_size - 1} processes at {address}:{port} within "
             f"{timeout_seconds:g} s (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
-    return World(rank, world_size, local_rank, where, owns_group=True, store=(address, port))
+    return World(rank, world_size, local_rank, where, owns_group=True, store=(address, port), meeting=meeting)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
