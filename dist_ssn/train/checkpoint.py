@@ -13,6 +13,7 @@ The optimizer's state is not written by `torch.distributed.checkpoint`, which ke
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dist_ssn.engines.delay import without_delay
 from dist_ssn.engines.protocol import Engine, OptimizerState
 from dist_ssn.errors import CheckpointError
 from dist_ssn.plan import Plan
@@ -39,6 +41,8 @@ _LIKE_PARAMETER = (
     "exp_avg_sq",
     "momentum_buffer",
 )  # entries of an optimizer's that have its parameter's shape
+_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
+_NEEDED = {"Adam": _ADAM, "AdamW": _ADAM}  # entries without which an optimizer cannot go on, if there are any
 
 
 class Damaged(CheckpointError):
@@ -259,7 +263,16 @@ def _optimizer_state(
         raise CheckpointError(
             f"the checkpoint {path} has optimizer state for {strangers[0]}, which this run's optimizer does not train"
         )
-    for name, entries in state.items():
+    needed = _NEEDED.get(saved["class"], frozenset[str]())
+    for name, entries in without_delay(state).items():
+        if entries and (missing := sorted(needed - entries.keys())):
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged: the optimizer's state of {name} has no {missing[0]}{_remedy(path)}"
+            )
+        if "step" in entries and not _is_number(entries["step"]):
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged: the optimizer's step of {name} is not one number{_remedy(path)}"
+            )
         for key, value in entries.items():
             shape = tuple(getattr(value, "shape", ()))
             if key in _LIKE_PARAMETER and shape != tuple(trained[name]):
@@ -268,3 +281,9 @@ def _optimizer_state(
                     f"{tuple(trained[name])} here"
                 )
     return state
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.is_floating_point() and bool(value.isfinite())
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -169,9 +169,23 @@ def _pickle(path: Path) -> None:
 def _honest_pickle(path: Path) -> None:
     """A pickle that state.json vouches for: only the reader itself can refuse it."""
     _pickle(path)
+    _vouch(path, "model.safetensors")
+
+
+def _vouch(path: Path, name: str) -> None:
     state = json.loads((path / "state.json").read_text())
-    state["files"]["model.safetensors"] = fingerprint(path / "model.safetensors")
+    state["files"][name] = fingerprint(path / name)
     (path / "state.json").write_text(json.dumps(state))
+
+
+def _optimizer(path: Path, old: str, new: str, value: torch.Tensor | None = None) -> None:
+    """Gives the first tensor whose name begins with `old` another name, or value, as its writer."""
+    file = path / "optimizer.safetensors"
+    tensors = load_file(file)
+    name = min(name for name in tensors if name.startswith(old))
+    taken = tensors.pop(name)
+    save_file({**tensors, name.replace(old, new): taken if value is None else value}, file)
+    _vouch(path, file.name)
 
 
 def _edit_state(path: Path, **changes: object) -> None:
@@ -190,6 +204,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half a state": (lambda path: (path / "state.json").write_text('{"step": '), "not a whole checkpoint"),
     "a list as state": (lambda path: (path / "state.json").write_text("[]"), "has format None"),
     "another format": (lambda path: _edit_state(path, format=99), "has format 99, .* reads 1"),
+    "no moment": (lambda path: _optimizer(path, "exp_avg/", "exp/"), "the optimizer's state of .* has no exp_avg"),
+    "no number of steps": (lambda path: _optimizer(path, "step/", "stop/"), "the optimizer's state of .* has no step"),
+    "many numbers of steps": (
+        lambda path: _optimizer(path, "step/", "step/", torch.ones(2)),
+        "the optimizer's step of .* is not one number",
+    ),
+    "endless steps": (
+        lambda path: _optimizer(path, "step/", "step/", torch.tensor(torch.inf)),
+        "the optimizer's step of .* is not one number",
+    ),
     "no step": (lambda path: _edit_state(path, step=None), "in state.json, step must be of type int"),
 }
 
