@@ -39,7 +39,7 @@ class FaultyGPT(nn.Module):
         self.forwards += self.training
         now = self.training and self.forwards == self.at and dist.get_rank() == self.rank
         if now and self.kind in BEFORE:
-            BEFORE[self.kind](self.model)
+            BEFORE[self.kind](self)
         logits = self.model(tokens)
         if now and self.kind == "nan":
             mark()
@@ -88,10 +88,10 @@ def _stop(_: object) -> None:
 
 def _flip(model: object) -> None:
     assert isinstance(model, nn.Module)
-    mark()
     with torch.no_grad():
         bank = next(parameter for name, parameter in model.named_parameters() if name.endswith(".bank"))
         bank.data.view(-1).view(torch.int32)[3] ^= 1 << 20
+    mark()
 
 
 BEFORE: dict[str, Callable[[nn.Module], None]] = {

@@ -101,7 +101,7 @@ FAULTS: dict[str, Fault] = {
     "checkpoint truncated": Fault("kill-in-forward", truncate=True),
     "NaN on one rank": Fault("nan", made=STEPS),
     "one bank bit flipped": Fault("flip"),
-    "SIGTERM to all": Fault("mark", _signal_all),
+    "SIGTERM to all": Fault("mark", _signal_all, at=EVERY + 5),
 }
 
 
@@ -125,6 +125,8 @@ def measure(engine: str, fault: Fault, reference: dict[str, Any], folder: Path) 
     with lab_of(fault.loss_percent) as (lab, cluster):
         act = fault.act if fault.disk_mb is None else _fill_disk(folder)
         outcome = run_on(lab, cluster, program(engine, folder), folder, f"{fault.kind} {fault.rank} {fault.at}", act)
+        if outcome.ended is None:
+            raise SystemExit(f"{fault.kind} did not come: {outcome.said}")
         link(lab, RANK, up=True)
         (folder / "ballast").unlink(missing_ok=True)
         steps_made = fault.made or max(

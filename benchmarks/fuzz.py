@@ -4,7 +4,8 @@
 
 Writes results/fuzz/, one line per reader. An input that makes a reader fail in any other way is printed, and is the exit code.
 Memory: no thousand readings may take the process's address space 16 MiB further, touched or not; and of a sample, Python's own
-allocations are compared with those for the good file. A parser's tree of a text that does nothing but nest has some 250 bytes per byte.
+allocations are compared with those for the good file. A parser's tree of a text that does nothing but nest has some 250 bytes for
+each of its bytes.
 """
 
 from __future__ import annotations
