@@ -10,9 +10,9 @@ import yaml
 from yaml.composer import ComposerError
 
 from dist_ssn.errors import RecipeError
-from dist_ssn.train.bounded import MIB, read_text
+from dist_ssn.train.bounded import read_text
 
-MOST_BYTES = MIB
+MOST_BYTES = 64 * 1024  # PyYAML makes some 300 bytes of each
 MOST_DEPTH = 20  # of dicts and lists inside of each other
 
 
