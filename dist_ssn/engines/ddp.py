@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,7 +21,7 @@ from dist_ssn.engines.divergence import check_plans
 from dist_ssn.engines.exchange import GroupSum, make_exchange
 from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
 from dist_ssn.errors import UserError
-from dist_ssn.plan.overlap import Overlap, bucket_bytes, parse_overlap
+from dist_ssn.plan.overlap import Overlap, bucket_bytes, check_compress, parse_overlap
 
 MIB = 2**20
 _BANK = re.compile(r"(^|\.)dist_ssn\.[^.]+\.bank$")
@@ -48,6 +49,7 @@ class DDPEngine:
     bucket_mb: MiB at which a bucket is closed, instead of our own choice.
     overlap: how gradients travel while processes compute, see `dist_ssn.plan.overlap`. With "segments" and "sums" the banks
     travel beside DDP; with "delay" DDP has nothing left to do, and buffers are each process's own.
+    compress: "fp16" sends gradients as 16-bit floats, by torch's own hook; they are divided by the number of processes first.
 
     .model is what to call for a forward in training: the wrapper, or the model itself when there is one process.
     .module is always the model itself: use it for evaluation (the wrapper broadcasts buffers in each forward).
@@ -76,6 +78,7 @@ class DDPEngine:
         find_unused_parameters: bool = False,
         bucket_mb: float | None = None,
         overlap: str | Overlap = "none",
+        compress: str = "none",
     ) -> None:
         check_optimizer(model, optimizer, clip_norm)
         if bucket_mb is not None and not bucket_mb > 0:
@@ -92,6 +95,7 @@ class DDPEngine:
         self._averaged = True  # are the gradients that exist now the average over all processes?
         self._learning = static_graph  # does DDP still have to see its first backward?
         way = parse_overlap(overlap)
+        check_compress(compress, way)
         group: Any = (
             dist.new_group() if joined and way.kind != "none" else None
         )  # what it sends keeps an order of its own
@@ -118,6 +122,8 @@ class DDPEngine:
                     static_graph=static_graph,
                     find_unused_parameters=find_unused_parameters,
                 )
+                if compress == "fp16":
+                    self.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
 
     @staticmethod
     def prepare(model: nn.Module) -> nn.Module:

@@ -25,6 +25,7 @@ from .rules import reach
 from .types import Group, Slot
 
 KINDS = ("none", "segments", "sums", "delay")
+COMPRESSIONS = ("none", "fp16")
 DEFAULT_PIECES = {"segments": 4, "sums": 2}
 CORRECTION = 1.0
 """Strength of the correction of a delayed gradient, where the user does not say."""
@@ -80,6 +81,20 @@ def parse_overlap(text: str | Overlap) -> Overlap:
         if 0 <= strength < math.inf:
             return Overlap(kind, correction=strength)
     raise PlanError(f"overlap {text!r}: write none, or delay:L with L the strength of the correction, 0 or more")
+
+
+def check_compress(compress: str, overlap: Overlap) -> None:
+    """Whether gradients can travel compressed so.
+
+    Raises:
+        PlanError: nobody knows it, or the banks would be left out of it, since they travel by themselves.
+    """
+    if compress not in COMPRESSIONS:
+        raise PlanError(unknown_choice("compression", compress, COMPRESSIONS))
+    if compress != "none" and overlap.kind != "none":
+        raise PlanError(
+            f"compress {compress!r} goes with overlap 'none' only: banks that travel in pieces or late are not compressed"
+        )
 
 
 def pieces_of(group: Group, overlap: Overlap) -> tuple[Piece, ...]:

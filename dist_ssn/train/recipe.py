@@ -128,6 +128,7 @@ class EngineConfig:
         config: JSON file with DeepSpeed's own configuration (deepspeed)
         cuda_aware: gradients on a GPU are handed to MPI as they are (mpi)
         overlap: how gradients travel while processes compute: none, segments:N, sums:N or delay (ddp, mpi)
+        compress: how gradients are made smaller to travel: none or fp16 (ddp)
         compare_every: steps between two proofs that all ranks hold the same parameters; null: none
         timeout_seconds: how long processes wait for each other, at the start and in each collective
     """
@@ -139,12 +140,13 @@ class EngineConfig:
     config: str | None = None
     cuda_aware: bool = False
     overlap: str = "none"
+    compress: str = "none"
     compare_every: int | None = 100
     timeout_seconds: float = 600.0
 
 
 ENGINE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "ddp": ("static_graph", "find_unused_parameters", "overlap"),
+    "ddp": ("static_graph", "find_unused_parameters", "overlap", "compress"),
     "fsdp": (),
     "deepspeed": ("stage", "config"),
     "mpi": ("cuda_aware", "overlap"),

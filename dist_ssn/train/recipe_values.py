@@ -12,7 +12,7 @@ from typing import Any
 from dist_ssn.controls import CONTROLS
 from dist_ssn.engines import ENGINES
 from dist_ssn.errors import PlanError, unknown_choice
-from dist_ssn.plan.overlap import parse_overlap
+from dist_ssn.plan.overlap import check_compress, parse_overlap
 from dist_ssn.train.data import DATA
 from dist_ssn.train.models import MODELS
 from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
@@ -94,6 +94,12 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
             parse_overlap(values["engine.overlap"])
         except PlanError as error:
             yield "engine.overlap", f"is wrong: {error}"
+        else:
+            if given("engine.compress"):
+                try:
+                    check_compress(values["engine.compress"], parse_overlap(values["engine.overlap"]))
+                except PlanError as error:
+                    yield "engine.compress", f"is wrong: {error}"
     if given("engine.stage") and values["engine.stage"] not in range(4):
         yield "engine.stage", f"must be 0, 1, 2 or 3, got {values['engine.stage']}"
     if given("engine.config") and not Path(values["engine.config"]).is_file():

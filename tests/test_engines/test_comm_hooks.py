@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import DDPEngine
+from dist_ssn.errors import UserError
 from dist_ssn.train.models.gpt import build_gpt
+from dist_ssn.train.recipe_file import load_recipe
 from tests.ranks import run_ranks
 
 STEPS = 30
@@ -38,9 +40,10 @@ HOOKS: dict[str, tuple[Any, Any]] = {
 def _train(rank: int, world_size: int, hook: str | None) -> dict[str, Any]:
     torch.manual_seed(0)
     model = dist_ssn.share(build_gpt(vocabulary=32, layers=2, width=32, heads=4, context=16), 0.2)
-    engine = DDPEngine(model, torch.optim.SGD(dist_ssn.parameter_groups(model), lr=0.1, momentum=0.9))
+    optimizer = torch.optim.SGD(dist_ssn.parameter_groups(model), lr=0.1, momentum=0.9)
+    engine = DDPEngine(model, optimizer, compress="fp16" if hook == "compress" else "none")
     assert isinstance(engine.model, DistributedDataParallel)
-    if hook is not None:
+    if hook in HOOKS:
         state, function = HOOKS[hook]
         engine.model.register_comm_hook(state(), function)
     tokens = torch.arange(8 * 16).view(8, 16) % 32
@@ -80,3 +83,25 @@ def test_a_hook_of_torch_compresses_the_bank(hook: str, plain: dict[str, Any]) -
         assert abs(result["losses"][-1] - plain["losses"][-1]) < 0.1
     else:  # it takes a flat parameter for a vector, which it never compresses
         assert 4 * result["banks"] <= result["last"] <= full
+
+
+def test_compress_is_the_hook() -> None:
+    ours, hook = run_ranks(_train, 2, "compress")[0], run_ranks(_train, 2, "fp16")[0]
+    assert ours["last"] == 4 * ours["trainable"] / 2
+    assert ours["losses"] == hook["losses"]
+    assert all(torch.equal(value, hook["parameters"][name]) for name, value in ours["parameters"].items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compress": "fp15"}, "unknown compression 'fp15': known are fp16, none; did you mean 'fp16'"),
+        ({"compress": "fp16", "overlap": "sums:2"}, "compress 'fp16' goes with overlap 'none' only"),
+    ],
+)
+def test_what_cannot_be_compressed_is_said(options: dict[str, str], message: str) -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=message):
+        DDPEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), **options)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=rf"engine.compress.*{message}"):
+        load_recipe(None, [f"engine.{key}={value}" for key, value in options.items()])
