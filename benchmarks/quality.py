@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
 import tempfile
@@ -150,12 +151,49 @@ def budgets() -> Iterator[Cell]:
                     yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})
 
 
+LENGTHS = {0.02: (500, 1000, 2000), 0.05: (500, 1000), 0.1: (350, 500), 0.25: (350, 500), 0.5: (350, 500)}
+"""budget → steps of the runs that may come to dense's loss after 500."""
+
+
+def target(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
+    """Runs of several lengths at each budget, and at the smaller dense model: one seed over two rates."""
+    best = best_rates(ResultFile("quality").lines())
+    for seed in seeds:
+        for kind, lengths in {"dense": (500,), "equal": LENGTHS[0.02]}.items():
+            for steps in lengths:
+                yield cell("gpt", kind, best["gpt", kind], seed, {"steps": steps, "evaluate_every": 50})
+        for budget, lengths in LENGTHS.items():
+            for steps, lr in itertools.product(lengths, (3e-3, 6e-3)):
+                more = {"share.budget": budget, "steps": steps, "evaluate_every": 50, **_seeded("shared", seed)}
+                yield cell("gpt", "shared", lr, seed, more)
+
+
+def target_confirm() -> Iterator[Cell]:
+    """The other seeds of `target`, at the better rate of each length."""
+    measured = {identity(line): line["validation_loss"] for line in ResultFile("quality").lines()}
+
+    def twin(one: Cell, lr: float) -> Cell:
+        return {**one, "overrides": {**one["overrides"], "optimizer.lr": lr}}
+
+    chosen = set()
+    for one in target():
+        losses = {lr: measured.get(identity(twin(one, lr)), math.inf) for lr in (3e-3, 6e-3)}
+        if one["kind"] != "shared" or one["overrides"]["optimizer.lr"] == min(losses, key=lambda lr: losses[lr]):
+            chosen.add(identity(one))
+    for one in target(SEEDS[1:]):
+        first = {key: value for key, value in one["overrides"].items() if key != "share.seed"}
+        if identity({**one, "seed": SEEDS[0], "overrides": first}) in chosen:
+            yield one
+
+
 SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
     "rates": rates,
     "controls": controls,
     "morphs": morphs,
     "confirm": confirm,
     "budgets": budgets,
+    "target": target,
+    "target-confirm": target_confirm,
 }
 
 
