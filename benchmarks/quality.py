@@ -151,7 +151,7 @@ def budgets() -> Iterator[Cell]:
                     yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})
 
 
-LENGTHS = {0.02: (500, 1000, 2000), 0.05: (500, 1000), 0.1: (350, 500), 0.25: (350, 500), 0.5: (350, 500)}
+LENGTHS = {0.1: (350, 500), 0.25: (350, 500), 0.5: (350, 500), 0.05: (500, 1000), 0.02: (500, 1000, 2000)}
 """budget → steps of the runs that may come to dense's loss after 500."""
 
 
