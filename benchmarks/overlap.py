@@ -53,8 +53,8 @@ def predict(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Side → what `dist-ssn plan --cluster` says of it, with compute measured on all hosts."""
     program = ["plan", "--config", "quickstart", f"--batch_size={arguments.batch_size}", "--json"]
     said = run_on(arguments.hosts, arguments.address, arguments.device, [*program, f"--cluster={arguments.cluster}"])
-    rows = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
-    return {row["way"]: row for row in rows}
+    told = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    return {row["way"]: row for row in told["ways"]}
 
 
 def table_of(lines: list[dict[str, Any]]) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,7 +25,9 @@ Example: dist-ssn train --config quickstart --share.budget=5% --steps=200"""
 PLAN = """Show how a recipe's model would share its weights, without reading its data or training it.
 Example: dist-ssn plan --config quickstart --share.budget=5%
 With --picture=FILE.png: the mapping as a picture, here and in that file.
-With --cluster=FILE: what a step would cost there, dense and by each way to overlap communication (compute is measured here).
+With --cluster=FILE: what a step would cost there, dense and shared, by each way to overlap communication and each engine, on
+--workers=2,8,64 processes; below which bandwidth sharing pays, and whether it does there. Compute is measured here, and kept by
+--calibrate=COMPUTE.json; --compute=COMPUTE.json takes it from there.
 Example: dist-ssn plan --config quickstart --cluster=ethernet-1g"""
 SEARCH = """Find which weights should share a bank, and write the plan, which share.plan of a recipe reads.
 Example: dist-ssn search --config quickstart --method=weights-free --output=plan.json
@@ -60,13 +61,20 @@ def plan(arguments: Sequence[str]) -> None:
     flags = {"--json": "print the plan as JSON, which share.plan reads; with --cluster, the costs"}
     arguments, cluster = _without_option(arguments, "--cluster")
     arguments, picture = _without_option(arguments, "--picture")
+    options: dict[str, str | None] = {}
+    for name in ("--workers", "--compute", "--calibrate"):
+        arguments, options[name] = _without_option(arguments, name)
     recipe, given = parse_recipe(arguments, "dist-ssn plan", PLAN, flags)
     if recipe.share.control is not None:
         raise RecipeError(
             f"share.control is {recipe.share.control}, which has no banks and so no plan: leave it null, or train it"
         )
     if cluster is not None:
-        return _costs(recipe, cluster, "--json" in given)
+        from dist_ssn.cost.cli import show
+
+        return show(recipe, cluster, options, "--json" in given)
+    if lonely := [name for name, value in options.items() if value is not None]:
+        raise RecipeError(f"command line: {lonely[0]} goes with --cluster=FILE")
     made, left_out = _plan_of(recipe)
     if picture is not None:
         from dist_ssn.report.picture import draw_plan
@@ -100,20 +108,6 @@ def _without_option(arguments: Sequence[str], name: str) -> tuple[list[str], str
             del rest[place : place + (1 if equals else 2)]
             break
     return rest, value
-
-
-def _costs(recipe: Recipe, name: str, as_json: bool) -> None:
-    from dist_ssn.cluster import load_cluster
-    from dist_ssn.cost.ways import compare_ways, rows_of, table_of
-
-    cluster = load_cluster(name)
-    found = compare_ways(recipe, cluster)
-    if found is not None and as_json:
-        print(json.dumps(rows_of(found)))
-    elif found is not None:
-        from rich.console import Console
-
-        Console().print(table_of(rows_of(found), cluster))
 
 
 def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:

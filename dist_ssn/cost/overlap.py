@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_ssn.cluster import Link
-from dist_ssn.cost.network import Sent, all_reduce_seconds, exposed_seconds
+from dist_ssn.cost.fabric import Fabric
+from dist_ssn.cost.network import Sent, exposed_seconds
 from dist_ssn.cost.timeline import Timeline
 from dist_ssn.plan import Group, Plan
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, pieces_of
@@ -97,10 +97,10 @@ def _ready(message: Message, timeline: Timeline) -> np.ndarray:
     return np.max([time.max(axis=1) for time in times], axis=0) if times else timeline.end.max(axis=1)
 
 
-def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, processes: int, link: Link) -> Exposure:
+def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, fabric: Fabric) -> Exposure:
     """Lays a step's messages over each measured step."""
-    seconds = [all_reduce_seconds(message.payload, processes, link) for message in messages]
-    drag = 2 * (processes - 1) * timeline.drag
+    seconds = [fabric.all_reduce_seconds(message.payload) for message in messages]
+    drag = 2 * (fabric.processes - 1) * timeline.drag
     # A delayed message has the whole next step to travel in.
     starts = [
         np.zeros(len(timeline.end)) if overlap.kind == "delay" else _ready(message, timeline) for message in messages

@@ -1,71 +1,28 @@
-"""Every way to overlap communication, side by side, for a recipe on a cluster: `dist-ssn plan --cluster`."""
+"""What a recipe costs on a cluster, in tables: `dist-ssn plan --cluster`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from torch import nn
 
 from dist_ssn.cluster import Cluster
-from dist_ssn.cost.overlap import Exposure, messages_of, predict
-from dist_ssn.cost.timeline import Timeline, measure_timeline
-from dist_ssn.engines import World, init_world
+from dist_ssn.cost.engines import HALVES, footprint
+from dist_ssn.cost.fabric import Fabric, fabric_of
+from dist_ssn.cost.measured import Measured, measure, save
+from dist_ssn.cost.overlap import Exposure
+from dist_ssn.engines import init_world
 from dist_ssn.errors import UserError
 from dist_ssn.plan import Plan, make_plan
 from dist_ssn.plan.overlap import Overlap, parse_overlap
-from dist_ssn.share import shared_plan
-from dist_ssn.specs import Specs, find_specs
-from dist_ssn.train.build import build
-from dist_ssn.train.optim import build_optimizer
 from dist_ssn.train.recipe import Recipe
 
 WAYS = ("none", "depth:2", "depth:4", "segments:4", "sums:2", "delay")
 """Values of `engine.overlap`, and of `share.mapping` (depth:N)."""
-
-
-def compare_ways(recipe: Recipe, cluster: Cluster, steps: int = 20) -> dict[str, Exposure] | None:
-    """What a step of `recipe` costs on `cluster`, dense and by each way: {"dense": …, "none": …}; None on ranks other than 0.
-
-    Compute is measured here, alone or on as many processes as the cluster has; the network is taken from the cluster's facts.
-
-    Raises:
-        UserError: the recipe is dense, cannot be built, or another number of processes was started.
-    """
-    if recipe.share.budget is None and recipe.share.plan is None:
-        raise UserError(
-            "share.budget is null, which leaves the model dense: give one to compare with, such as --share.budget=10%"
-        )
-    with init_world() as world:
-        processes = cluster.nodes * per_node(cluster)
-        if world.world_size not in (1, processes):
-            raise UserError(
-                f"the cluster {cluster.name} has {processes} processes, and {world.world_size} were started: "
-                f"start one, or {processes}"
-            )
-        as_there = dataclasses.replace(world, world_size=processes)
-        dense = dataclasses.replace(recipe, share=dataclasses.replace(recipe.share, budget=None, plan=None))
-        model, timeline = _measured(dense, as_there, steps)
-        specs, link = find_specs(model, recipe.share.include, recipe.share.exclude), cluster.link(cluster.nodes)
-
-        def cost(plan: Plan | None, overlap: Overlap, model: nn.Module, timeline: Timeline) -> Exposure:
-            own = {
-                name: p.numel() for name, p in model.named_parameters() if p.requires_grad and "dist_ssn." not in name
-            }
-            return predict(messages_of(plan, own, overlap, timeline), overlap, timeline, processes, link)
-
-        found = {"dense": cost(None, Overlap(), model, timeline)}
-        model, timeline = _measured(recipe, as_there, steps)
-        plan = shared_plan(model)
-        assert plan is not None
-        for way in WAYS if recipe.engine.overlap in WAYS else (*WAYS, recipe.engine.overlap):
-            by_depth = way.startswith("depth")
-            there = _at_depth(specs, plan, way) if by_depth else plan
-            found[way] = cost(there, parse_overlap("none" if by_depth else way), model, timeline)
-        return found if world.rank == 0 else None
 
 
 def per_node(cluster: Cluster) -> int:
@@ -74,22 +31,41 @@ def per_node(cluster: Cluster) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _at_depth(specs: Specs, plan: Plan, mapping: str) -> Plan:
-    return make_plan(specs, plan.budget, mapping=mapping, seed=plan.seed)
+def measure_for(
+    recipe: Recipe, cluster: Cluster, steps: int = 20, known: Path | None = None, keep: Path | None = None
+) -> Measured | None:
+    """Both sides of a recipe for a cluster; None on ranks other than 0.
+
+    Compute is measured here, alone or on as many processes as the cluster has, or taken from `known`; `keep`: where to write it.
+
+    Raises:
+        UserError: the recipe is dense, cannot be built, or another number of processes was started.
+    """
+    with init_world() as world:
+        processes = cluster.nodes * per_node(cluster)
+        if world.world_size not in (1, processes):
+            raise UserError(
+                f"the cluster {cluster.name} has {processes} processes, and {world.world_size} were started: "
+                f"start one, or {processes}"
+            )
+        found = measure(recipe, dataclasses.replace(world, world_size=processes), steps, known)
+        if world.rank == 0 and keep is not None:
+            save(found, recipe, keep)
+        return found if world.rank == 0 else None
 
 
-def _measured(recipe: Recipe, world: World, steps: int) -> tuple[nn.Module, Timeline]:
-    task, model = build(recipe, world)
-    optimizer = build_optimizer(model, recipe.optimizer)
-    model.train()
-
-    def loss_of(step: int) -> torch.Tensor:
-        batch = task.batch(step, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
-        inputs, targets = (part.to(world.device) for part in batch)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            return task.loss(model(inputs), targets)
-
-    return model, measure_timeline(model, optimizer, loss_of, steps)
+def compare_ways(measured: Measured, fabric: Fabric, asked: str = "none") -> dict[str, Exposure]:
+    """What a step costs, dense and by each way: {"dense": …, "none": …}; `asked`: one more way."""
+    plan = measured.shared.plan
+    assert plan is not None
+    found = {"dense": measured.dense.step(fabric)}
+    for way in WAYS if asked in WAYS else (*WAYS, asked):
+        if way.startswith("depth"):
+            there: Plan = make_plan(measured.specs, plan.budget, mapping=way, seed=plan.seed)
+            found[way] = measured.shared.step(fabric, Overlap(), there)
+        else:
+            found[way] = measured.shared.step(fabric, parse_overlap(way))
+    return found
 
 
 def rows_of(found: dict[str, Exposure]) -> list[dict[str, Any]]:
@@ -118,4 +94,61 @@ def table_of(rows: Sequence[dict[str, Any]], cluster: Cluster) -> Table:
             f"{row['ms_per_step']:.1f}",
         )
         table.add_row(row["way"] + (" ←" if row is best else ""), str(row["rounds"]), *numbers)
+    return table
+
+
+def workers_of(measured: Measured, cluster: Cluster, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """A step on so many processes, each with its own batch as measured: milliseconds, and the share that is compute."""
+    rows = []
+    for processes in counts:
+        fabric = fabric_of(cluster, processes, per_node(cluster))
+        row: dict[str, Any] = {"processes": processes, "nodes": fabric.nodes}
+        for name, side in (("dense", measured.dense), ("shared", measured.shared)):
+            step = side.step(fabric).step
+            row |= {f"{name}_ms_per_step": 1000 * step, f"{name}_efficiency": side.compute / step}
+        rows.append(row)
+    return rows
+
+
+def workers_table(rows: Sequence[dict[str, Any]]) -> Table:
+    columns = ["processes", "nodes", "dense ms", "efficiency", "shared ms", "efficiency", "dense / shared"]
+    table = Table(*columns, title="The same work per process, on more of them")
+    for row in rows:
+        dense, shared = row["dense_ms_per_step"], row["shared_ms_per_step"]
+        table.add_row(
+            *(f"{row['processes']:,}", f"{row['nodes']:,}"),
+            *(f"{dense:,.1f}", f"{row['dense_efficiency']:.0%}", f"{shared:,.1f}", f"{row['shared_efficiency']:.0%}"),
+            f"{dense / shared:.2f}",
+        )
+    return table
+
+
+def engines_of(measured: Measured, fabric: Fabric, moments: int) -> list[dict[str, Any]]:
+    """What each engine sends in a step and keeps on a process, dense and shared."""
+    rows = []
+    for engine in HALVES:
+        row: dict[str, Any] = {"engine": engine}
+        for name, side in (("dense", measured.dense), ("shared", measured.shared)):
+            one = footprint(engine, side.numbers, fabric, moments)
+            row |= {
+                f"{name}_wire_bytes": one.wire_bytes,
+                f"{name}_seconds": one.seconds,
+                f"{name}_kept_bytes": one.kept,
+            }
+        rows.append(row)
+    return rows
+
+
+def engines_table(rows: Sequence[dict[str, Any]], processes: int) -> Table:
+    title = f"Per process and step, on {processes} processes: sent, time on the network, kept (parameters, gradient, optimizer)"
+    table = Table("engine", title=title)
+    for side in ("dense", "shared"):
+        for what in ("MB sent", "ms", "MB kept"):
+            table.add_column(f"{side}: {what}", justify="right")
+    for row in rows:
+        cells = []
+        for side in ("dense", "shared"):
+            numbers = row[f"{side}_wire_bytes"] / 1e6, 1000 * row[f"{side}_seconds"], row[f"{side}_kept_bytes"] / 1e6
+            cells += [f"{numbers[0]:,.3f}", f"{numbers[1]:,.1f}", f"{numbers[2]:,.2f}"]
+        table.add_row(row["engine"], *cells)
     return table

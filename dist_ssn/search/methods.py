@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from dist_ssn.bank import Bank
 from dist_ssn.budget import resolve_budget
 from dist_ssn.cluster import load_cluster
+from dist_ssn.cost.fabric import Fabric, fabric_of
 from dist_ssn.cost.overlap import Exposure, messages_of, predict
 from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.cost.ways import per_node
@@ -164,11 +164,11 @@ def network(setting: Setting) -> Found:
     if setting.options.cluster is None:
         raise RecipeError("search: the method network needs a cluster's file or name, as in --cluster=ethernet-1g")
     cluster = load_cluster(setting.options.cluster)
-    link, processes = cluster.link(cluster.nodes), cluster.nodes * per_node(cluster)
+    fabric = fabric_of(cluster, cluster.nodes * per_node(cluster), per_node(cluster))
     run = ShortRun(setting.recipe, setting.world, setting.plan("auto"), 1)
     timeline = measure_timeline(run.model, run.optimizer, lambda step: run.loss(run.model, step))
     own = {n: p.numel() for n, p in run.model.named_parameters() if p.requires_grad and "dist_ssn." not in n}
-    costs = {count: _cost(plan, own, timeline, processes, link) for count, plan in _stages(setting).items()}
+    costs = {count: _cost(plan, own, timeline, fabric) for count, plan in _stages(setting).items()}
     count = cheapest(costs)
     stages = "1 stage" if count == 1 else f"{count} stages"
     note = f"{stages} on {cluster.name}: {1000 * costs[count].exposed:.1f} ms of a step exposed"
@@ -177,8 +177,8 @@ def network(setting: Setting) -> Found:
     return Found(_by_depth(setting, count), note)
 
 
-def _cost(plan: Plan, own: dict[str, int], timeline: Timeline, processes: int, link: Any) -> Exposure:
-    return predict(messages_of(plan, own, Overlap(), timeline), Overlap(), timeline, processes, link)
+def _cost(plan: Plan, own: dict[str, int], timeline: Timeline, fabric: Fabric) -> Exposure:
+    return predict(messages_of(plan, own, Overlap(), timeline), Overlap(), timeline, fabric)
 
 
 def cheapest(costs: dict[int, Exposure]) -> int:

@@ -14,6 +14,7 @@ import dist_ssn
 from dist_ssn.cli import main
 from dist_ssn.cluster import Link
 from dist_ssn.comm import CommMeter
+from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.network import Sent, all_reduce_seconds, exposed_seconds
 from dist_ssn.cost.overlap import Message, messages_of, predict
 from dist_ssn.cost.timeline import Timeline, measure_timeline
@@ -23,6 +24,7 @@ from dist_ssn.train.models.gpt import build_gpt
 from tests.ranks import run_ranks
 
 SLOW = Link(latency_us=1000, bandwidth_mbit=8)  # a byte a microsecond
+PAIR = Fabric(2, 1, SLOW, SLOW)
 
 
 def test_an_all_reduce_by_hand() -> None:
@@ -53,14 +55,14 @@ def timeline(**ready: float) -> Timeline:
 
 def test_a_prediction_by_hand() -> None:
     messages = [Message(250_000, frozenset({"late"})), Message(500_000, frozenset({"late", "early"}))]
-    found = predict(messages, Overlap(), timeline(late=0.3, early=0.9), 2, SLOW)
+    found = predict(messages, Overlap(), timeline(late=0.3, early=0.9), PAIR)
     # From 0.4 to 0.652; then from 1.0, when the slower has the last, to 1.502; ends at 1.0 and at 1.1.
     assert found.exposed == pytest.approx((0.502 + 0.402) / 2)
     assert found.step == pytest.approx(1.502)
     assert (found.rounds, found.payload) == (2, 750_000)
-    delayed = predict(messages, parse_overlap("delay"), timeline(late=0.3, early=0.9), 2, SLOW)
+    delayed = predict(messages, parse_overlap("delay"), timeline(late=0.3, early=0.9), PAIR)
     assert delayed.exposed == 0
-    delayed = predict([Message(1_250_000, frozenset())], parse_overlap("delay"), timeline(late=0.3), 2, SLOW)
+    delayed = predict([Message(1_250_000, frozenset())], parse_overlap("delay"), timeline(late=0.3), PAIR)
     assert delayed.exposed == pytest.approx(1.252 - 1.05)
 
 
@@ -126,7 +128,8 @@ def test_plan_with_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--model_args={layers: 1, width: 32, heads: 2, context: 32}", "--batch_size=8", "--threads=1"]
     arguments = ["plan", "--config", "quickstart", *small, "--engine.overlap=segments:2"]
     assert main([*arguments, "--cluster", "emulated-100mbit", "--json"]) == 0
-    rows = {row["way"]: row for row in json.loads(capsys.readouterr().out)}
+    told = json.loads(capsys.readouterr().out)
+    rows = {row["way"]: row for row in told["ways"]}
     assert {"dense", "none", "segments:2", "delay"} <= set(rows)
     assert rows["none"]["bytes_per_step_logical"] < 0.2 * rows["dense"]["bytes_per_step_logical"]
     assert 0 < rows["none"]["exposed_ms_per_step"] < rows["dense"]["exposed_ms_per_step"]

@@ -1,0 +1,125 @@
+"""Whether sharing pays on a network: where it breaks even, what budget the network bears, and a recommendation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dist_ssn.cost.fabric import Fabric
+from dist_ssn.cost.measured import Measured
+from dist_ssn.errors import UserError
+from dist_ssn.plan import make_plan
+
+LEAST_MBIT, MOST_MBIT = 1e-2, 1e8
+LONGER = 0.05  # by which share of compute a step may be longer for the network's sake
+WORTH = 1.05  # how much faster a step must be to be worth a change
+_STEPS = 40  # of a bisection
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to expect.
+
+    Args:
+        crossover_mbit: below it a shared step is faster than a dense one; 0: at no bandwidth; infinite: at every one
+        hidden_budget: the largest share of the weights whose bank makes a step at most LONGER than its compute; None: none does
+        faster: a dense step's time over a shared one's, here
+        pays: whether that is worth it
+        why: in a sentence
+    """
+
+    crossover_mbit: float
+    hidden_budget: float | None
+    faster: float
+    pays: bool
+    why: str
+
+
+def advise(measured: Measured, fabric: Fabric) -> Advice:
+    """For a recipe on these processes, with one message per bank."""
+    dense, shared = measured.dense.step(fabric), measured.shared.step(fabric)
+    faster = dense.step / shared.step
+    crossover = crossover_mbit(measured, fabric)
+    if faster >= WORTH:
+        why = f"share: a step takes {shared.step / dense.step:.2f} of a dense one's time"
+    elif dense.exposed <= LONGER * measured.dense.compute:
+        why = f"don't share for the network's sake: it takes {dense.exposed / dense.step:.1%} of a dense step"
+    else:
+        slower = measured.shared.compute - measured.dense.compute
+        why = (
+            f"don't share for the network's sake: that saves {1000 * (dense.exposed - shared.exposed):.1f} ms of a step, "
+            f"and its compute takes {1000 * slower:.1f} ms more"
+        )
+    return Advice(crossover, hidden_budget(measured, fabric), faster, faster >= WORTH, why)
+
+
+def crossover_mbit(measured: Measured, fabric: Fabric) -> float:
+    """The largest bandwidth at which a shared step is faster than a dense one; 0 if there is none, infinite if there is no end."""
+
+    def wins(mbit: float) -> bool:
+        there = fabric.at(mbit)
+        return measured.shared.step(there).step < measured.dense.step(there).step
+
+    if wins(MOST_MBIT):
+        return math.inf
+    grid = [10**power for power in range(int(math.log10(MOST_MBIT)), int(math.log10(LEAST_MBIT)) - 1, -1)]
+    low = next((mbit for mbit in grid if wins(mbit)), None)
+    if low is None:
+        return 0.0
+    high = 10.0 * low
+    for _ in range(_STEPS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if wins(middle) else (low, middle)
+    return low
+
+
+def hidden_budget(measured: Measured, fabric: Fabric) -> float | None:
+    """The largest budget, at most all of the weights, at which the network makes a step at most LONGER than its compute."""
+    plan = measured.shared.plan
+    assert plan is not None
+
+    def exposed(budget: float) -> float | None:
+        try:
+            there = make_plan(measured.specs, budget, seed=plan.seed)
+        except UserError:
+            return None  # less than what the weights keep of their own
+        return measured.shared.step(fabric, plan=there).exposed
+
+    allowed = LONGER * measured.shared.compute
+    whole = exposed(1.0)
+    if whole is not None and whole <= allowed:
+        return 1.0
+    best, low, high = None, 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        waits = exposed(middle)
+        if waits is not None and waits > allowed:
+            high = middle
+        else:
+            low, best = middle, best if waits is None else middle
+    return best
+
+
+def bandwidth(mbit: float) -> str:
+    """3.1 Gbit/s."""
+    for unit, size in (("Tbit/s", 1e6), ("Gbit/s", 1e3), ("Mbit/s", 1.0)):
+        if mbit >= size:
+            return f"{mbit / size:.3g} {unit}"
+    return f"{1000 * mbit:.3g} kbit/s"
+
+
+def sentences(advice: Advice, fabric: Fabric) -> list[str]:
+    """What to expect, for a person."""
+    if advice.crossover_mbit == 0:
+        first = "At no bandwidth is a shared step faster than a dense one: its compute takes longer than what it saves."
+    elif math.isinf(advice.crossover_mbit):
+        first = "A shared step is faster than a dense one at every bandwidth."
+    else:
+        first = f"Below {bandwidth(advice.crossover_mbit)} a shared step is faster than a dense one."
+    here = bandwidth(fabric.link.bandwidth_mbit)
+    second = (
+        f"At {here} any bank makes a step more than {LONGER:.0%} longer than its compute."
+        if advice.hidden_budget is None
+        else f"At {here} a bank of up to {advice.hidden_budget:.1%} makes a step at most {LONGER:.0%} longer than its compute."
+    )
+    return [first, second, f"Here: {advice.why}."]

@@ -1,0 +1,169 @@
+"""What was measured of a recipe's compute, dense and shared; and the file that keeps it, to plan for a cluster elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_ssn.cost.fabric import Fabric
+from dist_ssn.cost.overlap import Exposure, messages_of, predict
+from dist_ssn.cost.timeline import Timeline, measure_timeline
+from dist_ssn.engines import World
+from dist_ssn.errors import UserError
+from dist_ssn.plan import Plan
+from dist_ssn.plan.overlap import Overlap
+from dist_ssn.share import shared_plan
+from dist_ssn.specs import Specs, find_specs
+from dist_ssn.train.bounded import read_json
+from dist_ssn.train.build import build
+from dist_ssn.train.optim import build_optimizer
+from dist_ssn.train.recipe import Recipe
+
+FORMAT = 1
+_MODEL = ("model", "model_args", "batch_size", "accumulation", "precision")  # what compute depends on, beside the bank
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model, dense or shared.
+
+    Args:
+        plan: None if it is dense
+        own: parameter → numbers, of all that the plan has not
+    """
+
+    plan: Plan | None
+    own: Mapping[str, int]
+    timeline: Timeline
+
+    @property
+    def numbers(self) -> int:
+        """That are trained."""
+        return sum(self.own.values()) + (0 if self.plan is None else sum(g.parameters for g in self.plan.groups))
+
+    @property
+    def compute(self) -> float:
+        """Seconds of a step in which nothing is sent."""
+        return float(self.timeline.end.mean())
+
+    def step(self, fabric: Fabric, overlap: Overlap | None = None, plan: Plan | None = None) -> Exposure:
+        """What a step costs; with another plan of the same weights, whose compute is taken to be the same."""
+        way = overlap or Overlap()
+        messages = messages_of(plan or self.plan, self.own, way, self.timeline)
+        return predict(messages, way, self.timeline, fabric)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Both sides of a recipe, and its weights."""
+
+    dense: Side
+    shared: Side
+    specs: Specs
+
+
+def measure(recipe: Recipe, world: World, steps: int = 20, known: Path | None = None) -> Measured:
+    """Builds both sides and measures their compute, alone or with all processes at once.
+
+    Args:
+        known: a file of `save`, whose compute is taken instead.
+
+    Raises:
+        UserError: the recipe is dense or cannot be built, or the file is of another recipe.
+    """
+    if recipe.share.budget is None and recipe.share.plan is None:
+        raise UserError(
+            "share.budget is null, which leaves the model dense: give one to compare with, such as --share.budget=10%"
+        )
+    timelines = (None, None) if known is None else _load(known, recipe)
+    dense = dataclasses.replace(recipe, share=dataclasses.replace(recipe.share, budget=None, plan=None))
+    model, first = _side(dense, world, steps, timelines[0])
+    specs = find_specs(model, recipe.share.include, recipe.share.exclude)
+    return Measured(first, _side(recipe, world, steps, timelines[1])[1], specs)
+
+
+def _side(recipe: Recipe, world: World, steps: int, timeline: Timeline | None) -> tuple[nn.Module, Side]:
+    task, model = build(recipe, world)
+    if timeline is None:
+        optimizer = build_optimizer(model, recipe.optimizer)
+        model.train()
+
+        def loss_of(step: int) -> torch.Tensor:
+            batch = task.batch(step, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
+            inputs, targets = (part.to(world.device) for part in batch)
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                return task.loss(model(inputs), targets)
+
+        timeline = measure_timeline(model, optimizer, loss_of, steps)
+    own = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and "dist_ssn." not in name}
+    return model, Side(shared_plan(model), own, timeline)
+
+
+def save(measured: Measured, recipe: Recipe, path: Path) -> None:
+    """Writes the compute of both sides, whole or not at all."""
+    sides = {"dense": measured.dense.timeline, "shared": measured.shared.timeline}
+    content = {"format": FORMAT, "recipe": _described(recipe)}
+    content |= {name: _plain(timeline) for name, timeline in sides.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(content) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _described(recipe: Recipe) -> dict[str, Any]:
+    everything = json.loads(recipe.to_json())
+    return {key: everything[key] for key in _MODEL}
+
+
+def _plain(timeline: Timeline) -> dict[str, Any]:
+    ready = {name: times.tolist() for name, times in timeline.ready.items()}
+    return {"ready": ready, "end": timeline.end.tolist(), "drag": timeline.drag}
+
+
+def _load(path: Path, recipe: Recipe) -> tuple[Timeline, Timeline]:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read as measured compute ({error}): make it with --calibrate={path}"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is no measured compute of format {FORMAT}: make it with --calibrate={path}")
+    here, there = _described(recipe), content.get("recipe")
+    for key in _MODEL:
+        if not isinstance(there, dict) or there.get(key) != here[key]:
+            was = there.get(key) if isinstance(there, dict) else None
+            raise UserError(
+                f"{path} was measured with {key} {was!r}, and here it is {here[key]!r}: measure again, or give that"
+            )
+    return _timeline(path, content.get("dense")), _timeline(path, content.get("shared"))
+
+
+def _timeline(path: Path, plain: Any) -> Timeline:
+    try:
+        end = np.array(plain["end"], dtype=float)
+        ready = {str(name): np.array(times, dtype=float) for name, times in plain["ready"].items()}
+        drag = float(plain["drag"])
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+        raise UserError(f"{path} is no measured compute: make it with --calibrate={path}") from None
+    tables = [end, *ready.values()]
+    if end.ndim != 2 or not end.size or any(table.shape != end.shape for table in tables):
+        raise UserError(f"{path} is damaged: its times must be tables of one shape, [steps, processes]")
+    if (
+        drag < 0
+        or not np.isfinite(drag)
+        or not all(np.isfinite(table).all() and (table >= 0).all() for table in tables)
+    ):
+        raise UserError(f"{path} is damaged: its times must be 0 or more, and finite")
+    return Timeline(ready, end, drag)
