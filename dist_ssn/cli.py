@@ -34,8 +34,8 @@ Example: dist-ssn search --config quickstart --method=weights-free --output=plan
 --method: weights-free, pretrain, gradients, network (with --cluster=FILE), random, manual, or auto (default), which tries several
 on short runs within --max-steps=N or --max-seconds=S, and goes on from --trials=FILE. --groups=N; --picture=FILE.png.
 For pretrain and gradients: --short-steps=N, --templates=K."""
-REPORT = """Compare finished runs in a table, and in plots if --output is given.
-Example: dist-ssn report runs/quickstart --output plots"""
+REPORT = """Compare finished runs in a table; with --output, also as a web page, Markdown and plots.
+Example: dist-ssn report runs/quickstart runs/dense --output report"""
 LAUNCH = """Start a program on a cluster, by torchrun, deepspeed, mpirun, Slurm or Kubernetes.
 Example: dist-ssn launch --cluster local --dry-run -- train --config quickstart"""
 CLUSTER = """Measure the links between the processes of a running job, and write them as a cluster file.
@@ -143,7 +143,7 @@ def report(arguments: Sequence[str]) -> None:
     """Runs `dist-ssn report`."""
     parser = _parser("dist-ssn report", REPORT)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run, or of several")
-    parser.add_argument("--output", metavar="FOLDER", help="folder for the plots; without it, none are drawn")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for index.html, report.md and the plots")
     given = parser.parse_args(arguments)
     from dist_ssn.report import report as show
 

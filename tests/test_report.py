@@ -137,12 +137,17 @@ def test_a_report_from_folders_files_and_folders_of_folders(tmp_path: Path) -> N
     assert [found["name"] for found in read_rows([one / "summary.json", one, tmp_path / "runs"])] == ["one", "two"]
     stream = io.StringIO()
     files = report([tmp_path / "runs"], tmp_path / "plots", Console(file=stream, width=100))
-    assert [file.name for file in files] == ["loss_against_bytes.png", "loss_against_steps.png"]
+    plots = ["loss_against_bytes.png", "loss_against_steps.png", "loss_against_seconds.png"]
+    assert [file.name for file in files] == [*plots, "index.html", "report.md"]
     assert all(file.is_file() for file in files)
     assert "one" in stream.getvalue() and str(files[0]) in stream.getvalue()
     assert report([one], None, Console(file=stream)) == []
     alone = written(tmp_path / "alone", row("alone", 0))
-    assert [file.name for file in report([alone], tmp_path, Console(file=stream))] == ["loss_against_steps.png"]
+    assert [file.name for file in report([alone], tmp_path, Console(file=stream))] == [
+        *plots[1:],
+        "index.html",
+        "report.md",
+    ]
 
 
 @pytest.mark.parametrize(

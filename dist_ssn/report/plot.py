@@ -35,6 +35,13 @@ def plot_loss_against_steps(runs: Sequence[Mapping[str, Any]], path: str | os.Pa
     return _plot(runs, path, "step", "step")
 
 
+def plot_loss_against_seconds(
+    runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], label: str = "seconds since the start"
+) -> Path:
+    """Validation loss against `seconds`, as a PNG; arguments and errors as in `plot_loss_against_bytes`."""
+    return _plot(runs, path, "seconds", label)
+
+
 def _plot(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], x: str, label: str) -> Path:
     logarithmic = x == "ring_bytes"
     figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
@@ -67,7 +74,7 @@ def _plot(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], x: st
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    else:
+    elif x == "step":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(label)
     axes.set_ylabel("validation loss (nats)")

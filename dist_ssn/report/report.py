@@ -1,10 +1,10 @@
-"""`dist-ssn report`: the runs' files, as a table and two plots."""
+"""`dist-ssn report`: the runs' files, as a table on the terminal; and as a page, Markdown and pictures in a folder."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ from rich.console import Console
 
 from dist_ssn.errors import UserError
 
-from .plot import plot_loss_against_bytes, plot_loss_against_steps
-from .table import summary_table
+from .page import Page, Picture, ledger_grid, runs_grid
+from .plot import plot_loss_against_bytes, plot_loss_against_seconds, plot_loss_against_steps
+from .table import columns_of, human_bytes, summary_table
 
+BANDWIDTHS = (10, 100, 1000)
+"""Mbit/s at which a run's time is modelled."""
 _NUMBERS = (
     "parameters",
     "optimizer_bytes",
@@ -38,7 +41,8 @@ def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     rows = []
     for file in dict.fromkeys(file for path in paths for file in _summaries(Path(path))):
         try:
-            found = json.loads(file.read_text())["rows"]
+            content = json.loads(file.read_text())
+            found = content["rows"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f'{file} is not a summary of runs ({type(error).__name__}: {error}): expected {{"rows": [...]}}, '
@@ -46,7 +50,7 @@ def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
             ) from None
         for number, row in enumerate(found):
             _check(row, f"{file}, row {number}")
-            rows.append(row)
+            rows.append({**row, **_beside(content)} if len(found) == 1 else row)
     if not rows:
         raise UserError(
             "there are no runs to report: give the folders that dist-ssn train wrote, such as runs/quickstart"
@@ -66,6 +70,21 @@ def _summaries(path: Path) -> list[Path]:
     )
 
 
+def _beside(content: dict[str, Any]) -> dict[str, Any]:
+    """What a summary of one run says of it beside its row: bytes by purpose, seconds, and those in which it waited."""
+    purposes, seconds, ledger = (content.get(key) for key in ("ring_bytes_by_purpose", "seconds", "ledger"))
+    found: dict[str, Any] = {}
+    if isinstance(purposes, dict) and all(isinstance(count, int | float) for count in purposes.values()):
+        found["ring_bytes_by_purpose"] = purposes
+    rows = [row for row in ledger if isinstance(row, dict)] if isinstance(ledger, list) else []
+    # Where nobody has noted who waited for a collective, all of its time counts; on CUDA there is no time at all.
+    waits = [row.get("seconds" if row.get("exposed_seconds") is None else "exposed_seconds") for row in rows]
+    known = [wait for wait in waits if isinstance(wait, int | float)]
+    if isinstance(seconds, int | float) and len(known) == len(rows):
+        found |= {"seconds": seconds, "exposed_seconds": min(seconds, sum(known))}
+    return found
+
+
 def _check(row: Any, where: str) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         raise UserError(f"{where} has no name: expected what dist-ssn train writes")
@@ -80,28 +99,85 @@ def report(
     output: str | os.PathLike[str] | None = None,
     console: Console | None = None,
 ) -> list[Path]:
-    """Prints the comparing table of runs, and draws their losses against bytes sent and against steps.
+    """Prints the comparing table of runs; writes it into a folder, with plots of their losses and their bytes by purpose.
 
     Args:
         paths: see `read_rows`.
-        output: folder for `loss_against_bytes.png` and `loss_against_steps.png`; None draws nothing.
+        output: folder for `index.html`, `report.md` and the PNGs that they show; None writes nothing.
 
     Returns: the files written; there is no plot against bytes when every run was a single process, which sends nothing.
 
     Raises:
-        UserError: see `read_rows`; or a plot cannot be written.
+        UserError: see `read_rows`; or a file cannot be written.
     """
     console = console or Console()
     rows = read_rows(paths)
     console.print(summary_table(rows))
     if output is None:
         return []
-    runs = [row for row in rows if row.get("history")]
-    written = []
-    if any(point["ring_bytes"] for run in runs for point in run["history"]):
-        written.append(plot_loss_against_bytes(runs, Path(output) / "loss_against_bytes.png"))
-    if runs:
-        written.append(plot_loss_against_steps(runs, Path(output) / "loss_against_steps.png"))
+    folder = Path(output)
+    pictures = draw(rows, folder)
+    ledgers = {str(row["name"]): row["ring_bytes_by_purpose"] for row in rows if row.get("ring_bytes_by_purpose")}
+    parts = [runs_grid(columns_of(rows), rows), *pictures, ledger_grid(ledgers)]
+    names = ", ".join(str(row["name"]) for row in rows)
+    lead = f"{len(rows)} {'run' if len(rows) == 1 else 'runs'}, from the files that training left: {names}."
+    page = Page("Runs compared", lead, [part for part in parts if part is not None])
+    written = [folder / picture.file for picture in pictures]
+    for name, text in (("index.html", page.html()), ("report.md", page.markdown())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        except OSError as error:
+            raise UserError(f"cannot write {folder / name}: {error.strerror}") from None
+        written.append(folder / name)
     for path in written:
         console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return written
+
+
+def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:
+    """The plots of runs that have a history."""
+    runs = [row for row in rows if row.get("history")]
+    made: list[Picture] = []
+    if any(point["ring_bytes"] for run in runs for point in run["history"]):
+        plot_loss_against_bytes(runs, folder / "loss_against_bytes.png")
+        made.append(
+            _picture("loss_against_bytes.png", "bytes that each rank has sent", runs, "ring_bytes", human_bytes)
+        )
+    if not runs:
+        return made
+    plot_loss_against_steps(runs, folder / "loss_against_steps.png")
+    made.append(_picture("loss_against_steps.png", "steps", runs, "step", lambda step: f"{step:,} steps"))
+    if all("seconds" in point for run in runs for point in run["history"]):
+        plot_loss_against_seconds(runs, folder / "loss_against_seconds.png")
+        made.append(
+            _picture("loss_against_seconds.png", "seconds, as each run took", runs, "seconds", lambda s: f"{s:,.0f} s")
+        )
+        for mbit in BANDWIDTHS if all(run.get("seconds") for run in runs) else ():
+            there = [modelled(run, mbit) for run in runs]
+            file, link = f"loss_at_{mbit}_mbit.png", f"{mbit:,} Mbit/s"
+            plot_loss_against_seconds(there, folder / file, f"seconds at {link} (modelled)")
+            caption = f"seconds at {link}: each run's compute, and its bytes at that rate, nothing hidden"
+            made.append(_picture(file, caption, there, "seconds", lambda s: f"{s:,.0f} s"))
+    return made
+
+
+def modelled(run: dict[str, Any], mbit: float) -> dict[str, Any]:
+    """The run, as long as its compute and the transfer of its bytes would take together: one number, however it was overlapped."""
+    waited = run["exposed_seconds"] / run["seconds"]
+    history = [
+        {**point, "seconds": (1 - waited) * point["seconds"] + 8e-6 * point["ring_bytes"] / mbit}
+        for point in run["history"]
+    ]
+    return {**run, "history": history}
+
+
+def _picture(
+    file: str, against: str, runs: Sequence[dict[str, Any]], key: str, shown: Callable[[float], str]
+) -> Picture:
+    ends = []
+    for run in runs:
+        points = [point for point in run["history"] if point["validation_loss"] is not None]
+        if points:
+            ends.append(f"{run['name']} ends at {points[-1]['validation_loss']:.3f} after {shown(points[-1][key])}")
+    return Picture(file, f"Validation loss against {against}.", f"Lines of validation loss: {'; '.join(ends)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -29,24 +30,39 @@ def _less_sent(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]
     return lambda row: f"{most / row['total_bytes']:.1f}×" if row["total_bytes"] else "–"
 
 
+@dataclass(frozen=True)
+class Column:
+    """A column of the comparing table: its name, one for a narrow terminal, and what it says of a row."""
+
+    name: str
+    short: str
+    cell: Callable[[Mapping[str, Any]], str]
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """What runs are compared by; a validation accuracy where any row has one."""
+    columns = [
+        Column("trained numbers", "para-\nmeters", lambda row: human_number(row["parameters"])),
+        Column("optimizer state", "optim.\nstate", lambda row: human_bytes(row["optimizer_bytes"])),
+        Column("logical per step", "a step\nlogical", lambda row: human_bytes(row["bytes_per_step_logical"])),
+        Column("ring per step", "a step\nring", lambda row: human_bytes(row["bytes_per_step_ring"])),
+        Column("ring in all", "in all\nring", lambda row: human_bytes(row["total_bytes"])),
+        Column("less sent", "less\nsent", _less_sent(rows)),
+        Column("ms per step", "ms a\nstep", lambda row: f"{row['ms_per_step']:.3g}"),
+        Column("validation loss", "valid.\nloss", lambda row: _number(row["validation_loss"], ".4f")),
+    ]
+    if any("validation_accuracy" in row for row in rows):
+        accuracy = Column("accuracy", "valid.\naccuracy", lambda row: _number(row.get("validation_accuracy"), ".2%"))
+        columns.append(accuracy)
+    return columns
+
+
 def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """One line per run: what it has, what it sends per rank, how long a step takes, and how good it is.
 
     Args:
         rows: dicts as `RunResult.row`; a validation accuracy gets a column where any row has one.
     """
-    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("para-\nmeters", lambda row: human_number(row["parameters"])),
-        ("optim.\nstate", lambda row: human_bytes(row["optimizer_bytes"])),
-        ("a step\nlogical", lambda row: human_bytes(row["bytes_per_step_logical"])),
-        ("a step\nring", lambda row: human_bytes(row["bytes_per_step_ring"])),
-        ("in all\nring", lambda row: human_bytes(row["total_bytes"])),
-        ("less\nsent", _less_sent(rows)),
-        ("ms a\nstep", lambda row: f"{row['ms_per_step']:.3g}"),
-        ("valid.\nloss", lambda row: _number(row["validation_loss"], ".4f")),
-    ]
-    if any("validation_accuracy" in row for row in rows):
-        columns.append(("valid.\naccuracy", lambda row: _number(row.get("validation_accuracy"), ".2%")))
     # Eighty columns are enough for three runs side by side: no vertical lines, short headings, names that wrap.
     table = Table(
         title=title,
@@ -57,10 +73,11 @@ def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -
         caption="bytes that one rank sends",
     )
     table.add_column("run", vertical="bottom")
-    for heading, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = columns_of(rows)
+    for column in columns:
+        table.add_column(column.short, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(str(row["name"]), *(cell(row) for _, cell in columns))
+        table.add_row(str(row["name"]), *(column.cell(row) for column in columns))
     return table
 
 
