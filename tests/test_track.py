@@ -147,7 +147,8 @@ tracker.table("plan", [{"weight": "a.weight", "bank": "all"}])
 for step in (1, 2):
     tracker.log(step, {"train_loss": 1.0 / step, "validation_loss": 2.0 / step})
 tracker.table("ledger", [{"purpose": "gradients", "ring_bytes": 12.0, "seconds": None}])
-tracker.close({"name": "small", "validation_loss": 1.0, "history": [1]})
+history = [{"step": step, "ring_bytes": 6 * step, "seconds": step, "validation_loss": 2.0 / step} for step in (1, 2)]
+tracker.close({"name": "small", "validation_loss": 1.0, "history": history})
 """
 
 # A .wandb file is LevelDB's log format after seven bytes: blocks of 32 KiB, in which each piece of a record has its
@@ -206,6 +207,8 @@ def test_an_offline_run_holds_history_plan_and_ledger_and_goes_on(tmp_path: Path
         ["purpose", "ring_bytes", "seconds"],
         [["gradients", 12.0, None]],
     )
+    pictures = {path.stem.rsplit("_", 2)[0] for path in run.rglob("media/images/report/*.png")}
+    assert pictures == {"loss_against_bytes", "loss_against_steps", "loss_against_seconds"}
     # Resumed, it is the same W&B run; the recipe's own project wins; WANDB_DIR says where.
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

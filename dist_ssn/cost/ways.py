@@ -111,7 +111,7 @@ def workers_of(measured: Measured, cluster: Cluster, counts: Sequence[int]) -> l
 
 
 def workers_table(rows: Sequence[dict[str, Any]]) -> Table:
-    columns = ["processes", "nodes", "dense ms", "efficiency", "shared ms", "efficiency", "dense / shared"]
+    columns = ["processes", "nodes", "dense ms", "compute", "shared ms", "compute", "dense / shared"]
     table = Table(*columns, title="The same work per process, on more of them")
     for row in rows:
         dense, shared = row["dense_ms_per_step"], row["shared_ms_per_step"]

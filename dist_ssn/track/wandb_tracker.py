@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ssn.errors import UserError
+from dist_ssn.report.report import draw
 
 if TYPE_CHECKING:
     from dist_ssn.train.recipe import WandbConfig
 
 
 class WandbTracker:
-    """A W&B run with the metrics as history, and the plan and the ledger as tables.
+    """A W&B run with the metrics as history, the plan and the ledger as tables, and at the end the report's plots as pictures.
 
     What the recipe leaves at its default, the environment's `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_DIR`, `WANDB_NAME`,
     `WANDB_TAGS` and `WANDB_RUN_ID` may say; without `WANDB_DIR`, the files lie in the run's own folder.
@@ -52,7 +54,7 @@ class WandbTracker:
                 f"W&B did not start in mode {mode!r} ({error}): correct that, or set wandb.mode to offline or disabled"
             ) from error
         remembered.write_text(self._run.id)
-        self._table = wandb.Table
+        self._table, self._image = wandb.Table, wandb.Image
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log(dict(values), step=step)
@@ -64,7 +66,18 @@ class WandbTracker:
     def close(self, row: Mapping[str, Any] | None) -> None:
         if row is not None:
             self._run.summary.update({key: value for key, value in row.items() if key != "history"})
+            self._draw(row)
         self._run.finish(exit_code=int(row is None))
+
+    def _draw(self, row: Mapping[str, Any]) -> None:
+        if all(point["validation_loss"] is None for point in row["history"]):
+            return
+        with tempfile.TemporaryDirectory() as folder:  # W&B keeps a copy
+            pictures = draw([dict(row)], Path(folder))
+            images = {
+                picture.file: self._image(f"{folder}/{picture.file}", caption=picture.caption) for picture in pictures
+            }
+            self._run.log({f"report/{Path(file).stem}": image for file, image in images.items()})
 
 
 def _chosen(config: WandbConfig, field: str, variable: str) -> Any:
