@@ -15,7 +15,7 @@ from dist_ssn.cluster import Cluster
 from dist_ssn.errors import ClusterError, unknown_choice
 from dist_ssn.launch.jobs import job_manifest, job_script
 
-OURS = ("train", "cluster")  # commands of dist-ssn that run on many processes
+OURS = ("train", "plan", "cluster")  # commands of dist-ssn that run on many processes
 
 
 @dataclass(frozen=True)

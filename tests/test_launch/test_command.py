@@ -164,7 +164,7 @@ def test_kubernetes() -> None:
         (
             "torchrun",
             {"arguments": ("trian",)},
-            "unknown command 'trian': known are cluster, train; did you mean 'train'?",
+            "unknown command 'trian': known are cluster, plan, train; did you mean 'train'?",
         ),
     ],
 )
