@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +56,8 @@ class ResultFile:
         """Writes one line; what the measurement says of its own provenance (the commit when it began) holds."""
         with self.path.open("a") as file:
             file.write(json.dumps({**self.provenance, **measurement}) + "\n")
+
+
+def latest(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The last measurement of each cell, by what `keys` say in it; cells in the order in which they first came."""
+    return {tuple(line[key] for key in keys): line for line in lines}

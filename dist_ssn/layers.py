@@ -207,12 +207,16 @@ class _SharedRNN(SharedLayer):
         """Generated weights do not lie in one cuDNN buffer."""
 
 
+_ROW_COST = 8
+"""A row that is made by itself takes as long as so many of a whole table (1/8 to 1/4 of the rows at once are level on a CPU)."""
+
+
 class _SharedEmbedding(SharedLayer):
-    """Makes only the rows that are looked up, where they are fewer than the table has."""
+    """Makes only the rows that are looked up, where that is cheaper than the whole table."""
 
     def forward(self, input: Tensor) -> Tensor:
         layer: nn.Embedding = self  # type: ignore[assignment]
-        few = input.numel() < layer.num_embeddings and not layer.scale_grad_by_freq
+        few = input.numel() * _ROW_COST < layer.num_embeddings and not layer.scale_grad_by_freq
         if not few or is_tracing():
             return super().forward(input)
         bank, index = layer.__dict__["_dist_ssn_slots"]["weight"]

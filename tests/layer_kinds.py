@@ -54,8 +54,8 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(30, 8)
-        self.head = nn.Linear(8, 30, bias=False)
+        self.table = nn.Embedding(48, 8)
+        self.head = nn.Linear(8, 48, bias=False)
         self.head.weight = self.table.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ KINDS: dict[str, Kind] = {
     "conv2d-dilated": Kind(
         lambda: nn.Conv2d(4, 6, 3, dilation=2, padding_mode="reflect", padding=1), _floats(2, 4, 5, 5)
     ),
-    "embedding-few": Kind(lambda: nn.Embedding(30, 8), _tokens(*_FEW)),
+    "embedding-few": Kind(lambda: nn.Embedding(48, 8), _tokens(*_FEW)),
     "embedding-many": Kind(lambda: nn.Embedding(30, 8), _tokens(*_MANY)),
-    "embedding-padded-few": Kind(lambda: nn.Embedding(30, 8, padding_idx=3), _tokens(*_FEW)),
+    "embedding-padded-few": Kind(lambda: nn.Embedding(48, 8, padding_idx=3), _tokens(*_FEW)),
     "embedding-padded-many": Kind(lambda: nn.Embedding(30, 8, padding_idx=3), _tokens(*_MANY)),
     "embedding-by-frequency": Kind(lambda: nn.Embedding(30, 8, scale_grad_by_freq=True), _tokens(*_FEW)),
     "embedding-bag": Kind(lambda: nn.EmbeddingBag(30, 8, mode="sum", padding_idx=3), _tokens(*_FEW)),
