@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,28 +68,30 @@ def in_the_lab(cluster: str, folder: Path, program: list[str]) -> None:
     subprocess.run([*lab, *program], check=True, capture_output=True)
 
 
-def calibrate(hosts: int, model: str, budget: float, folder: Path) -> Path:
-    """Compute, dense and shared, of all hosts at once."""
+def calibrate(hosts: int, model: str, budget: float, folder: Path, more: Sequence[str] = ()) -> Path:
+    """Compute, dense and shared, of all hosts at once; `more`: what else the recipe says."""
     kept = folder / "compute.json"
     cluster = cluster_file(folder, hosts, 100, "torchrun")
-    settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={budget}"]
+    settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={budget}", *more]
     in_the_lab(cluster, folder, ["plan", *settings, f"--cluster={cluster}", f"--calibrate={kept}", "--json"])
     return kept
 
 
-def predict(cluster: str, model: str, budget: float, compute: Path) -> dict[str, Line]:
+def predict(cluster: str, model: str, budget: float, compute: Path, more: Sequence[str] = ()) -> dict[str, Line]:
     """Way → what is said of it."""
-    settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={budget}"]
+    settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={budget}", *more]
     command = [sys.executable, "-m", "dist_ssn.cli", "plan", *settings, f"--cluster={cluster}", f"--compute={compute}"]
     said = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout
     return {row["way"]: row for row in json.loads(said)["ways"]}
 
 
-def measure(cluster: str, engine: str, model: str, budget: float | None, folder: Path) -> Line:
+def measure(
+    cluster: str, engine: str, model: str, budget: float | None, folder: Path, more: Sequence[str] = ()
+) -> Line:
     """A short run on the hosts."""
     lengths = [f"--steps={WARM_UP + STEPS}", f"--evaluate_every={WARM_UP}", "--evaluate_batches=1", "--no-progress"]
     settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={json.dumps(budget)}"]
-    program = ["train", *settings, *lengths, f"--engine.name={engine}", f"--output={folder}", "--name=run"]
+    program = ["train", *settings, *lengths, *more, f"--engine.name={engine}", f"--output={folder}", "--name=run"]
     in_the_lab(cluster, folder, program)
     row = json.loads((folder / "run" / "summary.json").read_text())["rows"][0]
     return {key: row[key] for key in ("ms_per_step", "bytes_per_step_logical")}
