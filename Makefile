@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test faults soak lint wheel clean
+.PHONY: help setup train test bench report faults soak lint wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ train: $(READY) ## train a shared model beside its dense twins, and compare them
 
 test: $(READY) ## run all tests (less than 15 minutes on 2 cores)
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: $(READY) ## as root: all benchmarks, in minutes; ARGS=full: in hours (goes on where it was)
+	$(PY) -m benchmarks.bench $(ARGS)
+
+report: $(READY) ## make the tables and figures of README and docs from the results files
+	$(PY) -m benchmarks.documents $(ARGS)
 
 faults: $(READY) ## as root: what a run survives, on four emulated hosts (about 30 minutes on 2 cores; goes on where it was)
 	$(PY) -m benchmarks.faults $(ARGS)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import dist_ssn
 from dist_ssn.bank import Bank
 
-from .results import ResultFile, latest
+from .results import ResultFile, chosen, latest
 
 Line = dict[str, Any]
 Layer = tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]], tuple[int, int]]
@@ -153,12 +153,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
-    unknown = set(arguments.what) - set(SWEEPS)
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SWEEPS)}")
     torch.set_num_threads(1)
     results = ResultFile("generation")
-    for what in arguments.what:
+    for what in chosen(parser, arguments.what, SWEEPS):
         for line in SWEEPS[what](arguments.repetitions):
             results.add(line)
             print({key: value for key, value in line.items() if not key.endswith("_ms")}, flush=True)

@@ -94,8 +94,8 @@ def main() -> None:
         for side, recipe in SIDES.items():
             line = {**common, "steps": arguments.steps, **measure(arguments, recipe), "predicted": told[side]}
             results.add({"side": side, **line})
-    newest = max(results.folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-    Console(width=140).print(table_of([json.loads(line) for line in newest.read_text().splitlines()]))
+    lines = results.lines()
+    Console(width=140).print(table_of([line for line in lines if line["commit"] == lines[-1]["commit"]]))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .results import ResultFile, provenance
+from .results import ResultFile, chosen, provenance
 
 Cell = dict[str, Any]
 
@@ -133,10 +133,10 @@ def confirm() -> Iterator[Cell]:
     for (task, kind), losses in _losses(ResultFile("quality").lines(), seeds=SEEDS[:1]).items():
         for lr in sorted(losses, key=lambda lr: losses[lr])[:2]:
             for seed in SEEDS[1:]:
-                yield cell(task, kind, lr, seed, _seeded(kind, seed))
+                yield cell(task, kind, lr, seed, seeded(kind, seed))
 
 
-def _seeded(kind: str, seed: int) -> dict[str, Any]:
+def seeded(kind: str, seed: int) -> dict[str, Any]:
     """What else a seed decides: where a weight reads the bank, or its buckets."""
     return {"share.seed": seed} if seed and kind not in ("dense", "equal") else {}
 
@@ -164,7 +164,7 @@ def target(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
                 yield cell("gpt", kind, best["gpt", kind], seed, {"steps": steps, "evaluate_every": 50})
         for budget, lengths in LENGTHS.items():
             for steps, lr in itertools.product(lengths, (3e-3, 6e-3)):
-                more = {"share.budget": budget, "steps": steps, "evaluate_every": 50, **_seeded("shared", seed)}
+                more = {"share.budget": budget, "steps": steps, "evaluate_every": 50, **seeded("shared", seed)}
                 yield cell("gpt", "shared", lr, seed, more)
 
 
@@ -239,7 +239,7 @@ def _losses(lines: Iterable[Cell], seeds: tuple[int, ...]) -> dict[tuple[str, st
     found: dict[tuple[str, str], dict[float, float]] = {}
     for one in itertools.chain(rates(), controls()):
         task, kind, lr = one["task"], one["kind"], one["overrides"]["optimizer.lr"]
-        more = [_seeded(kind, seed) for seed in seeds]
+        more = [seeded(kind, seed) for seed in seeds]
         losses = [measured.get(identity(cell(task, kind, lr, seed, m))) for seed, m in zip(seeds, more, strict=True)]
         if None not in losses:
             found.setdefault((task, kind), {})[lr] = statistics.mean(losses)  # type: ignore[type-var]
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is measured so far")
     arguments = parser.parse_args()
     results = ResultFile("quality")
-    for suite in arguments.suites:
+    for suite in chosen(parser, arguments.suites, SUITES):
         done = {identity(line) for line in results.lines()}
         cells = [one for one in SUITES[suite]() if one["task"] in arguments.tasks]
         wanted = [one for one in cells if identity(one) not in done]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +32,34 @@ def provenance() -> dict[str, Any]:
         "command": " ".join(["python", "-m", *sys.orig_argv[2:]]) if "-m" in sys.orig_argv else " ".join(sys.orig_argv),
         "commit": commit.stdout.strip() or "unknown",
         "date": datetime.date.today().isoformat(),
+        "time": datetime.datetime.now().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hardware": f"{len(models)} × {models[0].split(':')[1].strip()}" if models else platform.processor(),
     }
 
 
+def lines_of(benchmark: str) -> list[dict[str, Any]]:
+    """Every measurement of this benchmark so far, oldest first."""
+    texts = [path.read_text() for path in sorted((RESULTS / benchmark).glob("*.jsonl"))]
+    found = [json.loads(line) for text in texts for line in text.splitlines()]
+    return sorted(found, key=lambda line: line.get("time", line["date"]))
+
+
 class ResultFile:
     """Appends measurements to `results/<benchmark>/<date>-<commit>.jsonl`; knows those of earlier runs."""
 
     def __init__(self, benchmark: str):
-        self.folder = RESULTS / benchmark
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.benchmark = benchmark
         self.provenance = provenance()
-        self.path = self.folder / f"{self.provenance['date']}-{self.provenance['commit']}.jsonl"
+        self.path = RESULTS / benchmark / f"{self.provenance['date']}-{self.provenance['commit']}.jsonl"
 
-    def lines(self) -> Iterator[dict[str, Any]]:
-        """Every measurement of this benchmark so far, oldest file first."""
-        for path in sorted(self.folder.glob("*.jsonl")):
-            for line in path.read_text().splitlines():
-                yield json.loads(line)
+    def lines(self) -> list[dict[str, Any]]:
+        return lines_of(self.benchmark)
 
     def add(self, measurement: dict[str, Any]) -> None:
         """Writes one line; what the measurement says of its own provenance (the commit when it began) holds."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({**self.provenance, **measurement}) + "\n")
 
@@ -61,3 +67,11 @@ class ResultFile:
 def latest(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The last measurement of each cell, by what `keys` say in it; cells in the order in which they first came."""
     return {tuple(line[key] for key in keys): line for line in lines}
+
+
+def chosen(parser: argparse.ArgumentParser, words: Sequence[str], known: Iterable[str]) -> list[str]:
+    """`words` of a command line, all of which must be known. (`choices` cannot say so where none may be given.)"""
+    for word in words:
+        if word not in (known := list(known)):
+            parser.error(f"unknown: {word!r}; there are {', '.join(known)}")
+    return list(words)

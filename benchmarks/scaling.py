@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .prediction import MODELS, calibrate, cluster_file, measure, predict
-from .results import ResultFile, latest
+from .results import ResultFile, chosen, latest
 
 Line = dict[str, Any]
 MODEL, BUDGET, FAST = "gpt-128", 0.1, 10_000.0
@@ -121,12 +121,13 @@ KEYS = ("hosts", "batch", "mbit", "budget", "repetition")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["measured", "modelled"], help="what to do")
+    parser.add_argument("what", nargs="*", metavar="measured|modelled", help="what to do")
     parser.add_argument("--hosts", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--mbit", type=float, default=50.0)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
+    chosen(parser, arguments.what, ["measured", "modelled"])
     results = ResultFile("scaling")
     if "measured" in arguments.what:
         done = {tuple(line[key] for key in KEYS) for line in results.lines() if line["what"] == "measured"}

@@ -30,7 +30,7 @@ from rich.table import Table
 from dist_ssn.cluster import load_cluster
 
 from .quality import EQUAL, LENGTHS, SEEDS, TASKS
-from .results import ResultFile
+from .results import ResultFile, chosen, lines_of
 
 Line = dict[str, Any]
 WARM_UP, STEPS = 10, 30
@@ -143,13 +143,20 @@ def table(losses: dict[str, dict[int, dict[int, float]]], lines: list[Line]) -> 
     return shown
 
 
+def made() -> Table:
+    """The table of everything measured so far."""
+    lines = lines_of("time_to_target")
+    return table(final_losses(lines_of("quality"), lines), lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["curves", "steps"])
+    parser.add_argument("what", nargs="*", metavar="curves|steps", help="what to measure")
     parser.add_argument("--mbit", nargs="+", type=float, default=[100, 1000, 10_000])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
+    chosen(parser, arguments.what, ["curves", "steps"])
     results = ResultFile("time_to_target")
     if "curves" in arguments.what:
         done = {(line["side"], line["seed"]) for line in results.lines() if line["what"] == "curve"}
@@ -166,9 +173,7 @@ def main() -> None:
                     results.add({**line, "repetition": repetition})
                     print(f"{side}, {mbit:g} Mbit/s: {line['ms_per_step']:.0f} ms", flush=True)
     if arguments.table or not arguments.what:
-        quality = ResultFile("quality").lines()
-        lines = list(results.lines())
-        Console(width=200).print(table(final_losses(quality, lines), lines))
+        Console(width=200).print(made())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""All benchmarks, one after the other: `make bench`.
+
+    sudo python -m benchmarks.bench [short|full]     # a step that is done at this commit is not done again
+    python -m benchmarks.documents                   # then: the tables and figures of README and docs
+
+"short" measures what takes seconds or minutes, "full" also what takes hours. What needs emulated hosts needs root, and is left out
+with a word about it otherwise. Each step's time is a line in results/bench/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from .results import ResultFile
+
+SHORT = (
+    "memory",
+    "generation size depth --repetitions 5",
+    "step_time --models gpt-256 gpt-512 wrn-16-4",
+    "engine_bytes --ranks 2",
+    "checkpoints --what size",
+    "prediction --mbit 100 --repetitions 1",
+    "scaling measured modelled --hosts 2 4 --repetitions 1",
+)
+FULL = (
+    *SHORT,
+    "generation kinds",
+    "parity",
+    "checkpoints --what time ranks",
+    "prediction",
+    "scaling measured",
+    "lab_bytes",
+    "elastic",
+    "faults",
+    "fuzz",
+    "delay",
+    "quality rates controls confirm budgets morphs target target-confirm",
+    "time_to_target curves steps",
+)
+PROFILES = {"short": SHORT, "full": FULL}
+AS_ROOT = ("prediction", "scaling", "lab_bytes", "elastic", "faults", "time_to_target")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", nargs="?", choices=PROFILES, default="short")
+    arguments = parser.parse_args()
+    results, console = ResultFile("bench"), Console()
+    done = {line["step"] for line in results.lines() if line["commit"] == results.provenance["commit"]}
+    table = Table("benchmark", "", "seconds", title=f"{arguments.profile} profile")
+    failed = False
+    for step in PROFILES[arguments.profile]:
+        name = step.split()[0]
+        if step in done:
+            table.add_row(step, "done before", "")
+        elif name in AS_ROOT and os.geteuid() != 0:
+            table.add_row(step, "left out: needs root", "")
+        else:
+            console.rule(f"python -m benchmarks.{step}")
+            began = time.monotonic()
+            code = subprocess.run([sys.executable, "-m", *f"benchmarks.{step}".split()], check=False).returncode
+            seconds = time.monotonic() - began
+            failed |= code != 0
+            table.add_row(step, "done" if code == 0 else f"FAILED: exit code {code}", f"{seconds:.0f}")
+            if code == 0:
+                results.add({"step": step, "seconds": seconds})
+    console.print(table)
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Tables of what sharing costs and saves: generation, memory, predictions, scaling, time to a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .. import generation, memory, prediction, scaling, time_to_target
+from ..results import latest, lines_of
+from .markdown import from_rich, grid
+
+MODELS = {"gpt-256": "GPT, width 256", "gpt-512": "GPT, width 512", "wrn-16-4": "Wide ResNet 16-4, batch 128"}
+
+
+def step_time() -> str:
+    """The newest line of each model."""
+    rows = []
+    for (model,), line in latest(lines_of("step_time"), ("model",)).items():
+        both = ("{:.0f} ({:.0f}-{:.0f})".format(*line[side]) for side in ("dense_ms", "shared_ms"))
+        ratios = (f"{line['ratio']:.3f}", f"{line['ratio_of_minima']:.3f}")
+        rows.append([MODELS[model], f"{line['budget']:.0%}", str(line["repetitions"]), *both, *ratios])
+    headings = ("model", "budget", "steps", "dense ms: median (min-max)", "shared ms", "of medians", "of the fastest")
+    return grid(headings, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "step-time": step_time,
+    "generation-size": lambda: from_rich(generation.tables(lines_of("generation"))[0]),
+    "generation-kinds": lambda: from_rich(generation.tables(lines_of("generation"))[1]),
+    "memory": lambda: from_rich(memory.table(lines_of("memory"))),
+    "prediction": lambda: from_rich(prediction.table(lines_of("prediction"))),
+    "scaling-measured": lambda: from_rich(scaling.tables(lines_of("scaling"))[0]),
+    "scaling-modelled": lambda: from_rich(scaling.tables(lines_of("scaling"))[1]),
+    "time-to-target": lambda: from_rich(time_to_target.made()),
+}

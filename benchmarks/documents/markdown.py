@@ -1,0 +1,46 @@
+"""Tables as Markdown, and the few ways in which numbers are written in them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from rich.table import Table
+
+
+def grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def from_rich(table: Table) -> str:
+    """The same table as on the terminal, with what stands under it."""
+    rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
+    made = grid([str(column.header) for column in table.columns], rows)
+    return f"{made}\n\n{table.caption}." if table.caption else made
+
+
+def middle(values: Sequence[float], shown: str = ".0f") -> str:
+    """median (min-max)"""
+    return f"{statistics.median(values):{shown}} ({min(values):{shown}}-{max(values):{shown}})"
+
+
+def mean(values: Sequence[float], shown: str = ".3f") -> str:
+    """mean (one by one)"""
+    return f"{statistics.mean(values):{shown}} ({each(values, shown)})"
+
+
+def each(values: Iterable[float], shown: str = ".3f") -> str:
+    return ", ".join(f"{value:{shown}}" for value in values)
+
+
+def bold_least(values: Sequence[float], shown: Callable[[float], str]) -> list[str]:
+    """Texts, the first of the least values in bold."""
+    least = min(range(len(values)), key=lambda index: values[index])
+    return [f"**{shown(value)}**" if index == least else shown(value) for index, value in enumerate(values)]
+
+
+def short(rate: float) -> str:
+    """A learning rate: 1.2e-2, 0.2."""
+    digits, _, power = f"{rate:.1e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if rate < 0.05 else f"{rate:g}"

@@ -1,0 +1,147 @@
+"""Tables of quality, from the lines of `benchmarks.quality`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..quality import DEFAULT, MORPHS, SEEDS, TASKS, best_rates, cell, identity, seeded
+from ..results import lines_of
+from .markdown import bold_least, each, grid, short
+
+Line = dict[str, Any]
+NAMES = {"dense": "dense", "shared": "**10 % bank**", "equal": "dense, as small as that"}
+MODELS = {"gpt": "GPT, 4 layers of width 128", "wrn": "Wide ResNet 16-2"}
+MORPH_NAMES = {
+    DEFAULT: "**offset, chunks of 16 (default)**",
+    **{f"offset:chunk={n}": f"offset, chunks of {n}" for n in (8, 9, 64)},
+    "offset:chunk=16,gains=false": "no gains",
+    "offset:chunk=16,gains=true": "with gains",
+    "offset:chunk=16,templates=2": "two templates",
+    **{f"offset:chunk=16,rank={n}": f"a low-rank difference, rank {n}" for n in (2, 4)},
+}
+
+
+def _by_identity() -> dict[str, Line]:
+    return {identity(line): line for line in lines_of("quality")}
+
+
+def _at_best(task: str, kind: str) -> tuple[float, list[Line]]:
+    """A kind's best rate, and its line for each seed."""
+    lines = lines_of("quality")
+    rate = best_rates(lines)[task, kind]
+    known = {identity(line): line for line in lines}
+    return rate, [known[identity(cell(task, kind, rate, seed, seeded(kind, seed)))] for seed in SEEDS]
+
+
+def against_equal(task: str) -> str:
+    """Dense, 10 % and equal-parameter dense at their best rates: losses, and accuracies where there are any."""
+    rows = []
+    for kind, name in NAMES.items():
+        rate, runs = _at_best(task, kind)
+        losses = [run["validation_loss"] for run in runs]
+        row = [name, f"{runs[0]['parameters']:,}", short(rate), f"{statistics.mean(losses):.3f}", each(losses)]
+        if "validation_accuracy" in runs[0]:
+            accuracies = [100 * run["validation_accuracy"] for run in runs]
+            row += [f"{statistics.mean(accuracies):.2f}", each(accuracies, ".2f")]
+        rows.append(row)
+    headings = ["", "parameters", "best rate", "validation loss, mean", "seed by seed"]
+    return grid([*headings, "accuracy in %, mean", "seed by seed"][: len(rows[0])], rows)
+
+
+def in_short() -> str:
+    """Both tasks, for README."""
+    rows = []
+    for task, model in MODELS.items():
+        for kind, name in NAMES.items():
+            _, runs = _at_best(task, kind)
+            if "validation_accuracy" in runs[0]:
+                values = [100 * run["validation_accuracy"] for run in runs]
+                quality = f"accuracy {statistics.mean(values):.1f} % ({each(values, '.1f')})"
+            else:
+                values = [run["validation_loss"] for run in runs]
+                quality = f"loss {statistics.mean(values):.3f} ({each(values)})"
+            numbers = runs[0]["parameters"]
+            named = f"{model}: {name}" if kind == "dense" else name
+            rows.append([named, f"{numbers:,}", f"{4e-6 * numbers:.2f} MB", quality])
+    return grid(("", "trainable", "sent per step", "quality, mean (seed by seed)"), rows)
+
+
+def lengths() -> str:
+    """Losses of `target` by budget and steps, means over the seeds that are there; bold: at or below dense's."""
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    sizes: dict[str, int] = {}
+    for line in lines_of("quality"):
+        if line["suite"] not in ("target", "target-confirm"):
+            continue
+        budget, steps = line["overrides"].get("share.budget"), line["overrides"]["steps"]
+        side = f"{budget:.0%}" if budget else {"dense": "dense", "equal": "dense, as small as 10 %"}[line["kind"]]
+        seeds = found.setdefault(side, {}).setdefault(steps, {})
+        seeds[line["seed"]] = min(seeds.get(line["seed"], line["validation_loss"]), line["validation_loss"])
+        sizes[side] = line["parameters"]
+    columns = sorted({steps for runs in found.values() for steps in runs})
+    target = statistics.mean(found["dense"][TASKS["gpt"]["steps"]].values())
+    rows = []
+    for side in sorted(found, key=lambda side: sizes[side]):
+        texts = []
+        for steps in columns:
+            losses = list(found[side].get(steps, {}).values())
+            text = f"{statistics.mean(losses):.3f}" if losses else ""
+            reached = f"**{text}**" if losses and statistics.mean(losses) <= target else text
+            texts.append(f"{reached} ({len(losses)})" if losses else "")
+        rows.append([side, f"{sizes[side]:,}", *texts])
+    return grid(("", "parameters", *(f"{steps:,} steps" for steps in columns)), rows)
+
+
+def budgets(optimizer: str) -> str:
+    """Mean losses of three seeds by budget and rate."""
+    found: dict[float | None, dict[float, list[float]]] = {}
+    for line in lines_of("quality"):
+        overrides = line["overrides"]
+        if line["kind"] == "budgets" and overrides["optimizer.name"] == optimizer:
+            rates = found.setdefault(overrides.get("share.budget"), {})
+            rates.setdefault(overrides["optimizer.lr"], []).append(line["validation_loss"])
+    rates = sorted({rate for losses in found.values() for rate, seeds in losses.items() if len(seeds) == len(SEEDS)})
+    rows = []
+    for budget, losses in sorted(found.items(), key=lambda item: item[0] or 0):
+        there = [rate for rate in rates if len(losses.get(rate, [])) == len(SEEDS)]
+        texts = bold_least([statistics.mean(losses[rate]) for rate in there], lambda value: f"{value:.3f}")
+        shown = dict(zip(there, texts, strict=True))
+        rows.append([f"{budget:.0%}" if budget else "dense", *(shown.get(rate, "") for rate in rates)])
+    return grid(({"adamw": "AdamW", "sgd": "SGD"}[optimizer], *(short(rate) for rate in rates)), rows)
+
+
+def morphs(task: str) -> str:
+    """Every morph at 10 %, seeds of its mapping one by one, best mean first."""
+    rate, known = best_rates(lines_of("quality"))[task, "shared"], _by_identity()
+    found: list[tuple[str, list[Line]]] = []
+    variants: list[tuple[str, dict[str, Any]]] = [
+        (MORPH_NAMES.get(m, m), {"share.morph": m}) for m in (DEFAULT, *MORPHS[task])
+    ]
+    variants += [("a bank per shape", {"share.mapping": "shape"}), ("two banks by depth", {"share.mapping": "depth:2"})]
+    for name, more in variants:
+        wanted = [
+            cell(task, "shared", rate, more={**more, **({"share.seed": seed} if seed else {})}) for seed in SEEDS[:2]
+        ]
+        found.append((name, [known[identity(one)] for one in wanted if identity(one) in known]))
+    what, scale, shown, sign = "validation_loss", 1.0, ".3f", 1
+    if "validation_accuracy" in found[0][1][0]:
+        what, scale, shown, sign = "validation_accuracy", 100.0, ".2f", -1
+    found.sort(key=lambda item: sign * statistics.mean(run[what] for run in item[1]))
+    rows = [[name, each((scale * run[what] for run in runs), shown)] for name, runs in found]
+    quality = "accuracy in %" if sign < 0 else "validation loss"
+    return grid((f"{MODELS[task]}, rate {short(rate)}", f"{quality}, by mapping seed"), rows)
+
+
+def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, Callable[[], str]]:
+    return {f"{function.__name__.replace('_', '-')}-{name}": lambda name=name: function(name) for name in arguments}
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality-in-short": in_short,
+    "lengths": lengths,
+    **_of(against_equal, list(MODELS)),
+    **_of(morphs, list(MODELS)),
+    **_of(budgets, ["adamw", "sgd"]),
+}

@@ -1,0 +1,134 @@
+"""Tables of what runs do on a network: faults, bytes at the interface, overlap, hostile files."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ..faults import FAULTS
+from ..overlap import SIDES
+from ..results import latest, lines_of
+from .markdown import bold_least, each, grid, mean, middle, short
+
+Line = dict[str, Any]
+
+
+def faults() -> str:
+    """Both engines in one row; the newest line of each cell counts."""
+    found = latest(lines_of("faults"), ("fault", "engine"))
+    rows = []
+    for name in FAULTS:
+        both = [found[name, engine] for engine in ("ddp", "zero-1")]
+        seconds = ["-" if line["detected_s"] is None else f"{line['detected_s']:.2g}" for line in both]
+        rows.append(
+            [
+                name,
+                ", ".join(seconds) if any(line["started_again"] for line in both) else "it waits, and goes on",
+                _same(str(line["steps_lost"]) for line in both),
+                _same("YES" if line["hang"] else "no" for line in both),
+                _same("yes" if line["checkpoint_whole"] else "yes, the one before" for line in both),
+                _same("yes" if line["equal"] else f"NO ({', '.join(line['differs'])})" for line in both),
+            ]
+        )
+    headings = (
+        "fault",
+        "detected, s: DDP, ZeRO-1",
+        "steps lost",
+        "hang",
+        "good checkpoint left",
+        "resumed = undisturbed",
+    )
+    return grid(headings, rows)
+
+
+def _same(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))
+
+
+def elastic() -> str:
+    """One row per change, one number per repetition."""
+    found = [line for line in lines_of("elastic") if "→" in line["change"]]
+    rows = []
+    for change in dict.fromkeys(line["change"] for line in found):
+        sides = [
+            [line for line in found if line["change"] == change and line["budget"] == side] for side in ("10%", "null")
+        ]
+        again = (_same(str(line["steps_lost"]) for line in side) for side in sides)
+        rows.append([change, *(each((line["seconds"] for line in side), ".1f") for side in sides), *again])
+    return grid(("ranks", "10 % bank, s", "dense, s", "steps made again: bank", "dense"), rows)
+
+
+def lab_bytes() -> str:
+    """One row per engine and size."""
+    rows = []
+    for line in latest(lines_of("lab_bytes"), ("engine", "parameters")).values():
+        hosts = [f"{ratio:.4f}" for ratio in line["sent_to_plan"]]
+        size = [f"{line['parameters']:,}", f"{line['steps']:,}", f"{line['plan_bytes'] / 1e6:,.0f}"]
+        rows.append([f"{line['engine']}, {line['launcher']}", *size, *hosts])
+    return grid(("engine, launcher", "parameters", "steps", "plan, MB per host", "host 0", "1", "2", "3"), rows)
+
+
+def fuzz() -> str:
+    headings = ("reader", "inputs", "taken: the change did not matter", "other failures", "slowest, s")
+    rows = [
+        [
+            line["reader"],
+            *(f"{line['inputs']:,}", f"{line['accepted']:,}", str(line["failures"]), f"{line['slowest_s']:.2f}"),
+            f"{line['excess_per_file_byte']:.1f}",
+        ]
+        for line in latest(lines_of("fuzz"), ("reader",)).values()
+    ]
+    return grid((*headings, "most beyond the good file, bytes per byte"), rows)
+
+
+def overlap() -> str:
+    """The runs of the newest commit."""
+    found = lines_of("overlap")
+    found = [line for line in found if line["commit"] == found[-1]["commit"]]
+    rows = []
+    for side in SIDES:
+        mine = [line for line in found if line["side"] == side]
+        cells = []
+        for key in ("exposed_ms_per_step", "ms_per_step"):
+            cells += [
+                middle([line[key] for line in mine]),
+                f"{statistics.median(line['predicted'][key] for line in mine):.0f}",
+            ]
+        name = "**one bank, one message (default)**" if side == "none" else side
+        rows.append([name, str(mine[0]["predicted"]["rounds"]), f"{mine[0]['bytes_per_step_logical']:,}", *cells])
+    return grid(("", "messages", "bytes per step", "waiting, ms", "predicted", "step, ms", "predicted"), rows)
+
+
+def delay() -> str:
+    """Losses by way and rate; bold: the best rate of each way."""
+    found = lines_of("delay")
+    rates = sorted({line["rate"] for line in found})
+    rows = []
+    for way in dict.fromkeys(line["way"] for line in found):
+        cells = [
+            [line["validation_loss"] for line in found if line["way"] == way and line["rate"] == rate] for rate in rates
+        ]
+        best = bold_least([statistics.mean(cell) for cell in cells], lambda value: f"{value:.3f}")
+        rows.append([way, *(f"{text} {mean(cell).partition(' ')[2]}" for text, cell in zip(best, cells, strict=True))])
+    return grid(("", *(f"rate {short(rate)}" for rate in rates)), rows)
+
+
+def hooks() -> str:
+    """Bytes per step with torch's hooks, on 2 processes."""
+    found = latest(lines_of("engine_bytes"), ("engine", "budget", "ranks", "rank"))
+    names = {
+        "ddp": "no hook",
+        "ddp, fp16 hook": "`fp16_compress_hook`",
+        "ddp, PowerSGD hook": "`powerSGD_hook`, rank 2",
+    }
+    rows = []
+    for engine, name in names.items():
+        rows.append([name, *(f"{found[engine, budget, 2, 0]['logical_bytes']:,.0f}" for budget in (None, 0.1))])
+    return grid(("", "dense", "10 % bank"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{"faults": faults, "elastic": elastic, "lab-bytes": lab_bytes, "fuzz": fuzz},
+    **{"overlap": overlap, "delay": delay, "hooks": hooks},
+}
