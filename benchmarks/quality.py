@@ -272,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="only these")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="cells whose line has one of these")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--table", action="store_true", help="print what is measured so far")
     arguments = parser.parse_args()
@@ -279,7 +280,8 @@ def main() -> None:
     for suite in chosen(parser, arguments.suites, SUITES):
         done = {identity(line) for line in results.lines()}
         cells = [one for one in SUITES[suite]() if one["task"] in arguments.tasks]
-        wanted = [one for one in cells if identity(one) not in done]
+        named = {identity(one): one for one in cells if any(text in identity(one) for text in arguments.only)}
+        wanted = [one for name, one in named.items() if name not in done]
         print(f"{suite}: {len(wanted)} cells to measure", flush=True)
         with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
             for measured in pool.imap_unordered(run, wanted):
