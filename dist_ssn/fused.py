@@ -13,7 +13,8 @@ Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B numbers in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -102,54 +103,59 @@ class _Run(NamedTuple):
     """Where it begins in the bank."""
     here: int
     """Where it begins in the weight."""
-    length: int
-    chunk: int
+    chunks: int
+    width: int
+    """Numbers of each chunk."""
+    first: int
+    """Its first chunk in the weight."""
 
     def of(self, bank: Tensor) -> Tensor:
-        """Its numbers in the bank, [chunks, numbers of each]."""
-        return self._rows(bank[self.there : self.there + self.length])
+        """Its numbers in the bank [B], [chunks, width]."""
+        return bank.as_strided((self.chunks, self.width), (self.width, 1), bank.storage_offset() + self.there)
 
     def at(self, weight: Tensor) -> Tensor:
-        """Its numbers in the weight [n], [chunks, numbers of each]."""
-        return self._rows(weight[self.here : self.here + self.length])
+        """Its numbers in the weight [n], [chunks, width]."""
+        return weight.as_strided((self.chunks, self.width), (self.width, 1), weight.storage_offset() + self.here)
 
     def of_chunks(self, factor: Tensor) -> Tensor:
         """Its chunks' part of what there is one of per chunk [q, 1]."""
-        return factor[self.here // self.chunk : -(-(self.here + self.length) // self.chunk)]
-
-    def _rows(self, numbers: Tensor) -> Tensor:
-        return numbers.view(-1, min(self.chunk, self.length))
+        return factor[self.first : self.first + self.chunks]
 
 
-def _runs(slot: Slot, k: int, bank: int) -> Iterator[_Run]:
+def _runs(slot: Slot, k: int, bank: int) -> tuple[_Run, ...]:
     """Template k, cut where it passes the bank's end, and there at the borders of the chunk too."""
-    there, here, end = (slot.start + k * slot.numel) % bank, 0, slot.numel
-    while here < end:
-        length = min(bank - there, end - here)
-        to_border = -here % slot.chunk
+    return _cut((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut(there: int, numel: int, chunk: int, bank: int) -> tuple[_Run, ...]:
+    runs, here = [], 0
+    while here < numel:
+        length = min(bank - there, numel - here)
+        to_border = -here % chunk
         if to_border:
             length = min(length, to_border)
-        elif length > slot.chunk:
-            length -= length % slot.chunk
-        yield _Run(there, here, length, slot.chunk)
+        elif length > chunk:
+            length -= length % chunk
+        width = min(chunk, length)
+        runs.append(_Run(there, here, length // width, width, here // chunk))
         there, here = (there + length) % bank, here + length
+    return tuple(runs)
 
 
 def _signs(slot: Slot, seed: int, k: int, bank: Tensor) -> Tensor:
     """The signs of template k, [q, 1]."""
     count = slot.numel // slot.chunk
-    first = sign_start(seed, slot.name, k)
-    return sign_table(seed, count + 1, bank.device, bank.dtype)[first : first + count].unsqueeze(1)
+    table = sign_table(seed, count + 1, bank.device, bank.dtype)
+    return table.as_strided((count, 1), (1, 1), sign_start(seed, slot.name, k))
 
 
 def _factor(slot: Slot, signs: Tensor, row_gains: Tensor | None, coefficients: Tensor, k: int) -> Tensor:
     """What each chunk of template k is multiplied by, [q, 1]: row gains too where a row is whole chunks."""
-    factor = signs * slot.scale
-    if slot.coefficients:
-        factor = factor * coefficients[k]
+    scale: float | Tensor = slot.scale * coefficients[k] if slot.coefficients else slot.scale
     if row_gains is not None and _rows_are_chunks(slot):
-        factor = (factor.view(slot.rows, -1) * row_gains.unsqueeze(1)).view(-1, 1)
-    return factor
+        return (signs.view(slot.rows, -1) * (row_gains * scale).unsqueeze(1)).view(-1, 1)
+    return signs * scale
 
 
 def _signed(slot: Slot, k: int, signs: Tensor, bank: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""What the benchmarks compute from what they measured; that they measure is seen when they run."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from benchmarks.bench import AS_ROOT, PROFILES
+from benchmarks.generation import nanoseconds, stack
+from benchmarks.memory import allocations, measure
+from benchmarks.memory import table as memory_table
+from benchmarks.scaling import CLUSTERS, WORKERS
+from benchmarks.scaling import tables as scaling_tables
+
+
+def cells(table) -> list[tuple[str, ...]]:
+    return list(zip(*(column.cells for column in table.columns), strict=True))
+
+
+def test_every_step_of_make_bench_is_a_benchmark() -> None:
+    names = {step.split()[0] for steps in PROFILES.values() for step in steps}
+    assert set(AS_ROOT) <= names
+    for name in names:
+        assert importlib.util.find_spec(f"benchmarks.{name}") is not None, name
+
+
+def test_every_allocation_is_seen() -> None:
+    changes = allocations(lambda: torch.ones(1000).sum())
+    assert changes[0] == 4000 and sum(changes) == 0
+    kept = []
+    assert sum(allocations(lambda: kept.append(torch.ones(500, dtype=torch.float64)))) == 4000
+
+
+def test_a_bank_takes_less_memory_than_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = (lambda: torch.nn.Linear(256, 256), torch.randn(8, 256), torch.randint(256, (8,)))
+    monkeypatch.setattr("benchmarks.memory.MODELS", {"small": lambda: small})
+    dense, shared = measure("small", None), measure("small", 0.1)
+    assert dense["gradient_bytes"] == 4 * dense["parameters"] == 4 * (256 * 256 + 256)
+    assert dense["optimizer_bytes"] >= 8 * dense["parameters"] > 8 * shared["parameters"]
+    assert dense["held_bytes"] >= 12 * dense["parameters"]
+    assert shared["peak_bytes"] < dense["peak_bytes"] and dense["left_bytes"] == shared["left_bytes"] == 0
+    assert cells(memory_table([dense, shared]))[1][-1] == f"{shared['peak_bytes'] / dense['peak_bytes']:.3f}"
+
+
+def test_generation_is_timed_for_every_weight() -> None:
+    banks = stack(layers=3, width=32, budget=1000)
+    assert sum(len(bank.group.slots) for bank in banks) == 3 and sum(bank.group.size for bank in banks) <= 1000
+    before = [parameter.clone() for bank in banks for parameter in bank.parameters()]
+    found = nanoseconds(banks, repetitions=3)
+    for middle, least, most in found.values():
+        assert 0 < least <= middle <= most
+    assert all(torch.equal(a, b) for a, b in zip(before, (p for bank in banks for p in bank.parameters()), strict=True))
+
+
+def test_efficiency_is_what_the_network_leaves() -> None:
+    cell = {"what": "measured", "hosts": 4, "batch": 16, "mbit": 50.0, "budget": None}
+    times = [(400, 100), (500, 110), (600, 90)]
+    lines = [
+        {**cell, "repetition": i, "slow_ms": slow, "fast_ms": fast, "slow_predicted_ms": 450, "fast_predicted_ms": 90}
+        for i, (slow, fast) in enumerate(times)
+    ]
+    measured, modelled = scaling_tables(lines)
+    assert cells(measured) == [("4", "16 (weak and strong)", "50", "dense", "500 (400-600)", "100", "20%", "20%")]
+    assert cells(modelled) == []
+    sides = {"dense_ms_per_step": 200.0, "dense_efficiency": 0.5, "shared_ms_per_step": 100.0, "shared_efficiency": 1.0}
+    rows = [{"what": "modelled", "cluster": CLUSTERS[0], "processes": count, **sides} for count in WORKERS]
+    dense, shared = cells(scaling_tables(rows)[1])
+    assert dense[:3] == (CLUSTERS[0], "dense", "50% (200 ms)") and shared[1:3] == ("shared", "100% (100 ms)")
