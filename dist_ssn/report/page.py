@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
+from rich.table import Table
+
 from .table import Column, human_bytes
 
 STYLE = """
@@ -36,6 +39,12 @@ class Grid:
     caption: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def terminal(self) -> Table:
+        table = Table(*map(escape, self.headings), title=escape(self.caption))
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        return table
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`dist-ssn report`: the runs' files, as a table on the terminal; and as a page, Markdown and pictures in a folder."""
+"""`dist-ssn report`: runs and measurements, as tables on the terminal; and as a page, Markdown and pictures in a folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from rich.console import Console
 
 from dist_ssn.errors import UserError
 
+from .offline import offline_files, read_offline
 from .page import Page, Picture, ledger_grid, runs_grid
 from .plot import plot_loss_against_bytes, plot_loss_against_seconds, plot_loss_against_steps
+from .results import result_files, results_grid
 from .table import columns_of, human_bytes, summary_table
 
 BANDWIDTHS = (10, 100, 1000)
@@ -30,16 +32,20 @@ _NUMBERS = (
 
 
 def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
-    """The rows of runs, from their `summary.json`.
+    """The rows of runs, from their `summary.json` or from what W&B keeps of them.
 
     Args:
-        paths: summaries, folders of runs, or folders of folders of runs.
+        paths: summaries, folders of runs, or folders of folders of runs; W&B's offline runs, or a folder of them.
 
     Raises:
         UserError: a path has no summary, or one that cannot be read; says which field is missing.
     """
     rows = []
-    for file in dict.fromkeys(file for path in paths for file in _summaries(Path(path))):
+    for file in dict.fromkeys(file for path in paths for file in _files(Path(path))):
+        if file.suffix == ".wandb":
+            rows.append(read_offline(file))
+            _check(rows[-1], str(file))
+            continue
         try:
             content = json.loads(file.read_text())
             found = content["rows"]
@@ -58,15 +64,17 @@ def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _summaries(path: Path) -> list[Path]:
+def _files(path: Path) -> list[Path]:
+    """Summaries, or W&B's logs where there are none."""
     if path.is_file():
         return [path]
     if (path / "summary.json").is_file():
         return [path / "summary.json"]
-    if found := sorted(path.glob("*/summary.json")):
+    if found := sorted(path.glob("*/summary.json")) or offline_files(path):
         return found
     raise UserError(
-        f"there is no summary.json in {path}: give the folder of a finished run, or a folder of such folders"
+        f"there is no summary.json in {path}: give the folder of a finished run, a folder of such folders, a W&B offline run, "
+        "or results of a benchmark"
     )
 
 
@@ -102,26 +110,37 @@ def report(
     """Prints the comparing table of runs; writes it into a folder, with plots of their losses and their bytes by purpose.
 
     Args:
-        paths: see `read_rows`.
+        paths: see `read_rows`; or results of benchmarks (`*.jsonl`, or a folder of such files), which are tables beside.
         output: folder for `index.html`, `report.md` and the PNGs that they show; None writes nothing.
 
     Returns: the files written; there is no plot against bytes when every run was a single process, which sends nothing.
 
     Raises:
-        UserError: see `read_rows`; or a file cannot be written.
+        UserError: see `read_rows` and `results_grid`; or a file cannot be written.
     """
     console = console or Console()
-    rows = read_rows(paths)
-    console.print(summary_table(rows))
+    results = [Path(path) for path in paths if result_files(Path(path))]
+    runs = [path for path in paths if Path(path) not in results]
+    rows = read_rows(runs) if runs or not results else []
+    grids = [results_grid(path) for path in results]
+    if rows:
+        console.print(summary_table(rows))
+    for grid in grids:
+        console.print(grid.terminal())
     if output is None:
         return []
     folder = Path(output)
     pictures = draw(rows, folder)
     ledgers = {str(row["name"]): row["ring_bytes_by_purpose"] for row in rows if row.get("ring_bytes_by_purpose")}
-    parts = [runs_grid(columns_of(rows), rows), *pictures, ledger_grid(ledgers)]
-    names = ", ".join(str(row["name"]) for row in rows)
-    lead = f"{len(rows)} {'run' if len(rows) == 1 else 'runs'}, from the files that training left: {names}."
-    page = Page("Runs compared", lead, [part for part in parts if part is not None])
+    parts = [runs_grid(columns_of(rows), rows) if rows else None, *pictures, ledger_grid(ledgers), *grids]
+    names = ", ".join([*(str(row["name"]) for row in rows), *(str(path) for path in results)])
+    counts = [(len(rows), "run"), (len(results), "set of results")]
+    told = " and ".join(f"{count} {what}" if count == 1 else _plural(count, what) for count, what in counts if count)
+    page = Page(
+        "Runs compared",
+        f"{told}, from the files that they left: {names}.",
+        [part for part in parts if part is not None],
+    )
     written = [folder / picture.file for picture in pictures]
     for name, text in (("index.html", page.html()), ("report.md", page.markdown())):
         try:
@@ -133,6 +152,11 @@ def report(
     for path in written:
         console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return written
+
+
+def _plural(count: int, what: str) -> str:
+    first, _, rest = what.partition(" ")
+    return f"{count} {first}s {rest}".rstrip()
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:
