@@ -26,7 +26,7 @@ SHORT = (
     "step_time --models gpt-256 gpt-512 wrn-16-4",
     "engine_bytes --ranks 2",
     "checkpoints --what size",
-    "prediction --mbit 100 --repetitions 1",
+    "prediction --mbit 50 --repetitions 1",
     "scaling measured modelled --hosts 2 4 --repetitions 1",
 )
 FULL = (

@@ -1,6 +1,6 @@
 """What `dist-ssn plan --cluster` says of a step, against the step in the lab: models × budgets × bandwidths × engines.
 
-    sudo python -m benchmarks.prediction [--hosts 2] [--mbit 20 100] [--repetitions 3]
+    sudo python -m benchmarks.prediction [--hosts 2] [--mbit 50 200] [--repetitions 3]
     python -m benchmarks.prediction --table
 
 Compute is measured once per model and budget, on all hosts at once (`--calibrate`), and every prediction of it is made from that
@@ -125,7 +125,7 @@ def table(lines: list[Line]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=2)
-    parser.add_argument("--mbit", nargs="+", type=float, default=[20, 100])
+    parser.add_argument("--mbit", nargs="+", type=float, default=[50, 200])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import statistics
 import tempfile
@@ -52,6 +51,19 @@ TASKS: dict[str, dict[str, Any]] = {
         "evaluate_every": 312,
         "evaluate_batches": 78,
     },
+    # So few tokens per step that on a slow network a step is all waiting.
+    "gpt-wide": {
+        "model": "gpt",
+        "model_args": {"layers": 4, "width": 256, "heads": 4, "context": 64},
+        "data.name": "text",
+        "steps": 1500,
+        "batch_size": 4,
+        "optimizer.name": "adamw",
+        "optimizer.weight_decay": 0.1,
+        "schedule.warmup": 50,
+        "evaluate_every": 250,
+        "evaluate_batches": 100,
+    },
     # Small enough to try many rates: what a budget does to the best rate.
     "gpt-small": {
         "model": "gpt",
@@ -67,6 +79,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 EQUAL: dict[str, dict[str, Any]] = {
     "gpt": {"layers": 4, "width": 40, "heads": 4, "context": 128},
+    "gpt-wide": {"layers": 4, "width": 80, "heads": 4, "context": 64},
     "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
 }
 """Dense models with at least as many parameters as the 10 % budget leaves."""
@@ -151,35 +164,49 @@ def budgets() -> Iterator[Cell]:
                     yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})
 
 
-LENGTHS = {0.1: (350, 500), 0.25: (350, 500), 0.5: (350, 500), 0.05: (500, 1000), 0.02: (500, 1000, 2000)}
-"""budget → steps of the runs that may come to dense's loss after 500."""
+Side = str | float
+"""A kind of dense model, or the budget of a shared one."""
+TARGETS: dict[str, dict[Side, tuple[tuple[int, ...], tuple[float, ...]]]] = {
+    "gpt": {
+        "dense": ((500,), (6e-3,)),
+        "equal": ((500, 1000, 2000), (1.2e-2,)),
+        **{budget: ((350, 500), (3e-3, 6e-3)) for budget in (0.1, 0.25, 0.5)},
+        0.05: ((500, 1000), (3e-3, 6e-3)),
+        0.02: ((500, 1000, 2000), (3e-3, 6e-3)),
+    },
+    "gpt-wide": {
+        "dense": ((1500,), (7.5e-4, 1.5e-3, 3e-3)),
+        "equal": ((1500, 3000, 6000), (3e-3, 6e-3)),
+        0.1: ((1000, 1500), (7.5e-4, 1.5e-3, 3e-3)),
+        0.05: ((1500, 2250), (7.5e-4, 1.5e-3, 3e-3)),
+        0.02: ((2250, 3000), (1.5e-3, 3e-3)),
+    },
+}
+"""task → side → steps of the runs that may come to the loss at which the dense run ends, and rates for each."""
 
 
 def target(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
-    """Runs of several lengths at each budget, and at the smaller dense model: one seed over two rates."""
-    best = best_rates(ResultFile("quality").lines())
-    for seed in seeds:
-        for kind, lengths in {"dense": (500,), "equal": LENGTHS[0.02]}.items():
-            for steps in lengths:
-                yield cell("gpt", kind, best["gpt", kind], seed, {"steps": steps, "evaluate_every": 50})
-        for budget, lengths in LENGTHS.items():
-            for steps, lr in itertools.product(lengths, (3e-3, 6e-3)):
-                more = {"share.budget": budget, "steps": steps, "evaluate_every": 50, **seeded("shared", seed)}
-                yield cell("gpt", "shared", lr, seed, more)
+    """Runs of several lengths, each with a schedule of its own; one seed over the rates."""
+    for (task, sides), seed in itertools.product(TARGETS.items(), seeds):
+        every = 50 if task == "gpt" else TASKS[task]["evaluate_every"]
+        for side, (lengths, rates) in sides.items():
+            kind = side if isinstance(side, str) else "shared"
+            for steps, lr in itertools.product(lengths, rates):
+                more: dict[str, Any] = {"steps": steps, "evaluate_every": every}
+                more |= {} if isinstance(side, str) else {"share.budget": side, **seeded("shared", seed)}
+                yield cell(task, kind, lr, seed, more)
 
 
 def target_confirm() -> Iterator[Cell]:
-    """The other seeds of `target`, at the better rate of each length."""
-    measured = {identity(line): line["validation_loss"] for line in ResultFile("quality").lines()}
-
-    def twin(one: Cell, lr: float) -> Cell:
-        return {**one, "overrides": {**one["overrides"], "optimizer.lr": lr}}
-
-    chosen = set()
+    """The other seeds of `target`, each length at the best rate of the first; none where that was not measured."""
+    measured = {identity(line): line for line in ResultFile("quality").lines()}
+    best: dict[str, Cell] = {}
     for one in target():
-        losses = {lr: measured.get(identity(twin(one, lr)), math.inf) for lr in (3e-3, 6e-3)}
-        if one["kind"] != "shared" or one["overrides"]["optimizer.lr"] == min(losses, key=lambda lr: losses[lr]):
-            chosen.add(identity(one))
+        line = measured.get(identity(one))
+        name = identity({**one, "overrides": {**one["overrides"], "optimizer.lr": None}})
+        if line is not None and (name not in best or line["validation_loss"] < best[name]["validation_loss"]):
+            best[name] = line
+    chosen = {identity(line) for line in best.values()}
     for one in target(SEEDS[1:]):
         first = {key: value for key, value in one["overrides"].items() if key != "share.seed"}
         if identity({**one, "seed": SEEDS[0], "overrides": first}) in chosen:

@@ -1,12 +1,13 @@
 """How long it takes to come to the loss at which dense training ends, on four hosts, by bandwidth.
 
-    sudo python -m benchmarks.time_to_target curves steps [--mbit 100 1000 10000] [--repetitions 5]
+    sudo python -m benchmarks.time_to_target curves steps [--task gpt-wide] [--mbit 100 1000 10000] [--repetitions 5]
     python -m benchmarks.time_to_target --table
 
 A synchronous method's loss by step does not depend on the network. So time is steps times seconds per step: the steps are those
 of the shortest run whose mean final loss over three seeds is not above dense's (`benchmarks.quality target target-confirm`; runs
-that send 16-bit gradients are made here, by "curves", on two processes), and a step is measured in the lab ("steps"), all sides in
-turn. Four ranks share this machine's processors, which is hard on the sides that send little. Writes results/time_to_target/.
+that send something else than gradients in fp32 are made here, by "curves", on two processes), and a step is measured in the lab
+("steps"), all sides in turn. Four ranks share this machine's processors, which is hard on the sides that send little. Writes
+results/time_to_target/.
 """
 
 from __future__ import annotations
@@ -29,46 +30,57 @@ from rich.table import Table
 
 from dist_ssn.cluster import load_cluster
 
-from .quality import EQUAL, LENGTHS, SEEDS, TASKS
+from .quality import EQUAL, SEEDS, TARGETS, TASKS
 from .results import ResultFile, chosen, lines_of
 
 Line = dict[str, Any]
+Runs = dict[str, dict[int, dict[int, float]]]
+"""side → steps of the run → seed → final loss, at the side's best rate."""
 WARM_UP, STEPS = 10, 30
-FP16 = ["--engine.compress=fp16"]
-SIDES: dict[str, list[str]] = {
-    "dense": [],
-    "dense, fp16": FP16,
-    "dense, as small as 10 %": [f"--model_args={json.dumps(EQUAL['gpt'])}"],
-    **{f"{budget:.0%}": [f"--share.budget={budget}"] for budget in LENGTHS},
-    "10%, fp16": ["--share.budget=0.1", *FP16],
-}
-RATES = {"dense, fp16": 6e-3, "10%, fp16": 3e-3}
-"""Of the sides with curves of their own: the best of the same side in fp32."""
+FP16, POWERSGD, SMALL = "dense, fp16", "dense, PowerSGD rank 2", "dense, as small as 10 %"
+OWN = {FP16: "dense", POWERSGD: "dense", "10%, fp16": "10%"}
+"""Sides with curves of their own → the side in fp32 whose steps and best rate they take."""
 
 
-def settings(steps: int, folder: str, more: Iterable[str]) -> list[str]:
-    """A recipe: the GPT of `benchmarks.quality`."""
-    task = {key: value if isinstance(value, str) else json.dumps(value) for key, value in TASKS["gpt"].items()}
-    task |= {"name": "run", "steps": str(steps), "output": folder, "threads": "1"}
-    return ["train", "--no-progress", *(f"--{key}={value}" for key, value in task.items()), *more]
-
-
-def curve(side: str, seed: int) -> Line:
-    """A whole run on two processes of this machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        more = [*SIDES[side], f"--optimizer.lr={RATES[side]}", f"--seed={seed}"]
-        more += [f"--share.seed={seed}"] if "budget" in str(SIDES[side]) else []
-        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
-        command = [sys.executable, *launch, "-m", "dist_ssn.cli", *settings(TASKS["gpt"]["steps"], folder, more)]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        row = json.loads((Path(folder) / "run" / "summary.json").read_text())["rows"][0]
+def sides(task: str) -> dict[str, list[str]]:
+    """name → what its recipe says; every budget of `quality.TARGETS`."""
+    fp16 = ["--engine.compress=fp16"]
+    budgets = {f"{side:.0%}": [f"--share.budget={side}"] for side in TARGETS[task] if isinstance(side, float)}
     return {
-        **{"what": "curve", "side": side, "seed": seed, "steps": TASKS["gpt"]["steps"]},
-        "validation_loss": row["validation_loss"],
+        "dense": [],
+        FP16: fp16,
+        POWERSGD: [],
+        SMALL: [f"--model_args={json.dumps(EQUAL[task])}"],
+        **budgets,
+        "10%, fp16": ["--share.budget=0.1", *fp16],
     }
 
 
-def step(side: str, mbit: float) -> Line:
+def program(task: str, side: str, steps: int, folder: str, more: Iterable[str]) -> list[str]:
+    """A command line of training, for a launcher."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in TASKS[task].items()}
+    texts |= {"name": "run", "steps": str(steps), "output": folder, "threads": "1"}
+    return ["train", "--no-progress", *(f"--{key}={value}" for key, value in texts.items()), *sides(task)[side], *more]
+
+
+def script(side: str) -> list[str]:
+    return [str(Path(__file__).with_name("powersgd.py"))] if side == POWERSGD else []
+
+
+def curve(task: str, side: str, steps: int, rate: float, seed: int) -> Line:
+    """A whole run on two processes of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        more = [f"--optimizer.lr={rate}", f"--seed={seed}", *([f"--share.seed={seed}"] if "%" in side else [])]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+        target = script(side) or ["-m", "dist_ssn.cli"]
+        command = [sys.executable, *launch, *target, *program(task, side, steps, folder, more)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        row = json.loads((Path(folder) / "run" / "summary.json").read_text())["rows"][0]
+    cell = {"what": "curve", "task": task, "side": side, "seed": seed, "steps": steps, "rate": rate}
+    return {**cell, "validation_loss": row["validation_loss"]}
+
+
+def step(task: str, side: str, mbit: float) -> Line:
     """Milliseconds per step on four emulated hosts."""
     cluster = load_cluster("emulated-100mbit")
     facts = {
@@ -78,102 +90,122 @@ def step(side: str, mbit: float) -> Line:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "cluster.yaml").write_text(yaml.safe_dump(facts))
         lab = ["-m", "dist_ssn.cli", "lab", "run", f"--cluster={folder}/cluster.yaml", f"--logs={folder}/logs", "--"]
-        more = [*SIDES[side], f"--evaluate_every={WARM_UP}", "--evaluate_batches=1", "--schedule.warmup=1"]
-        program = settings(WARM_UP + STEPS, folder, more)
-        subprocess.run([sys.executable, *lab, *program], check=True, capture_output=True)
-        row = json.loads((Path(folder) / "run" / "summary.json").read_text())["rows"][0]
+        more = [f"--evaluate_every={WARM_UP}", "--evaluate_batches=1", "--schedule.warmup=1"]
+        command = [sys.executable, *lab, *script(side), *program(task, side, WARM_UP + STEPS, folder, more)]
+        subprocess.run(command, check=True, capture_output=True)
+        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
+    (row,) = summary["rows"]
     kept = ("ms_per_step", "bytes_per_step_logical", "bytes_per_step_ring", "parameters")
-    return {"what": "step", "side": side, "mbit": mbit, "hosts": cluster.nodes, **{key: row[key] for key in kept}}
+    cell = {"what": "step", "task": task, "side": side, "mbit": mbit, "hosts": cluster.nodes}
+    return {**cell, **{key: row[key] for key in kept}}
 
 
-def final_losses(quality: Iterable[Line], own: Iterable[Line]) -> dict[str, dict[int, dict[int, float]]]:
-    """side → steps of the run → seed → final loss, at the side's best rate."""
+def side_of(line: Line) -> str:
+    """The name of what a line of `benchmarks.quality` measured."""
+    budget = line["overrides"].get("share.budget")
+    return f"{budget:.0%}" if budget else SMALL if line["kind"] == "equal" else str(line["kind"])
+
+
+def final_losses(task: str, quality: Iterable[Line], own: Iterable[Line]) -> tuple[Runs, dict[str, float]]:
+    """The losses of all runs, and the best rate of each side's first seed at its longest run."""
     found: dict[str, dict[int, dict[int, dict[float, float]]]] = {}
     for line in quality:
-        if line["suite"] not in ("target", "target-confirm"):
+        if line["suite"] not in ("target", "target-confirm") or line["task"] != task:
             continue
         overrides = line["overrides"]
-        budget = overrides.get("share.budget")
-        side = f"{budget:.0%}" if budget else {"dense": "dense", "equal": "dense, as small as 10 %"}[line["kind"]]
-        rates = found.setdefault(side, {}).setdefault(overrides["steps"], {}).setdefault(line["seed"], {})
+        rates = found.setdefault(side_of(line), {}).setdefault(overrides["steps"], {}).setdefault(line["seed"], {})
         rates[overrides["optimizer.lr"]] = line["validation_loss"]
+    for line in own:
+        if line["what"] == "curve" and line["task"] == task:
+            runs = found.setdefault(line["side"], {}).setdefault(line["steps"], {})
+            runs.setdefault(line["seed"], {})[line["rate"]] = line["validation_loss"]
     losses = {
         side: {steps: {seed: min(rates.values()) for seed, rates in seeds.items()} for steps, seeds in runs.items()}
         for side, runs in found.items()
     }
-    for line in own:
-        if line["what"] == "curve":
-            losses.setdefault(line["side"], {}).setdefault(line["steps"], {})[line["seed"]] = line["validation_loss"]
-    return losses
+    best = {}
+    for side, runs in found.items():
+        rates = runs[max(runs)].get(SEEDS[0], {})
+        if rates:
+            best[side] = min(rates, key=lambda rate: rates[rate])
+    return losses, best
 
 
-def table(losses: dict[str, dict[int, dict[int, float]]], lines: list[Line]) -> Table:
+def steps_to(target: float, runs: dict[int, dict[int, float]]) -> tuple[int, list[float]] | None:
+    """The shortest run, of all seeds, whose mean loss is not above `target`, and its losses."""
+    for steps, seeds in sorted(runs.items()):
+        if len(seeds) == len(SEEDS) and statistics.mean(seeds.values()) <= target:
+            return steps, list(seeds.values())
+    return None
+
+
+def table(task: str, losses: Runs, lines: Iterable[Line]) -> Table:
     """Steps and time to dense's final loss, side by side."""
-    bandwidths = sorted({line["mbit"] for line in lines if line["what"] == "step"})
+    measured = [line for line in lines if line["what"] == "step" and line["task"] == task]
+    bandwidths = sorted({line["mbit"] for line in measured})
     columns = ["side", "sent per step, kB (ring)", "steps to the target", "final loss there: mean (seeds)"]
-    shown = Table(*columns, *(f"at {mbit:g} Mbit/s: ms per step, time, dense / this" for mbit in bandwidths))
-    target = statistics.mean(losses["dense"][TASKS["gpt"]["steps"]].values())
-    times: dict[tuple[str, float], float] = {}
-    for side in SIDES:
-        runs = {
-            steps: list(seeds.values()) for steps, seeds in losses.get(side, {}).items() if len(seeds) == len(SEEDS)
-        }
-        reached = [steps for steps, values in sorted(runs.items()) if statistics.mean(values) <= target]
-        steps = reached[0] if reached else max(runs, default=0)
-        values = runs.get(steps, [])
+    shown = Table(*columns, *(f"at {mbit:g} Mbit/s: ms per step; time; dense / this" for mbit in bandwidths))
+    length = TASKS[task]["steps"]
+    target = statistics.mean(losses["dense"][length].values())
+    for side in sides(task):
+        mine = [line for line in measured if line["side"] == side]
+        runs, reached = losses.get(side, {}), steps_to(target, losses.get(side, {}))
+        whole = {steps: list(seeds.values()) for steps, seeds in runs.items() if len(seeds) == len(SEEDS)}
+        if not mine or not whole:
+            continue
+        steps, values = reached or (max(whole), whole[max(whole)])
         seeds = ", ".join(f"{value:.3f}" for value in values)
-        mine = [line for line in lines if line["what"] == "step" and line["side"] == side]
-        sent = f"{mine[0]['bytes_per_step_ring'] / 1000:,.0f}" if mine else ""
-        row = [
-            side,
-            sent,
-            str(steps) if reached else f"not in {steps}",
-            f"{statistics.mean(values or [0]):.3f} ({seeds})",
-        ]
+        row = [side, f"{mine[0]['bytes_per_step_ring'] / 1000:,.0f}", f"{steps:,}" if reached else f"not in {steps:,}"]
+        row.append(f"{statistics.mean(values):.3f} ({seeds})")
         for mbit in bandwidths:
             all_ms = [line["ms_per_step"] for line in mine if line["mbit"] == mbit]
-            if not all_ms:
-                row.append("")
-                continue
-            times[side, mbit] = statistics.median(all_ms) * steps / 1000
-            spread = f"{statistics.median(all_ms):.0f} ({min(all_ms):.0f}-{max(all_ms):.0f}) ms"
-            ratio = times["dense", mbit] / times[side, mbit]
-            row.append(f"{spread}, {times[side, mbit]:.0f} s, {ratio:.2f}" if reached else f"{spread}, never")
+            dense = [line["ms_per_step"] for line in measured if (line["side"], line["mbit"]) == ("dense", mbit)]
+            took = statistics.median(all_ms) * steps / 1000
+            spread = f"{statistics.median(all_ms):.0f} ({min(all_ms):.0f}-{max(all_ms):.0f})"
+            ratio = statistics.median(dense) * length / 1000 / took
+            row.append(f"{spread}; {took:,.0f} s; {ratio:.1f}" if reached else f"{spread}; never")
         shown.add_row(*row)
     return shown
 
 
-def made() -> Table:
+def made(task: str) -> Table:
     """The table of everything measured so far."""
     lines = lines_of("time_to_target")
-    return table(final_losses(lines_of("quality"), lines), lines)
+    return table(task, final_losses(task, lines_of("quality"), lines)[0], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="curves|steps", help="what to measure")
+    parser.add_argument("--task", choices=TARGETS, default="gpt-wide")
     parser.add_argument("--mbit", nargs="+", type=float, default=[100, 1000, 10_000])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
+    task: str = arguments.task
     chosen(parser, arguments.what, ["curves", "steps"])
     results = ResultFile("time_to_target")
     if "curves" in arguments.what:
-        done = {(line["side"], line["seed"]) for line in results.lines() if line["what"] == "curve"}
+        losses, best = final_losses(task, lines_of("quality"), [])
+        target = statistics.mean(losses["dense"][TASKS[task]["steps"]].values())
+        lines = [line for line in results.lines() if line["what"] == "curve" and line["task"] == task]
+        done = {(line["side"], line["seed"]) for line in lines}
         for seed in SEEDS:
-            for side in RATES:
+            for side, twin in OWN.items():
                 if (side, seed) not in done:
-                    results.add(curve(side, seed))
+                    reached = steps_to(target, losses[twin])
+                    steps = reached[0] if reached else max(losses[twin])
+                    results.add(curve(task, side, steps, best[twin], seed))
                     print(side, seed, flush=True)
     if "steps" in arguments.what:
         for repetition in range(arguments.repetitions):
             for mbit in arguments.mbit:
-                for side in SIDES:
-                    line = step(side, mbit)
+                for side in sides(task):
+                    line = step(task, side, mbit)
                     results.add({**line, "repetition": repetition})
                     print(f"{side}, {mbit:g} Mbit/s: {line['ms_per_step']:.0f} ms", flush=True)
     if arguments.table or not arguments.what:
-        Console(width=200).print(made())
+        Console(width=200).print(made(task))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..quality import DEFAULT, MORPHS, SEEDS, TASKS, best_rates, cell, identity, seeded
 from ..results import lines_of
+from ..time_to_target import final_losses, side_of
 from .markdown import bold_least, each, grid, short
 
 Line = dict[str, Any]
@@ -68,28 +69,20 @@ def in_short() -> str:
     return grid(("", "trainable", "sent per step", "quality, mean (seed by seed)"), rows)
 
 
-def lengths() -> str:
-    """Losses of `target` by budget and steps, means over the seeds that are there; bold: at or below dense's."""
-    found: dict[str, dict[int, dict[int, float]]] = {}
-    sizes: dict[str, int] = {}
-    for line in lines_of("quality"):
-        if line["suite"] not in ("target", "target-confirm"):
-            continue
-        budget, steps = line["overrides"].get("share.budget"), line["overrides"]["steps"]
-        side = f"{budget:.0%}" if budget else {"dense": "dense", "equal": "dense, as small as 10 %"}[line["kind"]]
-        seeds = found.setdefault(side, {}).setdefault(steps, {})
-        seeds[line["seed"]] = min(seeds.get(line["seed"], line["validation_loss"]), line["validation_loss"])
-        sizes[side] = line["parameters"]
-    columns = sorted({steps for runs in found.values() for steps in runs})
-    target = statistics.mean(found["dense"][TASKS["gpt"]["steps"]].values())
+def lengths(task: str) -> str:
+    """Losses of `target` by side and steps, means over the seeds that are there; bold: at or below dense's."""
+    losses, _ = final_losses(task, lines_of("quality"), [])
+    sizes = {side_of(line): line["parameters"] for line in lines_of("quality") if line["task"] == task}
+    columns = sorted({steps for runs in losses.values() for steps in runs})
+    target = statistics.mean(losses["dense"][TASKS[task]["steps"]].values())
     rows = []
-    for side in sorted(found, key=lambda side: sizes[side]):
+    for side in sorted(losses, key=lambda side: sizes[side]):
         texts = []
         for steps in columns:
-            losses = list(found[side].get(steps, {}).values())
-            text = f"{statistics.mean(losses):.3f}" if losses else ""
-            reached = f"**{text}**" if losses and statistics.mean(losses) <= target else text
-            texts.append(f"{reached} ({len(losses)})" if losses else "")
+            values = list(losses[side].get(steps, {}).values())
+            text = f"{statistics.mean(values):.3f}" if values else ""
+            reached = f"**{text}**" if values and statistics.mean(values) <= target else text
+            texts.append(f"{reached} ({len(values)})" if values else "")
         rows.append([side, f"{sizes[side]:,}", *texts])
     return grid(("", "parameters", *(f"{steps:,} steps" for steps in columns)), rows)
 
@@ -140,7 +133,7 @@ def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, C
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality-in-short": in_short,
-    "lengths": lengths,
+    **_of(lengths, ["gpt"]),
     **_of(against_equal, list(MODELS)),
     **_of(morphs, list(MODELS)),
     **_of(budgets, ["adamw", "sgd"]),

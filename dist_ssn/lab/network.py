@@ -25,7 +25,7 @@ DEVICE = "e0"  # where the cluster file names none
 ADDRESS = "10.77.0.1"
 MAX_HOSTS = 64
 BURST_SECONDS, LEAST_BURST, LARGEST_BURST = 0.005, 16_384, 1 << 20  # of the rate limit, in seconds and bytes
-QUEUE_MS = 50  # what a port holds before it drops
+QUEUE_SECONDS, LEAST_QUEUE = 0.05, 625_000  # what a port holds before it drops, in seconds or bytes: with less, TCP loses much
 ON_LINE = 1514 / 1448  # bytes of an Ethernet frame for the bytes of a program's in it: TCP and IP take the rest
 
 
@@ -150,7 +150,8 @@ def address_commands(network: Network) -> list[tuple[str, ...]]:
 
 def _limit(rate_bit: int) -> tuple[str, ...]:
     burst = min(max(int(rate_bit / 8 * BURST_SECONDS), LEAST_BURST), LARGEST_BURST)
-    return ("tbf", "rate", f"{rate_bit}bit", "burst", str(burst), "latency", f"{QUEUE_MS}ms")
+    queue = max(int(rate_bit / 8 * QUEUE_SECONDS), LEAST_QUEUE)
+    return ("tbf", "rate", f"{rate_bit}bit", "burst", str(burst), "limit", str(burst + queue))
 
 
 def _loss_commands(host: Host, network: Network) -> Sequence[tuple[str, ...]]:

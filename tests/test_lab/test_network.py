@@ -37,7 +37,7 @@ def test_every_name_is_the_run_s_own() -> None:
     assert words(cable_commands(network))[1] == (
         "ip -n dssn-lab-7x9-sw link add v1 type veth peer name e0 netns dssn-lab-7x9-h1"
     )
-    limit = "root tbf rate 99957459bit burst 62473 latency 50ms"
+    limit = "root tbf rate 99957459bit burst 62473 limit 687473"
     assert words(address_commands(network))[7:] == [
         "ip -n dssn-lab-7x9-h1 link set e0 addrgenmode none",
         "ip -n dssn-lab-7x9-h1 addr add 10.77.0.2/16 dev e0",
