@@ -135,3 +135,16 @@ def ledger_grid(ledgers: Mapping[str, Mapping[str, float]]) -> Grid | None:
         return None
     rows = [[purpose, *(human_bytes(ledger.get(purpose, 0)) for ledger in ledgers.values())] for purpose in purposes]
     return Grid("What was sent, by purpose (ring bytes of one rank)", ["purpose", *ledgers], rows)
+
+
+def prediction_grid(rows: Sequence[Mapping[str, Any]]) -> Grid | None:
+    """What was said of runs beforehand, beside what they did; None if nothing was said of any."""
+    lines = []
+    for row in rows:
+        for line in row.get("prediction", ()):
+            if isinstance(line, dict) and all(
+                isinstance(line.get(key), int | float) for key in ("predicted", "measured", "off")
+            ):
+                shown = (f"{line['predicted']:,.1f}", f"{line['measured']:,.1f}", f"{line['off']:+.1%}")
+                lines.append([str(row["name"]), str(line.get("figure")), *shown])
+    return Grid("Predicted and measured", ["run", "figure", "predicted", "measured", "off"], lines) if lines else None

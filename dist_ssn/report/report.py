@@ -13,7 +13,7 @@ from rich.console import Console
 from dist_ssn.errors import UserError
 
 from .offline import offline_files, read_offline
-from .page import Page, Picture, ledger_grid, runs_grid
+from .page import Page, Picture, ledger_grid, prediction_grid, runs_grid
 from .plot import plot_loss_against_bytes, plot_loss_against_seconds, plot_loss_against_steps
 from .results import result_files, results_grid
 from .table import columns_of, human_bytes, summary_table
@@ -84,6 +84,8 @@ def _beside(content: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(purposes, dict) and all(isinstance(count, int | float) for count in purposes.values()):
         found["ring_bytes_by_purpose"] = purposes
+    if isinstance(content.get("prediction"), list):
+        found["prediction"] = content["prediction"]
     rows = [row for row in ledger if isinstance(row, dict)] if isinstance(ledger, list) else []
     # Where nobody has noted who waited for a collective, all of its time counts; on CUDA there is no time at all.
     waits = [row.get("seconds" if row.get("exposed_seconds") is None else "exposed_seconds") for row in rows]
@@ -132,7 +134,13 @@ def report(
     folder = Path(output)
     pictures = draw(rows, folder)
     ledgers = {str(row["name"]): row["ring_bytes_by_purpose"] for row in rows if row.get("ring_bytes_by_purpose")}
-    parts = [runs_grid(columns_of(rows), rows) if rows else None, *pictures, ledger_grid(ledgers), *grids]
+    parts = [
+        runs_grid(columns_of(rows), rows) if rows else None,
+        *pictures,
+        ledger_grid(ledgers),
+        prediction_grid(rows),
+        *grids,
+    ]
     names = ", ".join([*(str(row["name"]) for row in rows), *(str(path) for path in results)])
     counts = [(len(rows), "run"), (len(results), "set of results")]
     told = " and ".join(f"{count} {what}" if count == 1 else _plural(count, what) for count, what in counts if count)

@@ -92,6 +92,11 @@ class Account:
             "ms_per_step": 1000 * self.clock.median(),
         }
 
+    def exposed_per_step(self) -> dict[str, float]:
+        """How long a step of this process has waited for gradients, in ms; nothing where that was not measured."""
+        exposed, steps = self.meter.ledger.totals("gradients").exposed_seconds, len(self.clock.times)
+        return {} if exposed is None or not steps else {"exposed_ms_per_step": 1000 * exposed / steps}
+
     def ledger(self) -> list[dict[str, Any]]:
         """Of this process and those before it."""
         return merged_rows(self.counters.ledger, self.meter.ledger.rows())

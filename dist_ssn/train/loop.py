@@ -35,6 +35,7 @@ from dist_ssn.train.clock import Clock
 from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
+from dist_ssn.train.predicted import comparison, prediction_of
 from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe
 from dist_ssn.train.saver import Saver, last_checkpoint
 from dist_ssn.train.stop import Stop
@@ -112,6 +113,7 @@ class _Run:
         self.account = Account(meter, self.clock)
         self.losses = Losses(world.device)
         self.resumed_step: int | None = None
+        self.said = prediction_of(recipe)
         self.next_show = 0.0
         self.notes: list[str] = []  # what the user should know before the first step
 
@@ -311,9 +313,14 @@ class _Run:
         }
         summary = self.account.summary(row, self.recipe, self.world)
 
+        if self.said is not None:
+            summary["prediction"] = comparison(self.said, {**row, **self.account.exposed_per_step()})
+
         def write() -> None:
             if self.world.rank == 0:
                 self.tracker.table("ledger", summary["ledger"])
+                if self.said is not None:
+                    self.tracker.table("prediction", summary["prediction"])
                 write_whole(
                     self.folder / "summary.json", json.dumps(jsonable(summary), indent=1, allow_nan=False) + "\n"
                 )

@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-SETTINGS_OF_A_START = ("name", "output", "threads", "checkpoint", "engine", "wandb")  # may differ when a run goes on
+SETTINGS_OF_A_START = (
+    "name",
+    "output",
+    "threads",
+    "checkpoint",
+    "engine",
+    "wandb",
+    "predicted",
+)  # may differ when a run goes on
 
 
 @dataclass(frozen=True)
@@ -196,6 +204,7 @@ class Recipe:
         checkpoint: checkpoints
         engine: how processes work together
         wandb: Weights & Biases
+        predicted: file with what dist-ssn plan --cluster … --json said of this run, to be told beside what it did (ddp, mpi)
         threads: processor threads of each process; null: as torch chooses
     """
 
@@ -219,6 +228,7 @@ class Recipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    predicted: str | None = None
     threads: int | None = None
 
     def to_json(self) -> str:

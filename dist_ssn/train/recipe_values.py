@@ -16,6 +16,7 @@ from dist_ssn.plan.overlap import check_compress, parse_overlap
 from dist_ssn.train.data import DATA
 from dist_ssn.train.models import MODELS
 from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
+from dist_ssn.train.predicted import read_prediction, way_of
 from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe
 from dist_ssn.train.recipe_keys import raise_all, recipe_keys, type_problems
 
@@ -125,6 +126,8 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         yield "schedule.milestones", "must name at least one step, for schedule.name is step"
     if given("share.plan") and not Path(values["share.plan"]).is_file():
         yield "share.plan", f"must be a plan's JSON file, but {values['share.plan']!r} does not exist"
+    if given("predicted"):
+        yield from _prediction_problems(values)
     if given("share.control"):
         yield from _control_problems(values)
     if given("batch_size", "accumulation") and min(values["batch_size"], values["accumulation"]) > 0:
@@ -135,6 +138,20 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
                 f"must be divisible by processes × accumulation = {world_size} × {values['accumulation']} = {parts}, "
                 f"got {values['batch_size']}; the next one is {parts * math.ceil(values['batch_size'] / parts)}",
             )
+
+
+def _prediction_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the file that says what to expect."""
+    if values["engine.name"] not in ("ddp", "mpi"):
+        yield "predicted", f"goes with the engine ddp or mpi, not with {values['engine.name']}"
+    way = way_of(values["share.budget"], values["share.mapping"], values["engine.overlap"])
+    try:
+        read_prediction(Path(values["predicted"]), way)
+    except (OSError, ValueError) as error:
+        yield (
+            "predicted",
+            f"must be what dist-ssn plan --cluster … --json printed, but {values['predicted']}: {error}",
+        )
 
 
 def _control_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
