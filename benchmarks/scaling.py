@@ -23,6 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_ssn.cluster import load_cluster
+from dist_ssn.cost.ways import per_node
+
 from .prediction import MODELS, calibrate, cluster_file, measure, predict
 from .results import ResultFile, chosen, latest
 
@@ -65,18 +68,16 @@ def measured(hosts: list[int], mbit: float, repetition: int, done: set[tuple[Any
 
 
 def modelled() -> Iterator[Line]:
-    """Compute of one process here, on clusters that are not here."""
-    with tempfile.TemporaryDirectory() as name:
-        compute = Path(name) / "compute.json"
-        base = ["plan", "--config=quickstart", "--batch_size=4", "--threads=1", f"--share.budget={BUDGET}"]
-        base += [f"--model_args={json.dumps(MODELS[MODEL])}", f"--workers={','.join(map(str, WORKERS))}", "--json"]
-        source = f"--calibrate={compute}"
-        for cluster in CLUSTERS:
-            command = [sys.executable, "-m", "dist_ssn.cli", *base, f"--cluster={cluster}", source]
-            said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            source = f"--compute={compute}"
-            for row in said["workers"]:
-                yield {"what": "modelled", "cluster": cluster, "batch": 4, "budget": BUDGET, **row}
+    """Compute of one process here, with a batch of 4, on clusters that are not here."""
+    base = ["plan", "--config=quickstart", "--threads=1", f"--share.budget={BUDGET}", "--json"]
+    base += [f"--model_args={json.dumps(MODELS[MODEL])}", f"--workers={','.join(map(str, WORKERS))}"]
+    for name in CLUSTERS:
+        cluster = load_cluster(name)
+        batch = 4 * cluster.nodes * per_node(cluster)
+        command = [sys.executable, "-m", "dist_ssn.cli", *base, f"--cluster={name}", f"--batch_size={batch}"]
+        said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for row in said["workers"]:
+            yield {"what": "modelled", "cluster": name, "budget": BUDGET, **row}
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
