@@ -113,7 +113,9 @@ def table(lines: list[Line]) -> Table:
         errors.append(told / statistics.median(ms) - 1)
         sent = mine[0]["predicted_bytes_per_step_logical"] / mine[0]["bytes_per_step_logical"] - 1
         middle = f"{statistics.median(ms):.0f} ({min(ms):.0f}-{max(ms):.0f})"
-        shown.add_row(*(str(part) for part in key), middle, f"{told:.0f}", f"{errors[-1]:+.0%}", f"{sent:+.1%}")
+        engine, model, budget, hosts, mbit = key
+        named = (engine, model, f"{budget:.0%}" if budget else "dense", str(hosts), f"{mbit:g}")
+        shown.add_row(*named, middle, f"{told:.0f}", f"{errors[-1]:+.0%}", f"{sent:+.1%}")
     if errors:
         sizes = [abs(error) for error in errors]
         shown.caption = (
