@@ -4,7 +4,7 @@
     python -m benchmarks.time_to_target --table
 
 A synchronous method's loss by step does not depend on the network. So time is steps times seconds per step: the steps are those
-of the shortest run whose mean final loss over three seeds is not above dense's (`benchmarks.quality target target-confirm`; runs
+of the shortest run whose mean final loss is not above dense's with the same seeds (`benchmarks.quality target target-confirm`; runs
 that send something else than gradients in fp32 are made here, by "curves", on two processes), and a step is measured in the lab
 ("steps"), all sides in turn. Four ranks share this machine's processors, which is hard on the sides that send little. Writes
 results/time_to_target/.
@@ -131,11 +131,11 @@ def final_losses(task: str, quality: Iterable[Line], own: Iterable[Line]) -> tup
     return losses, best
 
 
-def steps_to(target: float, runs: dict[int, dict[int, float]]) -> tuple[int, list[float]] | None:
-    """The shortest run, of all seeds, whose mean loss is not above `target`, and its losses."""
+def steps_to(dense: dict[int, float], runs: dict[int, dict[int, float]]) -> int | None:
+    """Steps of the shortest run whose mean loss is not above dense's, seeds alike."""
     for steps, seeds in sorted(runs.items()):
-        if len(seeds) == len(SEEDS) and statistics.mean(seeds.values()) <= target:
-            return steps, list(seeds.values())
+        if statistics.mean(seeds.values()) <= statistics.mean(dense[seed] for seed in seeds):
+            return steps
     return None
 
 
@@ -146,23 +146,23 @@ def table(task: str, losses: Runs, lines: Iterable[Line]) -> Table:
     columns = ["side", "sent per step, kB (ring)", "steps to the target", "final loss there: mean (seeds)"]
     shown = Table(*columns, *(f"at {mbit:g} Mbit/s: ms per step; time; dense / this" for mbit in bandwidths))
     length = TASKS[task]["steps"]
-    target = statistics.mean(losses["dense"][length].values())
+    dense = losses["dense"][length]
     for side in sides(task):
-        mine = [line for line in measured if line["side"] == side]
-        runs, reached = losses.get(side, {}), steps_to(target, losses.get(side, {}))
-        whole = {steps: list(seeds.values()) for steps, seeds in runs.items() if len(seeds) == len(SEEDS)}
-        if not mine or not whole:
+        mine, runs = [line for line in measured if line["side"] == side], losses.get(side, {})
+        if not mine or not runs:
             continue
-        steps, values = reached or (max(whole), whole[max(whole)])
+        reached = steps_to(dense, runs)
+        steps = reached or max(runs)
+        values = list(runs[steps].values())
         seeds = ", ".join(f"{value:.3f}" for value in values)
         row = [side, f"{mine[0]['bytes_per_step_ring'] / 1000:,.0f}", f"{steps:,}" if reached else f"not in {steps:,}"]
         row.append(f"{statistics.mean(values):.3f} ({seeds})")
         for mbit in bandwidths:
             all_ms = [line["ms_per_step"] for line in mine if line["mbit"] == mbit]
-            dense = [line["ms_per_step"] for line in measured if (line["side"], line["mbit"]) == ("dense", mbit)]
+            theirs = [line["ms_per_step"] for line in measured if (line["side"], line["mbit"]) == ("dense", mbit)]
             took = statistics.median(all_ms) * steps / 1000
             spread = f"{statistics.median(all_ms):.0f} ({min(all_ms):.0f}-{max(all_ms):.0f})"
-            ratio = statistics.median(dense) * length / 1000 / took
+            ratio = statistics.median(theirs) * length / 1000 / took
             row.append(f"{spread}; {took:,.0f} s; {ratio:.1f}" if reached else f"{spread}; never")
         shown.add_row(*row)
     return shown
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TARGETS, default="gpt-wide")
     parser.add_argument("--mbit", nargs="+", type=float, default=[100, 1000, 10_000])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the curves")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
     task: str = arguments.task
@@ -187,16 +188,16 @@ def main() -> None:
     results = ResultFile("time_to_target")
     if "curves" in arguments.what:
         losses, best = final_losses(task, lines_of("quality"), [])
-        target = statistics.mean(losses["dense"][TASKS[task]["steps"]].values())
+        dense = losses["dense"][TASKS[task]["steps"]]
         lines = [line for line in results.lines() if line["what"] == "curve" and line["task"] == task]
         done = {(line["side"], line["seed"]) for line in lines}
-        for seed in SEEDS:
+        for seed in SEEDS[: arguments.seeds]:
             for side, twin in OWN.items():
                 if (side, seed) not in done:
-                    reached = steps_to(target, losses[twin])
-                    steps = reached[0] if reached else max(losses[twin])
-                    results.add(curve(task, side, steps, best[twin], seed))
-                    print(side, seed, flush=True)
+                    steps = steps_to(dense, losses[twin]) or max(losses[twin])
+                    line = curve(task, side, steps, best[twin], seed)
+                    results.add(line)
+                    print(f"{side}, seed {seed}: {line['validation_loss']:.4f} after {steps} steps", flush=True)
     if "steps" in arguments.what:
         for repetition in range(arguments.repetitions):
             for mbit in arguments.mbit:
