@@ -74,9 +74,13 @@ def test_efficiency_is_what_the_network_leaves() -> None:
 
 def test_time_is_steps_to_the_target_times_seconds_per_step() -> None:
     losses = {
-        "dense": {1500: {0: 1.2, 1: 1.4}},
-        "10%": {1000: {0: 1.3, 1: 1.5}, 1500: {0: 1.1, 1: 1.5}, 2000: {0: 1.0, 1: 1.0}},  # 1500: the mean is dense's
-        "dense, fp16": {1500: {0: 1.19}},  # one seed, held against dense's of the same
+        "dense": {1500: {0: 1.25, 1: 1.5}},
+        "10%": {
+            1000: {0: 1.25, 1: 1.75},
+            1500: {0: 1.125, 1: 1.625},
+            2000: {0: 1.0, 1: 1.0},
+        },  # 1500: the mean is dense's
+        "dense, fp16": {1500: {0: 1.25}},  # one seed, held against dense's of the same
         "5%": {1500: {0: 1.3}},
     }
     assert steps_to(losses["dense"][1500], losses["10%"]) == 1500
@@ -85,7 +89,7 @@ def test_time_is_steps_to_the_target_times_seconds_per_step() -> None:
     one = {"what": "step", "task": "gpt-wide", "mbit": 100.0, "bytes_per_step_ring": 2000}
     lines = [{**one, "side": side, "ms_per_step": ms} for side, ms in (("dense", 1000), ("10%", 250), ("5%", 100))]
     assert cells(time_table("gpt-wide", losses, lines)) == [
-        ("dense", "2", "1,500", "1.300 (1.200, 1.400)", "1000 (1000-1000); 1,500 s; 1.0"),
-        ("10%", "2", "1,500", "1.300 (1.100, 1.500)", "250 (250-250); 375 s; 4.0"),
+        ("dense", "2", "1,500", "1.375 (1.250, 1.500)", "1000 (1000-1000); 1,500 s; 1.0"),
+        ("10%", "2", "1,500", "1.375 (1.125, 1.625)", "250 (250-250); 375 s; 4.0"),
         ("5%", "2", "not in 1,500", "1.300 (1.300)", "100 (100-100); never"),
     ]
