@@ -178,8 +178,8 @@ TARGETS: dict[str, dict[Side, tuple[tuple[int, ...], tuple[float, ...]]]] = {
         "dense": ((1500,), (1.875e-4, 3.75e-4, 7.5e-4, 1.5e-3)),
         "equal": ((1500, 2000, 3000), (7.5e-4, 1.5e-3, 3e-3)),
         0.1: ((1000, 1250, 1500), (3.75e-4, 7.5e-4, 1.5e-3)),
-        0.05: ((1500, 2000), (3.75e-4, 7.5e-4, 1.5e-3)),
-        0.02: ((2000, 3000), (3.75e-4, 7.5e-4, 1.5e-3)),
+        0.05: ((1250, 1500, 2000), (3.75e-4, 7.5e-4, 1.5e-3)),
+        0.02: ((1500, 2000, 3000), (3.75e-4, 7.5e-4, 1.5e-3)),
     },
 }
 """task → side → steps of the runs that may come to the loss at which the dense run ends, and rates for each."""
