@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..quality import DEFAULT, MORPHS, SEEDS, TASKS, best_rates, cell, identity, seeded
+from ..quality import DEFAULT, MORPHS, SEEDS, TARGETS, TASKS, best_rates, cell, identity, seeded
 from ..results import lines_of
 from ..time_to_target import final_losses, side_of
 from .markdown import bold_least, each, grid, short
@@ -133,7 +133,7 @@ def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, C
 
 TABLES: dict[str, Callable[[], str]] = {
     "quality-in-short": in_short,
-    **_of(lengths, ["gpt"]),
+    **_of(lengths, list(TARGETS)),
     **_of(against_equal, list(MODELS)),
     **_of(morphs, list(MODELS)),
     **_of(budgets, ["adamw", "sgd"]),
