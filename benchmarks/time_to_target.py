@@ -38,7 +38,7 @@ Runs = dict[str, dict[int, dict[int, float]]]
 """side → steps of the run → seed → final loss, at the side's best rate."""
 WARM_UP, STEPS = 10, 30
 FP16, POWERSGD, SMALL = "dense, fp16", "dense, PowerSGD rank 2", "dense, as small as 10 %"
-OWN = {FP16: "dense", POWERSGD: "dense", "10%, fp16": "10%"}
+OWN = {FP16: "dense", POWERSGD: "dense", "10%, fp16": "10%", "5%, fp16": "5%"}
 """Sides with curves of their own → the side in fp32 whose steps and best rate they take."""
 
 
@@ -52,7 +52,7 @@ def sides(task: str) -> dict[str, list[str]]:
         POWERSGD: [],
         SMALL: [f"--model_args={json.dumps(EQUAL[task])}"],
         **budgets,
-        "10%, fp16": ["--share.budget=0.1", *fp16],
+        **{f"{budget:.0%}, fp16": [f"--share.budget={budget}", *fp16] for budget in (0.1, 0.05)},
     }
 
 
@@ -180,11 +180,13 @@ def main() -> None:
     parser.add_argument("--task", choices=TARGETS, default="gpt-wide")
     parser.add_argument("--mbit", nargs="+", type=float, default=[100, 1000, 10_000])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--sides", nargs="*", default=[], help="only these are timed; all unless given")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the curves")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
     task: str = arguments.task
     chosen(parser, arguments.what, ["curves", "steps"])
+    chosen(parser, arguments.sides, sides(task))
     results = ResultFile("time_to_target")
     if "curves" in arguments.what:
         losses, best = final_losses(task, lines_of("quality"), [])
@@ -201,7 +203,7 @@ def main() -> None:
     if "steps" in arguments.what:
         for repetition in range(arguments.repetitions):
             for mbit in arguments.mbit:
-                for side in sides(task):
+                for side in arguments.sides or sides(task):
                     line = step(task, side, mbit)
                     results.add({**line, "repetition": repetition})
                     print(f"{side}, {mbit:g} Mbit/s: {line['ms_per_step']:.0f} ms", flush=True)
