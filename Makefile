@@ -29,7 +29,7 @@ train: $(READY) ## train a shared model beside its dense twins, and compare them
 test: $(READY) ## run all tests (less than 15 minutes on 2 cores)
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
-bench: $(READY) ## as root: all benchmarks, in minutes; ARGS=full: in hours (goes on where it was)
+bench: $(READY) ## as root: the quick benchmarks; ARGS=full: all of them (goes on where it was)
 	$(PY) -m benchmarks.bench $(ARGS)
 
 report: $(READY) ## make the tables and figures of README and docs from the results files

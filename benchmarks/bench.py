@@ -1,9 +1,9 @@
-"""All benchmarks, one after the other: `make bench`.
+"""Many benchmarks, one after the other: `make bench`.
 
     sudo python -m benchmarks.bench [short|full]     # a step that is done at this commit is not done again
     python -m benchmarks.documents                   # then: the tables and figures of README and docs
 
-"short" measures what takes seconds or minutes, "full" also what takes hours. What needs emulated hosts needs root, and is left out
+"short" measures what is quick, "full" also what takes long. What needs emulated hosts needs root, and is left out
 with a word about it otherwise. Each step's time is a line in results/bench/.
 """
 

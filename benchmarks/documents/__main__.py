@@ -1,4 +1,4 @@
-"""Every measured table and figure of README and docs, from the lines under results/, into their places.
+"""The tables and figures of README and docs that stand between marks, from the lines under results/.
 
     python -m benchmarks.documents            # `make report`
     python -m benchmarks.documents --check    # changes nothing; fails where a document is not what the lines say

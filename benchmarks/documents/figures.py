@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..results import lines_of
+from .quality import losses_by_budget
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -20,13 +20,8 @@ def budgets(path: Path) -> None:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for optimizer, marker in (("adamw", "o"), ("sgd", "s")):
-        cells: dict[float | None, dict[float, list[float]]] = {}
-        for line in lines_of("quality"):
-            overrides = line["overrides"]
-            if line["kind"] == "budgets" and overrides["optimizer.name"] == optimizer:
-                rates = cells.setdefault(overrides.get("share.budget"), {})
-                rates.setdefault(overrides["optimizer.lr"], []).append(line["validation_loss"])
-        best = {budget: min(rates.values(), key=statistics.mean) for budget, rates in cells.items()}
+        cells = losses_by_budget(optimizer).items()
+        best = {budget: min(rates.values(), key=statistics.mean) for budget, rates in cells}
         shared = sorted((budget, losses) for budget, losses in best.items() if budget is not None)
         means = [statistics.mean(losses) for _, losses in shared]
         (line,) = axes.plot([100 * budget for budget, _ in shared], means, marker=marker, label=f"{optimizer}, bank")

@@ -30,9 +30,7 @@ def _by_identity() -> dict[str, Line]:
 
 def _at_best(task: str, kind: str) -> tuple[float, list[Line]]:
     """A kind's best rate, and its line for each seed."""
-    lines = lines_of("quality")
-    rate = best_rates(lines)[task, kind]
-    known = {identity(line): line for line in lines}
+    rate, known = best_rates(lines_of("quality"))[task, kind], _by_identity()
     return rate, [known[identity(cell(task, kind, rate, seed, seeded(kind, seed)))] for seed in SEEDS]
 
 
@@ -87,14 +85,20 @@ def lengths(task: str) -> str:
     return grid(("", "parameters", *(f"{steps:,} steps" for steps in columns)), rows)
 
 
-def budgets(optimizer: str) -> str:
-    """Mean losses of three seeds by budget and rate."""
+def losses_by_budget(optimizer: str) -> dict[float | None, dict[float, list[float]]]:
+    """budget (None: dense) → rate → the loss of each seed."""
     found: dict[float | None, dict[float, list[float]]] = {}
     for line in lines_of("quality"):
         overrides = line["overrides"]
         if line["kind"] == "budgets" and overrides["optimizer.name"] == optimizer:
             rates = found.setdefault(overrides.get("share.budget"), {})
             rates.setdefault(overrides["optimizer.lr"], []).append(line["validation_loss"])
+    return found
+
+
+def budgets(optimizer: str) -> str:
+    """Mean losses of three seeds by budget and rate."""
+    found = losses_by_budget(optimizer)
     rates = sorted({rate for losses in found.values() for rate, seeds in losses.items() if len(seeds) == len(SEEDS)})
     rows = []
     for budget, losses in sorted(found.items(), key=lambda item: item[0] or 0):

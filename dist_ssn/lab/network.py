@@ -25,10 +25,7 @@ DEVICE = "e0"  # where the cluster file names none
 ADDRESS = "10.77.0.1"
 MAX_HOSTS = 64
 BURST_SECONDS, LEAST_BURST, LARGEST_BURST = 0.005, 16_384, 1 << 20  # of the rate limit, in seconds and bytes
-QUEUE_SECONDS, LEAST_QUEUE = (
-    0.05,
-    625_000,
-)  # what a port holds before it drops, in seconds or bytes: with less, TCP loses much
+QUEUE_SECONDS, LEAST_QUEUE = 0.05, 625_000  # what a port holds before it drops, in seconds, and at least in bytes
 ON_LINE = 1514 / 1448  # bytes of an Ethernet frame for the bytes of a program's in it: TCP and IP take the rest
 
 

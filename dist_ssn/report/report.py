@@ -142,8 +142,8 @@ def report(
         *grids,
     ]
     names = ", ".join([*(str(row["name"]) for row in rows), *(str(path) for path in results)])
-    counts = [(len(rows), "run"), (len(results), "set of results")]
-    told = " and ".join(f"{count} {what}" if count == 1 else _plural(count, what) for count, what in counts if count)
+    counts = [(len(rows), "run", "runs"), (len(results), "set of results", "sets of results")]
+    told = " and ".join(f"{count} {one if count == 1 else more}" for count, one, more in counts if count)
     page = Page(
         "Runs compared",
         f"{told}, from the files that they left: {names}.",
@@ -160,11 +160,6 @@ def report(
     for path in written:
         console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return written
-
-
-def _plural(count: int, what: str) -> str:
-    first, _, rest = what.partition(" ")
-    return f"{count} {first}s {rest}".rstrip()
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:

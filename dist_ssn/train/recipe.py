@@ -12,15 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-SETTINGS_OF_A_START = (
-    "name",
-    "output",
-    "threads",
-    "checkpoint",
-    "engine",
-    "wandb",
-    "predicted",
-)  # may differ when a run goes on
+# These may differ when a run goes on.
+SETTINGS_OF_A_START = ("name", "output", "threads", "checkpoint", "engine", "wandb", "predicted")
 
 
 @dataclass(frozen=True)
