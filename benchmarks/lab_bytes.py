@@ -10,21 +10,16 @@ in 1514, so that nothing can be below 1.046 of it. Writes results/lab_bytes/.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dist_ssn.cluster import load_cluster
-
 from .engine_bytes import theory
+from .in_the_lab import cluster_file, in_the_lab
 from .results import ResultFile
 
 ENGINES = {
@@ -37,27 +32,12 @@ ENGINES = {
 def measure(engine: str, steps: int, recipe: list[str]) -> dict[str, Any]:
     """One run, with the counters of its hosts."""
     launcher, settings = ENGINES[engine]
-    cluster = load_cluster("emulated-100mbit")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        facts = {
-            key: value for key, value in dataclasses.asdict(cluster).items() if value and key not in ("name", "within")
-        }
-        (folder / "cluster.yaml").write_text(yaml.safe_dump({**facts, "launcher": launcher}))
-        lab = [
-            "-m",
-            "dist_ssn.cli",
-            "lab",
-            "run",
-            "--cluster",
-            str(folder / "cluster.yaml"),
-            "--logs",
-            str(folder / "logs"),
-        ]
         program = ["train", "--config", "quickstart", f"--output={folder}", "--share.budget=50%", f"--steps={steps}"]
         program += [f"--evaluate_every={steps}", "--schedule.warmup=1", "--no-progress", *settings]
         program += [f"--{setting}" for setting in recipe]
-        subprocess.run([sys.executable, *lab, "--", *program], check=True, stdout=subprocess.DEVNULL)
+        in_the_lab(cluster_file(folder, launcher=launcher), folder / "logs", program)
         row = json.loads((folder / "quickstart" / "summary.json").read_text())["rows"][0]
         counters = json.loads((folder / "logs" / "counters.json").read_text())
     sent = [host["sent_bytes"] for host in counters]

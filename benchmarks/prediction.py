@@ -11,7 +11,6 @@ Resumable; writes results/prediction/.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import statistics
@@ -22,12 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dist_ssn.cluster import load_cluster
-
+from .in_the_lab import cluster_file, in_the_lab
 from .results import ResultFile
 
 Line = dict[str, Any]
@@ -41,39 +38,12 @@ ENGINES = {"ddp": "torchrun", "mpi": "mpirun"}
 COMMON = ["--config=quickstart", "--batch_size=8", "--threads=1", "--schedule.warmup=1"]
 
 
-def cluster_file(folder: Path, hosts: int, mbit: float, launcher: str) -> str:
-    """The emulated cluster with so many hosts, bandwidth and launcher."""
-    cluster = load_cluster("emulated-100mbit")
-    facts = {
-        key: value for key, value in dataclasses.asdict(cluster).items() if value and key not in ("name", "within")
-    }
-    facts |= {"nodes": hosts, "launcher": launcher}
-    facts["between"] = {"latency_us": cluster.between.latency_us, "bandwidth_mbit": mbit}
-    path = folder / f"{launcher}-{mbit:g}.yaml"
-    path.write_text(yaml.safe_dump(facts))
-    return str(path)
-
-
-def in_the_lab(cluster: str, folder: Path, program: list[str]) -> None:
-    lab = [
-        sys.executable,
-        "-m",
-        "dist_ssn.cli",
-        "lab",
-        "run",
-        f"--cluster={cluster}",
-        f"--logs={folder / 'logs'}",
-        "--",
-    ]
-    subprocess.run([*lab, *program], check=True, capture_output=True)
-
-
 def calibrate(hosts: int, model: str, budget: float, folder: Path, more: Sequence[str] = ()) -> Path:
     """Compute, dense and shared, of all hosts at once; `more`: what else the recipe says."""
     kept = folder / "compute.json"
-    cluster = cluster_file(folder, hosts, 100, "torchrun")
+    cluster = cluster_file(folder, hosts=hosts, mbit=100)
     settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={budget}", *more]
-    in_the_lab(cluster, folder, ["plan", *settings, f"--cluster={cluster}", f"--calibrate={kept}", "--json"])
+    in_the_lab(cluster, folder / "logs", ["plan", *settings, f"--cluster={cluster}", f"--calibrate={kept}", "--json"])
     return kept
 
 
@@ -92,7 +62,7 @@ def measure(
     lengths = [f"--steps={WARM_UP + STEPS}", f"--evaluate_every={WARM_UP}", "--evaluate_batches=1", "--no-progress"]
     settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={json.dumps(budget)}"]
     program = ["train", *settings, *lengths, *more, f"--engine.name={engine}", f"--output={folder}", "--name=run"]
-    in_the_lab(cluster, folder, program)
+    in_the_lab(cluster, folder / "logs", program)
     row = json.loads((folder / "run" / "summary.json").read_text())["rows"][0]
     return {key: row[key] for key in ("ms_per_step", "bytes_per_step_logical")}
 
@@ -149,7 +119,7 @@ def main() -> None:
                     if tuple(cell[key] for key in KEYS) in done:
                         continue
                     compute = compute or calibrate(arguments.hosts, model, budget or 0.1, folder)
-                    cluster = cluster_file(folder, arguments.hosts, mbit, ENGINES[engine])
+                    cluster = cluster_file(folder, hosts=arguments.hosts, mbit=mbit, launcher=ENGINES[engine])
                     told = predict(cluster, model, budget or 0.1, compute)["none" if budget else "dense"]
                     measured = measure(cluster, engine, model, budget, folder)
                     said = {f"predicted_{key}": told[key] for key in ("ms_per_step", "bytes_per_step_logical")}

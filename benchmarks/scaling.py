@@ -26,7 +26,8 @@ from rich.table import Table
 from dist_ssn.cluster import load_cluster
 from dist_ssn.cost.ways import per_node
 
-from .prediction import MODELS, calibrate, cluster_file, measure, predict
+from .in_the_lab import cluster_file
+from .prediction import MODELS, calibrate, measure, predict
 from .results import ResultFile, chosen, latest
 
 Line = dict[str, Any]
@@ -60,7 +61,7 @@ def measured(hosts: list[int], mbit: float, repetition: int, done: set[tuple[Any
                 for cell in cells:
                     budget, way = cell["budget"], "none" if cell["budget"] else "dense"
                     for where, rate in (("slow", mbit), ("fast", FAST)):
-                        cluster = cluster_file(folder, count, rate, "torchrun")
+                        cluster = cluster_file(folder, hosts=count, mbit=rate)
                         said = predict(cluster, MODEL, BUDGET, compute, more)[way]["ms_per_step"]
                         ms = measure(cluster, "ddp", MODEL, budget, folder, more)["ms_per_step"]
                         cell |= {f"{where}_ms": ms, f"{where}_predicted_ms": said}

@@ -1,20 +1,21 @@
 """How long it takes to come to the loss at which dense training ends, on four hosts, by bandwidth.
 
-    sudo python -m benchmarks.time_to_target curves steps [--task gpt-wide] [--mbit 100 1000 10000] [--repetitions 5]
+    sudo python -m benchmarks.time_to_target curves steps [--mbit 100 1000 10000] [--delay-ms 0 10] [--repetitions 5]
     python -m benchmarks.time_to_target --table
 
 A synchronous method's loss by step does not depend on the network. So time is steps times seconds per step: the steps are those
 of the shortest run whose mean final loss is not above dense's with the same seeds (`benchmarks.quality target target-confirm`; runs
-that send something else than gradients in fp32 are made here, by "curves", on two processes), and a step is measured in the lab
-("steps"), all sides in turn. Four ranks share this machine's processors, which is hard on the sides that send little. Writes
-results/time_to_target/.
+that send something else than gradients in fp32 are made here, by "curves": 16 bits on two processes, other methods on four, and
+over rates of their own), and a step is measured in the lab ("steps"), all sides in turn. Four ranks share this machine's
+processors, which is hard on the sides that send little. Writes results/time_to_target/.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -24,80 +25,107 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dist_ssn.cluster import load_cluster
-
+from .in_the_lab import cluster_file, in_the_lab
 from .quality import EQUAL, SEEDS, TARGETS, TASKS
 from .results import ResultFile, chosen, lines_of
 
 Line = dict[str, Any]
 Runs = dict[str, dict[int, dict[int, float]]]
 """side → steps of the run → seed → final loss, at the side's best rate."""
+TASK = "gpt-wide"
 WARM_UP, STEPS = 10, 30
-FP16, POWERSGD, SMALL = "dense, fp16", "dense, PowerSGD rank 2", "dense, as small as 10 %"
-OWN = {FP16: "dense", POWERSGD: "dense", "10%, fp16": "10%", "5%, fp16": "5%"}
-"""Sides with curves of their own → the side in fp32 whose steps and best rate they take."""
+SMALL = "dense, as small as 10 %"
+TWINS = {"dense, fp16": "dense", "10%, fp16": "10%", "5%, fp16": "5%"}
+"""Sides whose gradients travel as 16 bits → the side in fp32 whose steps and best rate they take."""
+SAME = {"dense, ZeRO-1": "dense", "dense, ZeRO-2": "dense", "dense, ZeRO-3": "dense", "dense, FSDP2": "dense"}
+"""Sides that compute what another does, to rounding → that one, whose losses hold for both."""
+Grid = tuple[tuple[int, ...], tuple[float, ...]]
+_ADAM = (3.75e-4, 7.5e-4, 1.5e-3)
+METHODS: dict[str, tuple[str, Grid]] = {
+    **{f"dense, PowerSGD rank {rank}": (f"powersgd:{rank}", ((1500,), _ADAM)) for rank in (1, 2, 4)},
+    **{f"dense, local SGD, H = {period}": (f"local:{period}", ((1500,), _ADAM)) for period in (4, 16)},
+    **{f"dense, DiLoCo, H = {period}": (f"diloco:{period}", ((1500,), _ADAM)) for period in (50, 100)},
+    **{f"dense, DeMo, k = {kept}": (f"demo:{kept}", ((1500,), (1.25e-4, 2.5e-4, 5e-4))) for kept in (8, 32)},
+}
+"""side → a method of `benchmarks.methods`, and steps and rates of its runs."""
 
 
-def sides(task: str) -> dict[str, list[str]]:
+SIGNS = ["--optimizer.name=sgd", "--optimizer.momentum=0"]
+"""Of the update that DeMo makes itself."""
+
+
+def sides() -> dict[str, list[str]]:
     """name → what its recipe says; every budget of `quality.TARGETS`."""
     fp16 = ["--engine.compress=fp16"]
-    budgets = {f"{side:.0%}": [f"--share.budget={side}"] for side in TARGETS[task] if isinstance(side, float)}
+    budgets = {f"{side:.0%}": [f"--share.budget={side}"] for side in TARGETS[TASK] if isinstance(side, float)}
     return {
         "dense": [],
-        FP16: fp16,
-        POWERSGD: [],
-        SMALL: [f"--model_args={json.dumps(EQUAL[task])}"],
+        "dense, fp16": fp16,
+        **{f"dense, ZeRO-{n}": ["--engine.name=deepspeed", f"--engine.stage={n}"] for n in (1, 2, 3)},
+        "dense, FSDP2": ["--engine.name=fsdp"],
+        **{side: SIGNS if "demo" in method else [] for side, (method, _) in METHODS.items()},
+        SMALL: [f"--model_args={json.dumps(EQUAL[TASK])}"],
         **budgets,
         **{f"{budget:.0%}, fp16": [f"--share.budget={budget}", *fp16] for budget in (0.1, 0.05)},
     }
 
 
-def program(task: str, side: str, steps: int, folder: str, more: Iterable[str]) -> list[str]:
+def program(side: str, steps: int, folder: str, more: Iterable[str]) -> list[str]:
     """A command line of training, for a launcher."""
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in TASKS[task].items()}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in TASKS[TASK].items()}
     texts |= {"name": "run", "steps": str(steps), "output": folder, "threads": "1"}
-    return ["train", "--no-progress", *(f"--{key}={value}" for key, value in texts.items()), *sides(task)[side], *more]
+    return ["train", "--no-progress", *(f"--{key}={value}" for key, value in texts.items()), *sides()[side], *more]
 
 
 def script(side: str) -> list[str]:
-    return [str(Path(__file__).with_name("powersgd.py"))] if side == POWERSGD else []
+    return [str(Path(__file__).with_name("methods.py")), METHODS[side][0]] if side in METHODS else []
 
 
-def curve(task: str, side: str, steps: int, rate: float, seed: int) -> Line:
-    """A whole run on two processes of this machine."""
+def period(side: str) -> int:
+    """Steps after which what a side does begins anew."""
+    name, _, number = METHODS[side][0].partition(":") if side in METHODS else ("", "", "1")
+    return int(number) if name in ("local", "diloco") else 1
+
+
+def curve(side: str, steps: int, rate: float, seed: int) -> Line:
+    """A whole run on this machine; a method with as many processes as in the lab, since its losses depend on it."""
+    processes = 4 if side in METHODS else 2
     with tempfile.TemporaryDirectory() as folder:
         more = [f"--optimizer.lr={rate}", f"--seed={seed}", *([f"--share.seed={seed}"] if "%" in side else [])]
-        launch = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+            f"--nproc-per-node={processes}",
+        ]
         target = script(side) or ["-m", "dist_ssn.cli"]
-        command = [sys.executable, *launch, *target, *program(task, side, steps, folder, more)]
+        command = [sys.executable, *launch, *target, *program(side, steps, folder, more)]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         row = json.loads((Path(folder) / "run" / "summary.json").read_text())["rows"][0]
-    cell = {"what": "curve", "task": task, "side": side, "seed": seed, "steps": steps, "rate": rate}
+    cell = {"what": "curve", "task": TASK, "side": side, "seed": seed, "steps": steps, "rate": rate}
     return {**cell, "validation_loss": row["validation_loss"]}
 
 
-def step(task: str, side: str, mbit: float) -> Line:
-    """Milliseconds per step on four emulated hosts."""
-    cluster = load_cluster("emulated-100mbit")
-    facts = {
-        key: value for key, value in dataclasses.asdict(cluster).items() if value and key not in ("name", "within")
-    }
-    facts["between"] = {"latency_us": cluster.between.latency_us, "bandwidth_mbit": mbit}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "cluster.yaml").write_text(yaml.safe_dump(facts))
-        lab = ["-m", "dist_ssn.cli", "lab", "run", f"--cluster={folder}/cluster.yaml", f"--logs={folder}/logs", "--"]
+def step(side: str, mbit: float, delay_ms: float) -> Line:
+    """Milliseconds per step on four emulated hosts: the median, or the mean over whole periods of a method."""
+    steps = math.ceil(STEPS / period(side)) * period(side)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         more = [f"--evaluate_every={WARM_UP}", "--evaluate_batches=1", "--schedule.warmup=1"]
-        command = [sys.executable, *lab, *script(side), *program(task, side, WARM_UP + STEPS, folder, more)]
-        subprocess.run(command, check=True, capture_output=True)
-        summary = json.loads((Path(folder) / "run" / "summary.json").read_text())
-    (row,) = summary["rows"]
-    kept = ("ms_per_step", "bytes_per_step_logical", "bytes_per_step_ring", "parameters")
-    cell = {"what": "step", "task": task, "side": side, "mbit": mbit, "hosts": cluster.nodes}
-    return {**cell, **{key: row[key] for key in kept}}
+        command = [*script(side), *program(side, WARM_UP + steps, name, more)]
+        in_the_lab(cluster_file(folder, mbit=mbit, delay_ms=delay_ms), folder / "logs", command)
+        (row,) = json.loads((folder / "run" / "summary.json").read_text())["rows"]
+    cell = {"what": "step", "task": TASK, "side": side, "mbit": mbit, "delay_ms": delay_ms, "hosts": 4}
+    cell |= {key: row[key] for key in ("ms_per_step", "bytes_per_step_ring", "parameters")}
+    if side in METHODS:
+        before, after = (next(at for at in row["history"] if at["step"] == step) for step in (WARM_UP, WARM_UP + steps))
+        mean = {key: (after[key] - before[key]) / steps for key in ("seconds", "ring_bytes")}
+        cell |= {"ms_per_step": 1000 * mean["seconds"], "bytes_per_step_ring": round(mean["ring_bytes"])}
+    return cell
 
 
 def side_of(line: Line) -> str:
@@ -131,6 +159,20 @@ def final_losses(task: str, quality: Iterable[Line], own: Iterable[Line]) -> tup
     return losses, best
 
 
+def runs_of(side: str, seed: int, losses: Runs, best: dict[str, float]) -> list[tuple[int, float]]:
+    """Steps and rates of the runs to make: a method's first seed over all rates, the others at the best."""
+    if side in TWINS:
+        twin = TWINS[side]
+        return [(steps_to(losses["dense"][min(losses["dense"])], losses[twin]) or max(losses[twin]), best[twin])]
+    lengths, rates = METHODS[side][1] if side in METHODS else ((), ())
+    return list(itertools.product(lengths, rates if seed == SEEDS[0] else [best[side]]))
+
+
+def key(line: Line) -> tuple[Any, ...]:
+    """Which run a curve's line tells of."""
+    return tuple(line[name] for name in ("task", "side", "steps", "rate", "seed"))
+
+
 def steps_to(dense: dict[int, float], runs: dict[int, dict[int, float]]) -> int | None:
     """Steps of the shortest run whose mean loss is not above dense's, seeds alike."""
     for steps, seeds in sorted(runs.items()):
@@ -139,27 +181,38 @@ def steps_to(dense: dict[int, float], runs: dict[int, dict[int, float]]) -> int 
     return None
 
 
-def table(task: str, losses: Runs, lines: Iterable[Line]) -> Table:
+def link(line: Line) -> tuple[float, float]:
+    return line["mbit"], line.get("delay_ms", 0)
+
+
+def name(mbit: float, delay_ms: float) -> str:
+    return f"{mbit:g} Mbit/s" + (f", {delay_ms:g} ms" if delay_ms else "")
+
+
+def table(losses: Runs, lines: Iterable[Line]) -> Table:
     """Steps and time to dense's final loss, side by side."""
-    measured = [line for line in lines if line["what"] == "step" and line["task"] == task]
-    bandwidths = sorted({line["mbit"] for line in measured})
+    measured = [line for line in lines if line["what"] == "step" and line["task"] == TASK]
+    links = sorted({link(line) for line in measured})
     columns = ["side", "sent per step, kB (ring)", "steps to the target", "final loss there: mean (seeds)"]
-    shown = Table(*columns, *(f"at {mbit:g} Mbit/s: ms per step; time; dense / this" for mbit in bandwidths))
-    length = TASKS[task]["steps"]
+    shown = Table(*columns, *(f"at {name(*one)}: ms per step; time; dense / this" for one in links))
+    length = TASKS[TASK]["steps"]
     dense = losses["dense"][length]
-    for side in sides(task):
-        mine, runs = [line for line in measured if line["side"] == side], losses.get(side, {})
+    for side in sides():
+        mine, runs = [line for line in measured if line["side"] == side], losses.get(SAME.get(side, side), {})
         if not mine or not runs:
             continue
         reached = steps_to(dense, runs)
         steps = reached or max(runs)
         values = list(runs[steps].values())
         seeds = ", ".join(f"{value:.3f}" for value in values)
-        row = [side, f"{mine[0]['bytes_per_step_ring'] / 1000:,.0f}", f"{steps:,}" if reached else f"not in {steps:,}"]
+        row = [side, f"{mine[-1]['bytes_per_step_ring'] / 1000:,.0f}", f"{steps:,}" if reached else f"not in {steps:,}"]
         row.append(f"{statistics.mean(values):.3f} ({seeds})")
-        for mbit in bandwidths:
-            all_ms = [line["ms_per_step"] for line in mine if line["mbit"] == mbit]
-            theirs = [line["ms_per_step"] for line in measured if (line["side"], line["mbit"]) == ("dense", mbit)]
+        for one in links:
+            all_ms = [line["ms_per_step"] for line in mine if link(line) == one]
+            theirs = [line["ms_per_step"] for line in measured if line["side"] == "dense" and link(line) == one]
+            if not all_ms or not theirs:
+                row.append("")
+                continue
             took = statistics.median(all_ms) * steps / 1000
             spread = f"{statistics.median(all_ms):.0f} ({min(all_ms):.0f}-{max(all_ms):.0f})"
             ratio = statistics.median(theirs) * length / 1000 / took
@@ -168,47 +221,49 @@ def table(task: str, losses: Runs, lines: Iterable[Line]) -> Table:
     return shown
 
 
-def made(task: str) -> Table:
+def made() -> Table:
     """The table of everything measured so far."""
     lines = lines_of("time_to_target")
-    return table(task, final_losses(task, lines_of("quality"), lines)[0], lines)
+    return table(final_losses(TASK, lines_of("quality"), lines)[0], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", metavar="curves|steps", help="what to measure")
-    parser.add_argument("--task", choices=TARGETS, default="gpt-wide")
     parser.add_argument("--mbit", nargs="+", type=float, default=[100, 1000, 10_000])
+    parser.add_argument(
+        "--delay-ms", nargs="+", type=float, default=[0], help="of every packet, beside what the lab itself takes"
+    )
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--sides", nargs="*", default=[], help="only these are timed; all unless given")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the curves")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
-    task: str = arguments.task
     chosen(parser, arguments.what, ["curves", "steps"])
-    chosen(parser, arguments.sides, sides(task))
+    chosen(parser, arguments.sides, sides())
     results = ResultFile("time_to_target")
     if "curves" in arguments.what:
-        losses, best = final_losses(task, lines_of("quality"), [])
-        dense = losses["dense"][TASKS[task]["steps"]]
-        lines = [line for line in results.lines() if line["what"] == "curve" and line["task"] == task]
-        done = {(line["side"], line["seed"]) for line in lines}
+        done = {key(line) for line in results.lines() if line["what"] == "curve"}
         for seed in SEEDS[: arguments.seeds]:
-            for side, twin in OWN.items():
-                if (side, seed) not in done:
-                    steps = steps_to(dense, losses[twin]) or max(losses[twin])
-                    line = curve(task, side, steps, best[twin], seed)
-                    results.add(line)
-                    print(f"{side}, seed {seed}: {line['validation_loss']:.4f} after {steps} steps", flush=True)
+            losses, best = final_losses(TASK, lines_of("quality"), lines_of("time_to_target"))
+            for side in arguments.sides or (*TWINS, *METHODS):
+                for steps, rate in runs_of(side, seed, losses, best):
+                    if (TASK, side, steps, rate, seed) not in done:
+                        line = curve(side, steps, rate, seed)
+                        results.add(line)
+                        print(
+                            f"{side}, seed {seed}, rate {rate:g}: {line['validation_loss']:.4f} after {steps}",
+                            flush=True,
+                        )
     if "steps" in arguments.what:
         for repetition in range(arguments.repetitions):
-            for mbit in arguments.mbit:
-                for side in arguments.sides or sides(task):
-                    line = step(task, side, mbit)
+            for mbit, delay in itertools.product(arguments.mbit, arguments.delay_ms):
+                for side in arguments.sides or sides():
+                    line = step(side, mbit, delay)
                     results.add({**line, "repetition": repetition})
-                    print(f"{side}, {mbit:g} Mbit/s: {line['ms_per_step']:.0f} ms", flush=True)
+                    print(f"{side}, {mbit:g} Mbit/s, {delay:g} ms: {line['ms_per_step']:.0f} ms", flush=True)
     if arguments.table or not arguments.what:
-        Console(width=200).print(made(task))
+        Console(width=200).print(made())
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_time_is_steps_to_the_target_times_seconds_per_step() -> None:
     assert steps_to(losses["dense"][1500], losses["5%"]) is None
     one = {"what": "step", "task": "gpt-wide", "mbit": 100.0, "bytes_per_step_ring": 2000}
     lines = [{**one, "side": side, "ms_per_step": ms} for side, ms in (("dense", 1000), ("10%", 250), ("5%", 100))]
-    assert cells(time_table("gpt-wide", losses, lines)) == [
+    assert cells(time_table(losses, lines)) == [
         ("dense", "2", "1,500", "1.375 (1.250, 1.500)", "1000 (1000-1000); 1,500 s; 1.0"),
         ("10%", "2", "1,500", "1.375 (1.125, 1.625)", "250 (250-250); 375 s; 4.0"),
         ("5%", "2", "not in 1,500", "1.300 (1.300)", "100 (100-100); never"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import generation, memory, prediction, scaling, time_to_target
-from ..quality import TARGETS
 from ..results import latest, lines_of
 from .markdown import from_rich, grid
 
@@ -31,5 +30,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "prediction": lambda: from_rich(prediction.table(lines_of("prediction"))),
     "scaling-measured": lambda: from_rich(scaling.tables(lines_of("scaling"))[0]),
     "scaling-modelled": lambda: from_rich(scaling.tables(lines_of("scaling"))[1]),
-    **{f"time-to-target-{task}": lambda task=task: from_rich(time_to_target.made(task)) for task in TARGETS},
+    "time-to-target": lambda: from_rich(time_to_target.made()),
 }

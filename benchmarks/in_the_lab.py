@@ -1,0 +1,43 @@
+"""The emulated cluster with other links than its file says, and programs on its hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_ssn.cluster import load_cluster
+
+
+def cluster_file(
+    folder: Path,
+    *,
+    hosts: int | None = None,
+    mbit: float | None = None,
+    launcher: str = "torchrun",
+    delay_ms: float = 0,
+) -> str:
+    """Writes a cluster file into `folder`; what is not given is as in emulated-100mbit. Returns its path."""
+    cluster = load_cluster("emulated-100mbit")
+    facts: dict[str, Any] = {
+        key: value for key, value in dataclasses.asdict(cluster).items() if value and key not in ("name", "within")
+    }
+    facts |= {"nodes": hosts or cluster.nodes, "launcher": launcher, "delay_ms": delay_ms}
+    facts["between"] = {
+        "latency_us": cluster.between.latency_us + 1000 * delay_ms,
+        "bandwidth_mbit": mbit or cluster.between.bandwidth_mbit,
+    }
+    path = folder / f"{facts['nodes']}-{launcher}-{mbit}-{delay_ms}.yaml"
+    path.write_text(yaml.safe_dump(facts))
+    return str(path)
+
+
+def in_the_lab(cluster: str, logs: Path, program: Sequence[str]) -> None:
+    """Runs `program` (a command of dist-ssn, or a script and its arguments) on all hosts; their logs go to `logs`."""
+    lab = [sys.executable, "-m", "dist_ssn.cli", "lab", "run", f"--cluster={cluster}", f"--logs={logs}", "--"]
+    subprocess.run([*lab, *program], check=True, capture_output=True)
