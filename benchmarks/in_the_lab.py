@@ -1,8 +1,9 @@
-"""The emulated cluster with other links than its file says, and programs on its hosts."""
+"""The emulated cluster with other links than its file says, programs on its hosts, and a quiet way to run them."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,19 @@ def cluster_file(
 
 
 def in_the_lab(cluster: str, logs: Path, program: Sequence[str]) -> None:
-    """Runs `program` (a command of dist-ssn, or a script and its arguments) on all hosts; their logs go to `logs`."""
-    lab = [sys.executable, "-m", "dist_ssn.cli", "lab", "run", f"--cluster={cluster}", f"--logs={logs}", "--"]
-    subprocess.run([*lab, *program], check=True, capture_output=True)
+    """Runs `program` (a command of dist-ssn, or a script and its arguments) on all hosts; their logs go to `logs`.
+
+    Raises: SystemExit, as `quietly`.
+    """
+    lab = ["-m", "dist_ssn.cli", "lab", "run", f"--cluster={cluster}", f"--logs={logs}"]
+    quietly([*lab, "--", *program])
+
+
+def quietly(arguments: Sequence[str], **environment: str) -> str:
+    """What Python, run with these arguments, has printed. Raises: SystemExit with the end of all it said, when it fails."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}\n{(done.stdout + done.stderr)[-4000:]}\nexit code {done.returncode}")
+    return done.stdout

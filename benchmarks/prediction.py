@@ -14,8 +14,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .in_the_lab import cluster_file, in_the_lab
+from .in_the_lab import cluster_file, in_the_lab, quietly
 from .results import ResultFile
 
 Line = dict[str, Any]
@@ -50,8 +48,8 @@ def calibrate(hosts: int, model: str, budget: float, folder: Path, more: Sequenc
 def predict(cluster: str, model: str, budget: float, compute: Path, more: Sequence[str] = ()) -> dict[str, Line]:
     """Way → what is said of it."""
     settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={budget}", *more]
-    command = [sys.executable, "-m", "dist_ssn.cli", "plan", *settings, f"--cluster={cluster}", f"--compute={compute}"]
-    said = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout
+    command = ["-m", "dist_ssn.cli", "plan", *settings, f"--cluster={cluster}", f"--compute={compute}", "--json"]
+    said = quietly(command)
     return {row["way"]: row for row in json.loads(said)["ways"]}
 
 

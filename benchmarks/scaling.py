@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ from rich.table import Table
 from dist_ssn.cluster import load_cluster
 from dist_ssn.cost.ways import per_node
 
-from .in_the_lab import cluster_file
+from .in_the_lab import cluster_file, quietly
 from .prediction import MODELS, calibrate, measure, predict
 from .results import ResultFile, chosen, latest
 
@@ -75,8 +73,7 @@ def modelled() -> Iterator[Line]:
     for name in CLUSTERS:
         cluster = load_cluster(name)
         batch = 4 * cluster.nodes * per_node(cluster)
-        command = [sys.executable, "-m", "dist_ssn.cli", *base, f"--cluster={name}", f"--batch_size={batch}"]
-        said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        said = json.loads(quietly(["-m", "dist_ssn.cli", *base, f"--cluster={name}", f"--batch_size={batch}"]))
         for row in said["workers"]:
             yield {"what": "modelled", "cluster": name, "budget": BUDGET, **row}
 

@@ -16,10 +16,7 @@ import argparse
 import itertools
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .in_the_lab import cluster_file, in_the_lab
+from .in_the_lab import cluster_file, in_the_lab, quietly
 from .quality import EQUAL, SEEDS, TARGETS, TASKS
 from .results import ResultFile, chosen, lines_of
 
@@ -53,6 +50,8 @@ METHODS: dict[str, tuple[str, Grid]] = {
 """side → a method of `benchmarks.methods`, and steps and rates of its runs."""
 
 
+APART = ["--engine.compare_every=null"]
+"""The processes' models may differ."""
 SIGNS = ["--optimizer.name=sgd", "--optimizer.momentum=0"]
 """Of the update that DeMo makes itself."""
 
@@ -66,7 +65,7 @@ def sides() -> dict[str, list[str]]:
         "dense, fp16": fp16,
         **{f"dense, ZeRO-{n}": ["--engine.name=deepspeed", f"--engine.stage={n}"] for n in (1, 2, 3)},
         "dense, FSDP2": ["--engine.name=fsdp"],
-        **{side: SIGNS if "demo" in method else [] for side, (method, _) in METHODS.items()},
+        **{side: [*APART, *(SIGNS if "demo" in method else [])] for side, (method, _) in METHODS.items()},
         SMALL: [f"--model_args={json.dumps(EQUAL[TASK])}"],
         **budgets,
         **{f"{budget:.0%}, fp16": [f"--share.budget={budget}", *fp16] for budget in (0.1, 0.05)},
@@ -103,8 +102,7 @@ def curve(side: str, steps: int, rate: float, seed: int) -> Line:
             f"--nproc-per-node={processes}",
         ]
         target = script(side) or ["-m", "dist_ssn.cli"]
-        command = [sys.executable, *launch, *target, *program(side, steps, folder, more)]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        quietly([*launch, *target, *program(side, steps, folder, more)], OMP_NUM_THREADS="1")
         row = json.loads((Path(folder) / "run" / "summary.json").read_text())["rows"][0]
     cell = {"what": "curve", "task": TASK, "side": side, "seed": seed, "steps": steps, "rate": rate}
     return {**cell, "validation_loss": row["validation_loss"]}
