@@ -3,8 +3,9 @@
     sudo python -m benchmarks.bench [short|full]     # a step that is done at this commit is not done again
     python -m benchmarks.documents                   # then: the tables and figures of README and docs
 
-"short" measures what is quick, "full" also what takes long. What needs emulated hosts needs root, and is left out
-with a word about it otherwise. Each step's time is a line in results/bench/.
+"short" measures what is quick, "full" also what takes long. Most steps leave out what results/ has; with RESULTS=FOLDER in the
+environment all is measured anew, into that folder (and `python -m benchmarks.NAME --table` shows it). What needs emulated hosts
+needs root, and is left out with a word about it otherwise. Each step's time is a line in results/bench/.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ SHORT = (
     "engine_bytes --ranks 2",
     "checkpoints --what size",
     "prediction --mbit 50 --repetitions 1",
+    "latency --repetitions 1",
+    "probe",
     "scaling measured modelled --hosts 2 4 --repetitions 1",
 )
 FULL = (
@@ -35,6 +38,7 @@ FULL = (
     "parity",
     "checkpoints --what time ranks",
     "prediction",
+    "latency",
     "scaling measured",
     "lab_bytes",
     "elastic",
@@ -45,7 +49,7 @@ FULL = (
     "time_to_target curves steps",
 )
 PROFILES = {"short": SHORT, "full": FULL}
-AS_ROOT = ("prediction", "scaling", "lab_bytes", "elastic", "faults", "time_to_target")
+AS_ROOT = ("prediction", "latency", "probe", "scaling", "lab_bytes", "elastic", "faults", "time_to_target")
 
 
 def main() -> None:

@@ -22,18 +22,19 @@ def cluster_file(
     mbit: float | None = None,
     launcher: str = "torchrun",
     delay_ms: float = 0,
+    loss_percent: float = 0,
 ) -> str:
     """Writes a cluster file into `folder`; what is not given is as in emulated-100mbit. Returns its path."""
     cluster = load_cluster("emulated-100mbit")
     facts: dict[str, Any] = {
         key: value for key, value in dataclasses.asdict(cluster).items() if value and key not in ("name", "within")
     }
-    facts |= {"nodes": hosts or cluster.nodes, "launcher": launcher, "delay_ms": delay_ms}
+    facts |= {"nodes": hosts or cluster.nodes, "launcher": launcher, "delay_ms": delay_ms, "loss_percent": loss_percent}
     facts["between"] = {
         "latency_us": cluster.between.latency_us + 1000 * delay_ms,
         "bandwidth_mbit": mbit or cluster.between.bandwidth_mbit,
     }
-    path = folder / f"{facts['nodes']}-{launcher}-{mbit}-{delay_ms}.yaml"
+    path = folder / f"{facts['nodes']}-{launcher}-{mbit}-{delay_ms}-{loss_percent}.yaml"
     path.write_text(yaml.safe_dump(facts))
     return str(path)
 

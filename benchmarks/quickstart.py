@@ -1,7 +1,8 @@
 """`make train`: a shared model beside its dense twin and a dense model of its own size, on two processes.
 
 Each trains at the learning rate that `python -m benchmarks.quality rates` found best for it (results/quality/).
-Writes runs/quickstart/summary.json and a plot, and prints the table.
+Writes runs/quickstart/summary.json and a plot, and prints the table; with --keep also lines of results/quickstart/, from which
+README's picture is drawn.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from rich.console import Console
 
 from dist_ssn.report import plot_loss_against_bytes, read_rows, summary_table
 
-from .quality import EQUAL, ResultFile, best_rates
+from .quality import EQUAL, best_rates
+from .results import ResultFile, lines_of
 
 RECIPE = Path(__file__).parent.parent / "dist_ssn" / "recipes" / "quickstart.yaml"
 OUTPUT = Path("runs") / "quickstart"
@@ -48,9 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2, help="processes on this machine")
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
+    parser.add_argument("--keep", action="store_true", help="write results/quickstart/ too")
     arguments = parser.parse_args()
     console = Console()
-    rates = best_rates(ResultFile("quality").lines())
+    rates = best_rates(lines_of("quality"))
     rows = []
     for name, (kind, overrides) in RUNS.items():
         console.rule(name)
@@ -59,6 +62,10 @@ def main() -> None:
         (row,) = read_rows([OUTPUT / name.replace(" ", "-")])
         rows.append({**row, "name": name})
     (OUTPUT / "summary.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if arguments.keep:
+        results = ResultFile("quickstart")
+        for row in rows:
+            results.add({"processes": arguments.processes, **row})
     plot = plot_loss_against_bytes(rows, OUTPUT / "loss_against_bytes.png")
     console.print(summary_table(rows), f"\nwrote {OUTPUT / 'summary.json'} and {plot}")
     console.print(

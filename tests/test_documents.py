@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.documents.__main__ import ROOT, TABLES, documents, filled
+from benchmarks.documents.figures import FIGURES
 from benchmarks.documents.markdown import bold_least, grid, middle, short
 from benchmarks.results import latest
 
@@ -31,6 +34,14 @@ def test_numbers_are_written_as_in_the_docs() -> None:
     assert middle([3.0, 1.0, 2.0]) == "2 (1-3)"
     assert [short(rate) for rate in (0.012, 3e-3, 0.2)] == ["1.2e-2", "3e-3", "0.2"]
     assert bold_least([2.0, 1.0], str) == ["2.0", "**1.0**"]
+
+
+def test_the_same_lines_draw_the_same_figure(tmp_path: Path) -> None:
+    for name, draw in FIGURES.items():
+        for folder in ("one", "two"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            draw(tmp_path / folder / name)
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_the_last_measurement_of_a_cell_counts() -> None:

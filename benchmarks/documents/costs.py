@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .. import generation, memory, prediction, scaling, time_to_target
+from .. import generation, latency, memory, prediction, probe, scaling, time_to_target
 from ..results import latest, lines_of
 from .markdown import from_rich, grid
 
@@ -30,5 +30,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prediction": lambda: from_rich(prediction.table(lines_of("prediction"))),
     "scaling-measured": lambda: from_rich(scaling.tables(lines_of("scaling"))[0]),
     "scaling-modelled": lambda: from_rich(scaling.tables(lines_of("scaling"))[1]),
+    "latency": lambda: from_rich(latency.table(lines_of("latency"))),
+    "probe": lambda: from_rich(probe.table(lines_of("probe"))),
     "time-to-target": lambda: from_rich(time_to_target.made()),
 }

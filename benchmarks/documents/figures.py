@@ -8,6 +8,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dist_ssn.report import plot_loss_against_bytes
+
+from ..results import latest, lines_of
 from .quality import losses_by_budget
 
 
@@ -37,5 +40,13 @@ def budgets(path: Path) -> None:
     save(figure, path)
 
 
-FIGURES: dict[str, Callable[[Path], None]] = {"quality_by_budget.png": budgets}
+def quickstart(path: Path) -> None:
+    """The newest run of each side of `make train`."""
+    plot_loss_against_bytes(list(latest(lines_of("quickstart"), ("name",)).values()), path)
+
+
+FIGURES: dict[str, Callable[[Path], None]] = {
+    "quality_by_budget.png": budgets,
+    "loss_against_bytes.png": quickstart,
+}
 """File in docs/ → how to draw it."""

@@ -1,4 +1,4 @@
-"""Whether sharing pays on a network: where it breaks even, what budget the network bears, and a recommendation."""
+"""Whether sharing pays on a network: where it breaks even, what budget the network bears and which to begin with."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dist_ssn.plan import make_plan
 LEAST_MBIT, MOST_MBIT = 1e-2, 1e8
 LONGER = 0.05  # by which share of compute a step may be longer for the network's sake
 WORTH = 1.05  # how much faster a step must be to be worth a change
+PROVEN = 0.05  # the least budget with which a bank came to its dense twin's loss in no more steps (docs/quality.md)
 _STEPS = 40  # of a bisection
 
 
@@ -23,6 +24,7 @@ class Advice:
     Args:
         crossover_mbit: below it a shared step is faster than a dense one; 0: at no bandwidth; infinite: at every one
         hidden_budget: the largest share of the weights whose bank makes a step at most LONGER than its compute; None: none does
+        budget: to begin with: hidden_budget, but not below PROVEN; None: the model has no plan of that size
         faster: a dense step's time over a shared one's, here
         pays: whether that is worth it
         why: in a sentence
@@ -30,6 +32,7 @@ class Advice:
 
     crossover_mbit: float
     hidden_budget: float | None
+    budget: float | None
     faster: float
     pays: bool
     why: str
@@ -50,7 +53,10 @@ def advise(measured: Measured, fabric: Fabric) -> Advice:
             f"don't share for the network's sake: that saves {1000 * (dense.exposed - shared.exposed):.1f} ms of a step, "
             f"and its compute takes {1000 * slower:.1f} ms more"
         )
-    return Advice(crossover, hidden_budget(measured, fabric), faster, faster >= WORTH, why)
+    hidden = hidden_budget(measured, fabric)
+    budget = max(hidden or 0.0, PROVEN)
+    first = budget if _exposed(measured, fabric, budget) is not None else None
+    return Advice(crossover, hidden, first, faster, faster >= WORTH, why)
 
 
 def crossover_mbit(measured: Measured, fabric: Fabric) -> float:
@@ -75,29 +81,30 @@ def crossover_mbit(measured: Measured, fabric: Fabric) -> float:
 
 def hidden_budget(measured: Measured, fabric: Fabric) -> float | None:
     """The largest budget, at most all of the weights, at which the network makes a step at most LONGER than its compute."""
-    plan = measured.shared.plan
-    assert plan is not None
-
-    def exposed(budget: float) -> float | None:
-        try:
-            there = make_plan(measured.specs, budget, seed=plan.seed)
-        except UserError:
-            return None  # less than what the weights keep of their own
-        return measured.shared.step(fabric, plan=there).exposed
-
     allowed = LONGER * measured.shared.compute
-    whole = exposed(1.0)
+    whole = _exposed(measured, fabric, 1.0)
     if whole is not None and whole <= allowed:
         return 1.0
     best, low, high = None, 0.0, 1.0
     for _ in range(12):
         middle = (low + high) / 2
-        waits = exposed(middle)
+        waits = _exposed(measured, fabric, middle)
         if waits is not None and waits > allowed:
             high = middle
         else:
             low, best = middle, best if waits is None else middle
     return best
+
+
+def _exposed(measured: Measured, fabric: Fabric, budget: float) -> float | None:
+    """Seconds a step waits with a plan of this budget; None: it is less than what the weights keep of their own."""
+    plan = measured.shared.plan
+    assert plan is not None
+    try:
+        there = make_plan(measured.specs, budget, seed=plan.seed)
+    except UserError:
+        return None
+    return measured.shared.step(fabric, plan=there).exposed
 
 
 def bandwidth(mbit: float) -> str:
@@ -122,4 +129,13 @@ def sentences(advice: Advice, fabric: Fabric) -> list[str]:
         if advice.hidden_budget is None
         else f"At {here} a bank of up to {advice.hidden_budget:.1%} makes a step at most {LONGER:.0%} longer than its compute."
     )
-    return [first, second, f"Here: {advice.why}."]
+    told = [first, second, f"Here: {advice.why}."]
+    if advice.pays and advice.budget is not None:
+        hides = advice.hidden_budget is not None and advice.hidden_budget >= advice.budget
+        why = (
+            "the most that the network hides"
+            if hides
+            else "smaller banks needed more steps than dense (docs/quality.md)"
+        )
+        told.append(f"A budget to begin with: {advice.budget:.1%}; {why}.")
+    return told

@@ -84,7 +84,7 @@ def _plot(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], x: st
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        figure.savefig(path, metadata={"Software": None})  # the same data, the same bytes
     except OSError as error:
         raise UserError(f"cannot write the plot {path}: {error}") from error
     return path
