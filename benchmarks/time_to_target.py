@@ -1,13 +1,14 @@
 """How long it takes to come to the loss at which dense training ends, on four hosts, by bandwidth.
 
     sudo python -m benchmarks.time_to_target curves steps [--mbit 100 1000 10000] [--delay-ms 0 10] [--repetitions 5]
+    sudo python -m benchmarks.time_to_target whole --sides "5%, fp16" --mbit 100
     python -m benchmarks.time_to_target --table
 
 A synchronous method's loss by step does not depend on the network. So time is steps times seconds per step: the steps are those
 of the shortest run whose mean final loss is not above dense's with the same seeds (`benchmarks.quality target target-confirm`; runs
 that send something else than gradients in fp32 are made here, by "curves": 16 bits on two processes, other methods on four, and
-over rates of their own), and a step is measured in the lab ("steps"), all sides in turn. Four ranks share this machine's
-processors, which is hard on the sides that send little. Writes results/time_to_target/.
+over rates of their own), and a step is measured in the lab ("steps"), all sides in turn. "whole" holds the product against a run to
+the target. Four ranks share this machine's processors, which is hard on the sides that send little. Writes results/time_to_target/.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .results import ResultFile, chosen, lines_of
 Line = dict[str, Any]
 Runs = dict[str, dict[int, dict[int, float]]]
 """side → steps of the run → seed → final loss, at the side's best rate."""
-TASK = "gpt-wide"
+TASK, HOSTS = "gpt-wide", 4
 WARM_UP, STEPS = 10, 30
 SMALL = "dense, as small as 10 %"
 TWINS = {"dense, fp16": "dense", "10%, fp16": "10%", "5%, fp16": "5%"}
@@ -91,7 +92,7 @@ def period(side: str) -> int:
 
 def curve(side: str, steps: int, rate: float, seed: int) -> Line:
     """A whole run on this machine; a method with as many processes as in the lab, since its losses depend on it."""
-    processes = 4 if side in METHODS else 2
+    processes = HOSTS if side in METHODS else 2
     with tempfile.TemporaryDirectory() as folder:
         more = [f"--optimizer.lr={rate}", f"--seed={seed}", *([f"--share.seed={seed}"] if "%" in side else [])]
         launch = [
@@ -108,22 +109,36 @@ def curve(side: str, steps: int, rate: float, seed: int) -> Line:
     return {**cell, "validation_loss": row["validation_loss"]}
 
 
-def step(side: str, mbit: float, delay_ms: float) -> Line:
-    """Milliseconds per step on four emulated hosts: the median, or the mean over whole periods of a method."""
-    steps = math.ceil(STEPS / period(side)) * period(side)
+def in_lab(side: str, steps: int, mbit: float, delay_ms: float, more: Iterable[str]) -> Line:
+    """The summary of a run on four emulated hosts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        more = [f"--evaluate_every={WARM_UP}", "--evaluate_batches=1", "--schedule.warmup=1"]
-        command = [*script(side), *program(side, WARM_UP + steps, name, more)]
-        in_the_lab(cluster_file(folder, mbit=mbit, delay_ms=delay_ms), folder / "logs", command)
+        cluster = cluster_file(folder, mbit=mbit, delay_ms=delay_ms)
+        in_the_lab(cluster, folder / "logs", [*script(side), *program(side, steps, name, more)])
         (row,) = json.loads((folder / "run" / "summary.json").read_text())["rows"]
-    cell = {"what": "step", "task": TASK, "side": side, "mbit": mbit, "delay_ms": delay_ms, "hosts": 4}
+    return row
+
+
+def step(side: str, mbit: float, delay_ms: float) -> Line:
+    """Milliseconds per step: the median, or the mean over whole periods of a method."""
+    steps = math.ceil(STEPS / period(side)) * period(side)
+    more = [f"--evaluate_every={WARM_UP}", "--evaluate_batches=1", "--schedule.warmup=1"]
+    row = in_lab(side, WARM_UP + steps, mbit, delay_ms, more)
+    cell = {"what": "step", "task": TASK, "side": side, "mbit": mbit, "delay_ms": delay_ms, "hosts": HOSTS}
     cell |= {key: row[key] for key in ("ms_per_step", "bytes_per_step_ring", "parameters")}
     if side in METHODS:
         before, after = (next(at for at in row["history"] if at["step"] == step) for step in (WARM_UP, WARM_UP + steps))
         mean = {key: (after[key] - before[key]) / steps for key in ("seconds", "ring_bytes")}
         cell |= {"ms_per_step": 1000 * mean["seconds"], "bytes_per_step_ring": round(mean["ring_bytes"])}
     return cell
+
+
+def whole(side: str, steps: int, rate: float, mbit: float, delay_ms: float) -> Line:
+    """A run to the target: what the product of steps and time per step is held against."""
+    row = in_lab(side, steps, mbit, delay_ms, [f"--optimizer.lr={rate}", f"--seed={SEEDS[0]}"])
+    cell = {"what": "whole", "task": TASK, "side": side, "mbit": mbit, "delay_ms": delay_ms, "hosts": HOSTS}
+    seconds = row["history"][-1]["seconds"]  # of steps alone
+    return {**cell, "steps": steps, "rate": rate, "seconds": seconds, "validation_loss": row["validation_loss"]}
 
 
 def side_of(line: Line) -> str:
@@ -189,6 +204,7 @@ def name(mbit: float, delay_ms: float) -> str:
 
 def table(losses: Runs, lines: Iterable[Line]) -> Table:
     """Steps and time to dense's final loss, side by side."""
+    lines = list(lines)
     measured = [line for line in lines if line["what"] == "step" and line["task"] == TASK]
     links = sorted({link(line) for line in measured})
     columns = ["side", "sent per step, kB (ring)", "steps to the target", "final loss there: mean (seeds)"]
@@ -216,6 +232,12 @@ def table(losses: Runs, lines: Iterable[Line]) -> Table:
             ratio = statistics.median(theirs) * length / 1000 / took
             row.append(f"{spread}; {took:,.0f} s; {ratio:.1f}" if reached else f"{spread}; never")
         shown.add_row(*row)
+    if runs := [line for line in lines if line["what"] == "whole"]:
+        texts = []
+        for line in runs:
+            took = f"{line['steps']:,} steps in {line['seconds']:,.0f} s, loss {line['validation_loss']:.3f}"
+            texts.append(f"{line['side']} at {name(*link(line))}, {took}")
+        shown.caption = f"Whole runs on the hosts: {'; '.join(texts)}"
     return shown
 
 
@@ -227,7 +249,7 @@ def made() -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="curves|steps", help="what to measure")
+    parser.add_argument("what", nargs="*", metavar="curves|steps|whole", help="what to measure")
     parser.add_argument("--mbit", nargs="+", type=float, default=[100, 1000, 10_000])
     parser.add_argument(
         "--delay-ms", nargs="+", type=float, default=[0], help="of every packet, beside what the lab itself takes"
@@ -237,7 +259,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the curves")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
-    chosen(parser, arguments.what, ["curves", "steps"])
+    chosen(parser, arguments.what, ["curves", "steps", "whole"])
     chosen(parser, arguments.sides, sides())
     results = ResultFile("time_to_target")
     if "curves" in arguments.what:
@@ -260,6 +282,13 @@ def main() -> None:
                     line = step(side, mbit, delay)
                     results.add({**line, "repetition": repetition})
                     print(f"{side}, {mbit:g} Mbit/s, {delay:g} ms: {line['ms_per_step']:.0f} ms", flush=True)
+    for side in (arguments.sides or sides()) if "whole" in arguments.what else ():
+        losses, best = final_losses(TASK, lines_of("quality"), lines_of("time_to_target"))
+        twin = SAME.get(side, side)
+        if steps := steps_to(losses["dense"][TASKS[TASK]["steps"]], losses[twin]):
+            for mbit, delay in itertools.product(arguments.mbit, arguments.delay_ms):
+                results.add(line := whole(side, steps, best[twin], mbit, delay))
+                print(f"{side}, {name(mbit, delay)}: {line['steps']} steps in {line['seconds']:.0f} s", flush=True)
     if arguments.table or not arguments.what:
         Console(width=200).print(made())
 
