@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--sides", nargs="*", default=[], help="only these are timed; all unless given")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the curves")
+    parser.add_argument("--rates", nargs="*", type=float, help="only curves at these rates are made; all unless given")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
     chosen(parser, arguments.what, ["curves", "steps", "whole"])
@@ -268,7 +269,8 @@ def main() -> None:
             losses, best = final_losses(TASK, lines_of("quality"), lines_of("time_to_target"))
             for side in arguments.sides or (*TWINS, *METHODS):
                 for steps, rate in runs_of(side, seed, losses, best):
-                    if (TASK, side, steps, rate, seed) not in done:
+                    wanted = not arguments.rates or rate in arguments.rates
+                    if wanted and (TASK, side, steps, rate, seed) not in done:
                         line = curve(side, steps, rate, seed)
                         results.add(line)
                         print(
