@@ -198,7 +198,7 @@ def link(line: Line) -> tuple[float, float]:
     return line["mbit"], line.get("delay_ms", 0)
 
 
-def name(mbit: float, delay_ms: float) -> str:
+def named(mbit: float, delay_ms: float) -> str:
     return f"{mbit:g} Mbit/s" + (f", {delay_ms:g} ms" if delay_ms else "")
 
 
@@ -208,7 +208,7 @@ def table(losses: Runs, lines: Iterable[Line]) -> Table:
     measured = [line for line in lines if line["what"] == "step" and line["task"] == TASK]
     links = sorted({link(line) for line in measured})
     columns = ["side", "sent per step, kB (ring)", "steps to the target", "final loss there: mean (seeds)"]
-    shown = Table(*columns, *(f"at {name(*one)}: ms per step; time; dense / this" for one in links))
+    shown = Table(*columns, *(f"at {named(*one)}: ms per step; time; dense / this" for one in links))
     length = TASKS[TASK]["steps"]
     dense = losses["dense"][length]
     for side in sides():
@@ -236,7 +236,7 @@ def table(losses: Runs, lines: Iterable[Line]) -> Table:
         texts = []
         for line in runs:
             took = f"{line['steps']:,} steps in {line['seconds']:,.0f} s, loss {line['validation_loss']:.3f}"
-            texts.append(f"{line['side']} at {name(*link(line))}, {took}")
+            texts.append(f"{line['side']} at {named(*link(line))}, {took}")
         shown.caption = f"Whole runs on the hosts: {'; '.join(texts)}"
     return shown
 
@@ -290,7 +290,7 @@ def main() -> None:
         if steps := steps_to(losses["dense"][TASKS[TASK]["steps"]], losses[twin]):
             for mbit, delay in itertools.product(arguments.mbit, arguments.delay_ms):
                 results.add(line := whole(side, steps, best[twin], mbit, delay))
-                print(f"{side}, {name(mbit, delay)}: {line['steps']} steps in {line['seconds']:.0f} s", flush=True)
+                print(f"{side}, {named(mbit, delay)}: {line['steps']} steps in {line['seconds']:.0f} s", flush=True)
     if arguments.table or not arguments.what:
         Console(width=200).print(made())
 
