@@ -13,7 +13,9 @@ from dist_ssn.plan import make_plan
 LEAST_MBIT, MOST_MBIT = 1e-2, 1e8
 LONGER = 0.05  # by which share of compute a step may be longer for the network's sake
 WORTH = 1.05  # how much faster a step must be to be worth a change
-PROVEN = 0.05  # the least budget with which a bank came to its dense twin's loss in no more steps (docs/quality.md)
+PROVEN = ((3_000_000, 0.05), (0, 0.1))
+"""From so many trainable numbers on: the least budget with which a bank came to its dense twin's loss in no more steps
+(docs/quality.md; GPTs of 3.2 and 0.8 million)."""
 _STEPS = 40  # of a bisection
 
 
@@ -24,7 +26,7 @@ class Advice:
     Args:
         crossover_mbit: below it a shared step is faster than a dense one; 0: at no bandwidth; infinite: at every one
         hidden_budget: the largest share of the weights whose bank makes a step at most LONGER than its compute; None: none does
-        budget: to begin with: hidden_budget, but not below PROVEN; None: the model has no plan of that size
+        budget: to begin with: hidden_budget, but not below what PROVEN says; None: the model has no plan of that size
         faster: a dense step's time over a shared one's, here
         pays: whether that is worth it
         why: in a sentence
@@ -54,7 +56,8 @@ def advise(measured: Measured, fabric: Fabric) -> Advice:
             f"and its compute takes {1000 * slower:.1f} ms more"
         )
     hidden = hidden_budget(measured, fabric)
-    budget = max(hidden or 0.0, PROVEN)
+    proven = next(budget for numbers, budget in PROVEN if measured.dense.numbers >= numbers)
+    budget = max(hidden or 0.0, proven)
     first = budget if _exposed(measured, fabric, budget) is not None else None
     return Advice(crossover, hidden, first, faster, faster >= WORTH, why)
 
