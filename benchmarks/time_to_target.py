@@ -29,13 +29,11 @@ from rich.table import Table
 from .in_the_lab import cluster_file, in_the_lab, quietly
 from .quality import EQUAL, SEEDS, TARGETS, TASKS
 from .results import ResultFile, chosen, lines_of
+from .target_runs import SMALL, Runs, all_runs, best_rate, losses_of, steps_to
 
 Line = dict[str, Any]
-Runs = dict[str, dict[int, dict[int, float]]]
-"""side → steps of the run → seed → final loss, at the side's best rate."""
 TASK, HOSTS = "gpt-wide", 4
 WARM_UP, STEPS = 10, 30
-SMALL = "dense, as small as 10 %"
 TWINS = {"dense, fp16": "dense", "10%, fp16": "10%", "5%, fp16": "5%"}
 """Sides whose gradients travel as 16 bits → the side in fp32 whose steps and best rate they take."""
 SAME = {"dense, ZeRO-1": "dense", "dense, ZeRO-2": "dense", "dense, ZeRO-3": "dense", "dense, FSDP2": "dense"}
@@ -143,57 +141,23 @@ def whole(side: str, steps: int, rate: float, mbit: float, delay_ms: float) -> L
     return {**cell, "steps": steps, "rate": rate, "seconds": seconds, "validation_loss": row["validation_loss"]}
 
 
-def side_of(line: Line) -> str:
-    """The name of what a line of `benchmarks.quality` measured."""
-    budget = line["overrides"].get("share.budget")
-    return f"{budget:.0%}" if budget else SMALL if line["kind"] == "equal" else str(line["kind"])
+def target(runs: dict[str, Runs]) -> dict[int, float]:
+    """Dense's final loss by seed."""
+    return losses_of(runs["dense"])[TASKS[TASK]["steps"]]
 
 
-def final_losses(task: str, quality: Iterable[Line], own: Iterable[Line]) -> tuple[Runs, dict[str, float]]:
-    """The losses of all runs, and the best rate of each side's first seed at its longest run."""
-    found: dict[str, dict[int, dict[int, dict[float, float]]]] = {}
-    for line in quality:
-        if line["suite"] not in ("target", "target-confirm") or line["task"] != task:
-            continue
-        overrides = line["overrides"]
-        rates = found.setdefault(side_of(line), {}).setdefault(overrides["steps"], {}).setdefault(line["seed"], {})
-        rates[overrides["optimizer.lr"]] = line["validation_loss"]
-    for line in own:
-        if line["what"] == "curve" and line["task"] == task:
-            runs = found.setdefault(line["side"], {}).setdefault(line["steps"], {})
-            runs.setdefault(line["seed"], {})[line["rate"]] = line["validation_loss"]
-    losses = {
-        side: {steps: {seed: min(rates.values()) for seed, rates in seeds.items()} for steps, seeds in runs.items()}
-        for side, runs in found.items()
-    }
-    best = {}
-    for side, runs in found.items():
-        rates = runs[max(runs)].get(SEEDS[0], {})
-        if rates:
-            best[side] = min(rates, key=lambda rate: rates[rate])
-    return losses, best
-
-
-def runs_of(side: str, seed: int, losses: Runs, best: dict[str, float]) -> list[tuple[int, float]]:
+def curves_of(side: str, seed: int, runs: dict[str, Runs]) -> list[tuple[int, float]]:
     """Steps and rates of the runs to make: a method's first seed over all rates, the others at the best."""
     if side in TWINS:
-        twin = TWINS[side]
-        return [(steps_to(losses["dense"][min(losses["dense"])], losses[twin]) or max(losses[twin]), best[twin])]
+        twin = runs[TWINS[side]]
+        return [(steps_to(target(runs), losses_of(twin)) or max(twin), best_rate(twin))]
     lengths, rates = METHODS[side][1] if side in METHODS else ((), ())
-    return list(itertools.product(lengths, rates if seed == SEEDS[0] else [best[side]]))
+    return list(itertools.product(lengths, rates if seed == SEEDS[0] else [best_rate(runs[side])]))
 
 
 def key(line: Line) -> tuple[Any, ...]:
     """Which run a curve's line tells of."""
     return tuple(line[name] for name in ("task", "side", "steps", "rate", "seed"))
-
-
-def steps_to(dense: dict[int, float], runs: dict[int, dict[int, float]]) -> int | None:
-    """Steps of the shortest run whose mean loss is not above dense's, seeds alike."""
-    for steps, seeds in sorted(runs.items()):
-        if statistics.mean(seeds.values()) <= statistics.mean(dense[seed] for seed in seeds):
-            return steps
-    return None
 
 
 def link(line: Line) -> tuple[float, float]:
@@ -204,25 +168,32 @@ def named(mbit: float, delay_ms: float) -> str:
     return f"{mbit:g} Mbit/s" + (f", {delay_ms:g} ms" if delay_ms else "")
 
 
-def table(losses: Runs, lines: Iterable[Line]) -> Table:
+def table(runs: dict[str, Runs], lines: Iterable[Line]) -> Table:
     """Steps and time to dense's final loss, side by side."""
     lines = list(lines)
     measured = [line for line in lines if line["what"] == "step" and line["task"] == TASK]
     links = sorted({link(line) for line in measured})
-    columns = ["side", "sent per step, kB (ring)", "steps to the target", "final loss there: mean (seeds)"]
+    columns = [
+        "side",
+        "sent per step, kB (ring)",
+        "best rate (tried)",
+        "steps to the target",
+        "final loss there: mean (seeds)",
+    ]
     shown = Table(*columns, *(f"at {named(*one)}: ms per step; time; dense / this" for one in links))
-    length = TASKS[TASK]["steps"]
-    dense = losses["dense"][length]
     for side in sides():
-        mine, runs = [line for line in measured if line["side"] == side], losses.get(SAME.get(side, side), {})
-        if not mine or not runs:
+        mine, found = [line for line in measured if line["side"] == side], runs.get(SAME.get(side, side))
+        if not mine or not found:
             continue
-        reached = steps_to(dense, runs)
-        steps = reached or max(runs)
-        values = list(runs[steps].values())
-        seeds = ", ".join(f"{value:.3f}" for value in values)
-        row = [side, f"{mine[-1]['bytes_per_step_ring'] / 1000:,.0f}", f"{steps:,}" if reached else f"not in {steps:,}"]
-        row.append(f"{statistics.mean(values):.3f} ({seeds})")
+        losses = losses_of(found)
+        reached = steps_to(target(runs), losses)
+        steps = reached or max(found)
+        tried = sorted({rate for seeds in found.values() for rates in seeds.values() for rate in rates})
+        row = [side, f"{mine[-1]['bytes_per_step_ring'] / 1000:,.0f}"]
+        row.append(f"{best_rate(found):g} ({', '.join(f'{rate:g}' for rate in tried)})")
+        row.append(f"{steps:,}" if reached else f"not in {steps:,}")
+        seeds = ", ".join(f"{value:.3f}" for value in losses[steps].values())
+        row.append(f"{statistics.mean(losses[steps].values()):.3f} ({seeds})")
         for one in links:
             all_ms = [line["ms_per_step"] for line in mine if link(line) == one]
             theirs = [line["ms_per_step"] for line in measured if line["side"] == "dense" and link(line) == one]
@@ -231,12 +202,12 @@ def table(losses: Runs, lines: Iterable[Line]) -> Table:
                 continue
             took = statistics.median(all_ms) * steps / 1000
             spread = f"{statistics.median(all_ms):.0f} ({min(all_ms):.0f}-{max(all_ms):.0f})"
-            ratio = statistics.median(theirs) * length / 1000 / took
+            ratio = statistics.median(theirs) * TASKS[TASK]["steps"] / 1000 / took
             row.append(f"{spread}; {took:,.0f} s; {ratio:.1f}" if reached else f"{spread}; never")
         shown.add_row(*row)
-    if runs := [line for line in lines if line["what"] == "whole"]:
+    if whole_runs := [line for line in lines if line["what"] == "whole"]:
         texts = []
-        for line in runs:
+        for line in whole_runs:
             took = f"{line['steps']:,} steps in {line['seconds']:,.0f} s, loss {line['validation_loss']:.3f}"
             texts.append(f"{line['side']} at {named(*link(line))}, {took}")
         shown.caption = f"Whole runs on the hosts: {'; '.join(texts)}"
@@ -246,7 +217,7 @@ def table(losses: Runs, lines: Iterable[Line]) -> Table:
 def made() -> Table:
     """The table of everything measured so far."""
     lines = lines_of("time_to_target")
-    return table(final_losses(TASK, lines_of("quality"), lines)[0], lines)
+    return table(all_runs(TASK, lines_of("quality"), lines), lines)
 
 
 def main() -> None:
@@ -268,9 +239,9 @@ def main() -> None:
     if "curves" in arguments.what:
         done = {key(line) for line in results.lines() if line["what"] == "curve"}
         for seed in SEEDS[: arguments.seeds]:
-            losses, best = final_losses(TASK, lines_of("quality"), lines_of("time_to_target"))
+            runs = all_runs(TASK, lines_of("quality"), lines_of("time_to_target"))
             for side in arguments.sides or (*TWINS, *METHODS):
-                for steps, rate in runs_of(side, seed, losses, best):
+                for steps, rate in curves_of(side, seed, runs):
                     wanted = not arguments.rates or rate in arguments.rates
                     if wanted and (TASK, side, steps, rate, seed) not in done:
                         line = curve(side, steps, rate, seed)
@@ -287,11 +258,11 @@ def main() -> None:
                     results.add({**line, "repetition": repetition})
                     print(f"{side}, {mbit:g} Mbit/s, {delay:g} ms: {line['ms_per_step']:.0f} ms", flush=True)
     for side in (arguments.sides or sides()) if "whole" in arguments.what else ():
-        losses, best = final_losses(TASK, lines_of("quality"), lines_of("time_to_target"))
-        twin = SAME.get(side, side)
-        if steps := steps_to(losses["dense"][TASKS[TASK]["steps"]], losses[twin]):
+        runs = all_runs(TASK, lines_of("quality"), lines_of("time_to_target"))
+        mine = runs[SAME.get(side, side)]
+        if steps := steps_to(target(runs), losses_of(mine)):
             for mbit, delay in itertools.product(arguments.mbit, arguments.delay_ms):
-                results.add(line := whole(side, steps, best[twin], mbit, delay))
+                results.add(line := whole(side, steps, best_rate(mine), mbit, delay))
                 print(f"{side}, {named(mbit, delay)}: {line['steps']} steps in {line['seconds']:.0f} s", flush=True)
     if arguments.table or not arguments.what:
         Console(width=200).print(made())

@@ -13,7 +13,8 @@ from benchmarks.memory import allocations, measure
 from benchmarks.memory import table as memory_table
 from benchmarks.scaling import CLUSTERS, WORKERS
 from benchmarks.scaling import tables as scaling_tables
-from benchmarks.time_to_target import steps_to
+from benchmarks.target_runs import losses_of, steps_to
+from benchmarks.time_to_target import curves_of, target
 from benchmarks.time_to_target import table as time_table
 
 
@@ -73,23 +74,25 @@ def test_efficiency_is_what_the_network_leaves() -> None:
 
 
 def test_time_is_steps_to_the_target_times_seconds_per_step() -> None:
-    losses = {
-        "dense": {1500: {0: 1.25, 1: 1.5}},
+    runs = {
+        "dense": {1500: {0: {1e-3: 1.25, 2e-3: 1.5}, 1: {1e-3: 1.5}}},
         "10%": {
-            1000: {0: 1.25, 1: 1.75},
-            1500: {0: 1.125, 1: 1.625},
-            2000: {0: 1.0, 1: 1.0},
-        },  # 1500: the mean is dense's
-        "dense, fp16": {1500: {0: 1.25}},  # one seed, held against dense's of the same
-        "5%": {1500: {0: 1.3}},
+            1000: {0: {1e-3: 1.25}, 1: {1e-3: 1.75}},
+            1500: {0: {1e-3: 1.125}, 1: {1e-3: 1.625}},  # the mean is dense's
+            2000: {0: {1e-3: 1.0}, 1: {1e-3: 1.0}},
+        },
+        "dense, fp16": {1500: {0: {1e-3: 1.25}}},  # one seed, held against dense's of the same
+        "5%": {1500: {0: {1e-3: 1.3}}},
     }
-    assert steps_to(losses["dense"][1500], losses["10%"]) == 1500
-    assert steps_to(losses["dense"][1500], losses["dense, fp16"]) == 1500
-    assert steps_to(losses["dense"][1500], losses["5%"]) is None
+    dense = target(runs)
+    assert dense == {0: 1.25, 1: 1.5}
+    assert steps_to(dense, losses_of(runs["10%"])) == steps_to(dense, losses_of(runs["dense, fp16"])) == 1500
+    assert steps_to(dense, losses_of(runs["5%"])) is None
+    assert curves_of("10%, fp16", 2, runs) == [(1500, 1e-3)]
     one = {"what": "step", "task": "gpt-wide", "mbit": 100.0, "bytes_per_step_ring": 2000}
     lines = [{**one, "side": side, "ms_per_step": ms} for side, ms in (("dense", 1000), ("10%", 250), ("5%", 100))]
-    assert cells(time_table(losses, lines)) == [
-        ("dense", "2", "1,500", "1.375 (1.250, 1.500)", "1000 (1000-1000); 1,500 s; 1.0"),
-        ("10%", "2", "1,500", "1.375 (1.125, 1.625)", "250 (250-250); 375 s; 4.0"),
-        ("5%", "2", "not in 1,500", "1.300 (1.300)", "100 (100-100); never"),
+    assert cells(time_table(runs, lines)) == [
+        ("dense", "2", "0.001 (0.001, 0.002)", "1,500", "1.375 (1.250, 1.500)", "1000 (1000-1000); 1,500 s; 1.0"),
+        ("10%", "2", "0.001 (0.001)", "1,500", "1.375 (1.125, 1.625)", "250 (250-250); 375 s; 4.0"),
+        ("5%", "2", "0.001 (0.001)", "not in 1,500", "1.300 (1.300)", "100 (100-100); never"),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..quality import DEFAULT, MORPHS, SEEDS, TARGETS, TASKS, best_rates, cell, identity, seeded
 from ..results import lines_of
-from ..time_to_target import final_losses, side_of
+from ..target_runs import all_runs, losses_of, side_of
 from .markdown import bold_least, each, grid, short
 
 Line = dict[str, Any]
@@ -69,7 +69,7 @@ def in_short() -> str:
 
 def lengths(task: str) -> str:
     """Losses of `target` by side and steps, means over the seeds that are there; bold: at or below dense's."""
-    losses, _ = final_losses(task, lines_of("quality"), [])
+    losses = {side: losses_of(runs) for side, runs in all_runs(task, lines_of("quality"), []).items()}
     sizes = {side_of(line): line["parameters"] for line in lines_of("quality") if line["task"] == task}
     columns = sorted({steps for runs in losses.values() for steps in runs})
     target = statistics.mean(losses["dense"][TASKS[task]["steps"]].values())
