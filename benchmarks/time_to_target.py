@@ -41,9 +41,10 @@ SAME = {"dense, ZeRO-1": "dense", "dense, ZeRO-2": "dense", "dense, ZeRO-3": "de
 Grid = tuple[tuple[int, ...], tuple[float, ...]]
 _ADAM = (3.75e-4, 7.5e-4, 1.5e-3)
 METHODS: dict[str, tuple[str, Grid]] = {
-    **{f"dense, PowerSGD rank {rank}": (f"powersgd:{rank}", ((1500,), _ADAM)) for rank in (1, 2, 4)},
+    **{f"dense, PowerSGD rank {rank}": (f"powersgd:{rank}", ((1500,), _ADAM)) for rank in (1, 2)},
+    "dense, PowerSGD rank 4": ("powersgd:4", ((1500, 2000), _ADAM)),
     "dense, local SGD, H = 4": ("local:4", ((1500,), (*_ADAM, 3e-3))),
-    "dense, local SGD, H = 16": ("local:16", ((1500, 3000), _ADAM)),
+    "dense, local SGD, H = 16": ("local:16", ((1500, 2000, 3000), _ADAM)),
     "dense, DiLoCo, H = 50": ("diloco:50", ((1500, 3000), _ADAM)),
     "dense, DiLoCo, H = 100": ("diloco:100", ((1500,), _ADAM)),
     **{f"dense, DeMo, k = {kept}": (f"demo:{kept}", ((1500,), (1.25e-4, 2.5e-4, 5e-4))) for kept in (8, 32)},
