@@ -113,7 +113,7 @@ class DeMo(Method):
     DECAY = 0.999
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+        super().__init__(*arguments, **{**options, "clip_norm": None})  # signs have the norm that they have
         self.model = self.module
         self._momenta = [torch.zeros_like(parameter) for parameter in self.parameters()]
 

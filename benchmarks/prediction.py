@@ -96,12 +96,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--mbit", nargs="+", type=float, default=[50, 200])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
     results = ResultFile("prediction")
     done = {tuple(line[key] for key in KEYS) for line in results.lines()}
-    for repetition, model in itertools.product(() if arguments.table else range(arguments.repetitions), MODELS):
+    for repetition, model in itertools.product(
+        () if arguments.table else range(arguments.repetitions), arguments.models
+    ):
         for budget in BUDGETS:
             with tempfile.TemporaryDirectory() as name:
                 folder, compute = Path(name), None
