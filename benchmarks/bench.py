@@ -27,7 +27,7 @@ SHORT = (
     "step_time --models gpt-256 gpt-512 wrn-16-4",
     "engine_bytes --ranks 2",
     "checkpoints --what size",
-    "prediction --mbit 50 --repetitions 1",
+    "prediction --models gpt-128 --mbit 50 --repetitions 1",
     "latency --repetitions 1",
     "probe",
     "scaling measured modelled --hosts 2 4 --repetitions 1",
