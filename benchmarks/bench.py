@@ -30,7 +30,7 @@ SHORT = (
     "prediction --models gpt-128 --mbit 50 --repetitions 1",
     "latency --repetitions 1",
     "probe",
-    "scaling measured modelled --hosts 2 4 --repetitions 1",
+    "scaling measured modelled --hosts 4 --repetitions 1",
 )
 FULL = (
     *SHORT,
