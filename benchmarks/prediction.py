@@ -102,9 +102,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results = ResultFile("prediction")
     done = {tuple(line[key] for key in KEYS) for line in results.lines()}
-    for repetition, model in itertools.product(
-        () if arguments.table else range(arguments.repetitions), arguments.models
-    ):
+    models: list[str] = [] if arguments.table else arguments.models
+    for repetition, model in itertools.product(range(arguments.repetitions), models):
         for budget in BUDGETS:
             with tempfile.TemporaryDirectory() as name:
                 folder, compute = Path(name), None
