@@ -54,7 +54,8 @@ def read_offline(file: Path) -> dict[str, Any]:
             parsed = records.Record.FromString(record)
             kind = parsed.WhichOneof("record_type")
             if kind == "summary":
-                row |= {item.key: json.loads(item.value_json) for item in parsed.summary.update if item.key}
+                told = [item for item in parsed.summary.update if item.key and not item.key.startswith("_")]
+                row |= {item.key: json.loads(item.value_json) for item in told}  # without W&B's own, as _runtime
             elif kind == "history":
                 logged = {item.key or "/".join(item.nested_key): item.value_json for item in parsed.history.item}
                 if "validation_loss" in logged:
