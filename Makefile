@@ -23,7 +23,7 @@ $(READY): pyproject.toml scripts/setup.sh
 	@scripts/setup.sh $(VENV) -e '.[$(EXTRAS)]'
 	@touch $@
 
-train: $(READY) ## train a shared model beside its dense twins, and compare them (about 10 minutes on 2 cores)
+train: $(READY) ## train a shared model beside its dense twins, and compare them (about 5 minutes on 2 cores)
 	$(PY) -m benchmarks.quickstart $(ARGS)
 
 test: $(READY) ## run all tests (less than 15 minutes on 2 cores)

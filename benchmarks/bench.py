@@ -3,9 +3,9 @@
     sudo python -m benchmarks.bench [short|full]     # a step that is done at this commit is not done again
     python -m benchmarks.documents                   # then: the tables and figures of README and docs
 
-"short" measures what is quick, "full" also what takes long. Most steps leave out what results/ has; with RESULTS=FOLDER in the
-environment all is measured anew, into that folder (and `python -m benchmarks.NAME --table` shows it). What needs emulated hosts
-needs root, and is left out with a word about it otherwise. Each step's time is a line in results/bench/.
+"short" measures what is quick, "full" also what takes long. Some steps leave out what results/ has; with
+DIST_SSN_RESULTS=FOLDER in the environment all is measured anew, into that folder. What needs emulated hosts needs root, and is left
+out with a word about it otherwise. Each step's time is a line in results/bench/.
 """
 
 from __future__ import annotations

@@ -18,19 +18,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from . import overlap
 from .in_the_lab import cluster_file
 from .prediction import calibrate, measure, predict
 from .results import ResultFile
 
 Line = dict[str, Any]
 HOSTS, MBIT, MODEL, BUDGET = 2, 100.0, "gpt-128", 0.1
-SIDES: dict[str, tuple[str, list[str]]] = {
-    "dense": ("dense", []),
-    "one bank": ("none", []),
-    "segments:4": ("segments:4", ["--engine.overlap=segments:4"]),
-    "depth:4": ("depth:4", ["--share.mapping=depth:4"]),
-}
-"""side → its name in `cost.ways`, and its recipe."""
+SIDES = {"dense": "dense", "one bank": "none", "segments:4": "segments:4", "depth:4": "depth:4"}
+"""side → its name in `cost.ways` and in `overlap.SIDES`"""
 KEYS = ("side", "delay_ms", "repetition")
 
 
@@ -42,7 +38,8 @@ def measured(delay_ms: float, sides: Iterable[str]) -> Iterable[Line]:
         cluster = cluster_file(folder, hosts=HOSTS, mbit=MBIT, delay_ms=delay_ms)
         told = predict(cluster, MODEL, BUDGET, compute)
         for side in sides:
-            way, recipe = SIDES[side]
+            way = SIDES[side]
+            recipe = overlap.SIDES[way][1:]  # what comes first is the budget
             ms = measure(cluster, "ddp", MODEL, None if side == "dense" else BUDGET, folder, recipe)["ms_per_step"]
             said = {"predicted_ms_per_step": told[way]["ms_per_step"], "rounds": told[way]["rounds"]}
             yield {"side": side, "delay_ms": delay_ms, "ms_per_step": ms, **said}

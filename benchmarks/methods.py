@@ -119,7 +119,7 @@ class DeMo(Method):
 
     @torch.no_grad()
     def step(self) -> Tensor | None:
-        values, places = [], []
+        values, places, shapes = [], [], []
         for parameter, momentum in zip(self.parameters(), self._momenta, strict=True):
             assert parameter.grad is not None
             momentum.mul_(self.DECAY).add_(parameter.grad)
@@ -129,11 +129,12 @@ class DeMo(Method):
             momentum.sub_(from_cosines(torch.zeros_like(coefficients).scatter_(1, place, value), momentum.shape))
             values.append(value)
             places.append(place)
-        for parameter, mean in zip(self.parameters(), self._mean(values, places), strict=True):
+            shapes.append(coefficients.shape)
+        for parameter, mean in zip(self.parameters(), self._mean(values, places, shapes), strict=True):
             parameter.grad = mean.sign_()
         return super().step()
 
-    def _mean(self, values: list[Tensor], places: list[Tensor]) -> list[Tensor]:
+    def _mean(self, values: list[Tensor], places: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
         """What all have sent, as updates of the parameters' shapes."""
         flat = torch.cat([value.flatten() for value in values])
         where = torch.cat([place.flatten() for place in places]).to(torch.int16)
@@ -143,7 +144,7 @@ class DeMo(Method):
             dist.all_gather_into_tensor(all_values, flat)
             dist.all_gather_into_tensor(all_places.view(torch.uint8), where.view(torch.uint8))
         sizes = [value.numel() for value in values]
-        sums = [torch.zeros_like(cosines(momentum)) for momentum in self._momenta]
+        sums = [flat.new_zeros(shape) for shape in shapes]
         for rank in range(self.world_size):
             part = slice(rank * flat.numel(), (rank + 1) * flat.numel())
             theirs = all_values[part].split(sizes), all_places[part].long().split(sizes)
@@ -200,9 +201,10 @@ def method(text: str) -> type[Method]:
 
 if __name__ == "__main__":
     try:
-        Chosen = method(sys.argv.pop(1))
+        Chosen = method("".join(sys.argv[1:2]))
     except ValueError as error:
         sys.exit(str(error))
+    del sys.argv[1]
     sys.modules["methods"] = sys.modules["__main__"]
     engines.ENGINES["ddp"] = "methods:Chosen"
     sys.exit(main())

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results")
+RESULTS = Path(os.environ.get("DIST_SSN_RESULTS") or Path(__file__).parent / "results")
 """Where lines are read and written: with another folder in the environment, everything is measured anew."""
 
 
@@ -75,5 +75,5 @@ def chosen(parser: argparse.ArgumentParser, words: Sequence[str], known: Iterabl
     """`words` of a command line, all of which must be known. (`choices` cannot say so where none may be given.)"""
     for word in words:
         if word not in (known := list(known)):
-            parser.error(f"unknown: {word!r}; there are {', '.join(known)}")
+            parser.error(f"unknown: {word!r}; there are {'; '.join(known)}")
     return list(words)

@@ -36,8 +36,11 @@ TASK, HOSTS = "gpt-wide", 4
 WARM_UP, STEPS = 10, 30
 TWINS = {"dense, fp16": "dense", "10%, fp16": "10%", "5%, fp16": "5%"}
 """Sides whose gradients travel as 16 bits → the side in fp32 whose steps and best rate they take."""
-SAME = {"dense, ZeRO-1": "dense", "dense, ZeRO-2": "dense", "dense, ZeRO-3": "dense", "dense, FSDP2": "dense"}
-"""Sides that compute what another does, to rounding → that one, whose losses hold for both."""
+ENGINES = {
+    **{f"dense, ZeRO-{n}": ["--engine.name=deepspeed", f"--engine.stage={n}"] for n in (1, 2, 3)},
+    "dense, FSDP2": ["--engine.name=fsdp"],
+}
+"""Sides that compute what dense does, to rounding, so that dense's losses are theirs → what their recipes say."""
 Grid = tuple[tuple[int, ...], tuple[float, ...]]
 _ADAM = (3.75e-4, 7.5e-4, 1.5e-3)
 METHODS: dict[str, tuple[str, Grid]] = {
@@ -50,8 +53,6 @@ METHODS: dict[str, tuple[str, Grid]] = {
     **{f"dense, DeMo, k = {kept}": (f"demo:{kept}", ((1500,), (1.25e-4, 2.5e-4, 5e-4))) for kept in (8, 32)},
 }
 """side → a method of `benchmarks.methods`, and steps and rates of its runs."""
-
-
 APART = ["--engine.compare_every=null"]
 """The processes' models may differ."""
 SIGNS = ["--optimizer.name=sgd", "--optimizer.momentum=0"]
@@ -65,8 +66,7 @@ def sides() -> dict[str, list[str]]:
     return {
         "dense": [],
         "dense, fp16": fp16,
-        **{f"dense, ZeRO-{n}": ["--engine.name=deepspeed", f"--engine.stage={n}"] for n in (1, 2, 3)},
-        "dense, FSDP2": ["--engine.name=fsdp"],
+        **ENGINES,
         **{side: [*APART, *(SIGNS if "demo" in method else [])] for side, (method, _) in METHODS.items()},
         SMALL: [f"--model_args={json.dumps(EQUAL[TASK])}"],
         **budgets,
@@ -103,8 +103,8 @@ def curve(side: str, steps: int, rate: float, seed: int) -> Line:
             "--local-addr=127.0.0.1",
             f"--nproc-per-node={processes}",
         ]
-        target = script(side) or ["-m", "dist_ssn.cli"]
-        quietly([*launch, *target, *program(side, steps, folder, more)], OMP_NUM_THREADS="1")
+        started = script(side) or ["-m", "dist_ssn.cli"]
+        quietly([*launch, *started, *program(side, steps, folder, more)], OMP_NUM_THREADS="1")
         row = json.loads((Path(folder) / "run" / "summary.json").read_text())["rows"][0]
     cell = {"what": "curve", "task": TASK, "side": side, "seed": seed, "steps": steps, "rate": rate}
     return {**cell, "validation_loss": row["validation_loss"]}
@@ -128,7 +128,7 @@ def step(side: str, mbit: float, delay_ms: float) -> Line:
     cell = {"what": "step", "task": TASK, "side": side, "mbit": mbit, "delay_ms": delay_ms, "hosts": HOSTS}
     cell |= {key: row[key] for key in ("ms_per_step", "bytes_per_step_ring", "parameters")}
     if side in METHODS:
-        before, after = (next(at for at in row["history"] if at["step"] == step) for step in (WARM_UP, WARM_UP + steps))
+        before, after = (next(at for at in row["history"] if at["step"] == end) for end in (WARM_UP, WARM_UP + steps))
         mean = {key: (after[key] - before[key]) / steps for key in ("seconds", "ring_bytes")}
         cell |= {"ms_per_step": 1000 * mean["seconds"], "bytes_per_step_ring": round(mean["ring_bytes"])}
     return cell
@@ -183,7 +183,10 @@ def table(runs: dict[str, Runs], lines: Iterable[Line]) -> Table:
     ]
     shown = Table(*columns, *(f"at {named(*one)}: ms per step; time; dense / this" for one in links))
     for side in sides():
-        mine, found = [line for line in measured if line["side"] == side], runs.get(SAME.get(side, side))
+        mine, found = (
+            [line for line in measured if line["side"] == side],
+            runs.get("dense" if side in ENGINES else side),
+        )
         if not mine or not found:
             continue
         losses = losses_of(found)
@@ -260,7 +263,7 @@ def main() -> None:
                     print(f"{side}, {mbit:g} Mbit/s, {delay:g} ms: {line['ms_per_step']:.0f} ms", flush=True)
     for side in (arguments.sides or sides()) if "whole" in arguments.what else ():
         runs = all_runs(TASK, lines_of("quality"), lines_of("time_to_target"))
-        mine = runs[SAME.get(side, side)]
+        mine = runs["dense" if side in ENGINES else side]
         if steps := steps_to(target(runs), losses_of(mine)):
             for mbit, delay in itertools.product(arguments.mbit, arguments.delay_ms):
                 results.add(line := whole(side, steps, best_rate(mine), mbit, delay))

@@ -103,8 +103,8 @@ def _signs(_: int) -> list[Tensor]:
     [
         ("local", 3, _local),
         ("diloco", 4, _diloco),
-        ("demo", 24 * 16, _signs),
-    ],  # a whole chunk: nothing is left for later
+        ("demo", 24 * 16, _signs),  # a whole chunk: nothing is left for later
+    ],
 )
 def test_a_method_keeps_to_its_rule(name: str, number: int, expected: Callable[[int], list[Tensor]]) -> None:
     ranks = run_ranks(_train, RANKS, f"{name}:{number}")
@@ -137,7 +137,7 @@ def test_cosines_keep_everything(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(coefficients.norm(), values.norm())
 
 
-@pytest.mark.parametrize("text", ["powersgd", "powersgd:0", "nobody:3", "local:x"])
+@pytest.mark.parametrize("text", ["", "powersgd", "powersgd:0", "nobody:3", "local:x"])
 def test_an_unknown_method_says_which_there_are(text: str) -> None:
     with pytest.raises(ValueError, match="there are powersgd:N, local:N, diloco:N, demo:N"):
         method(text)
