@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import fused
 from .errors import ShareError
+from .fused import fast_path
 from .morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from .plan.rules import EMBEDDING_SIZE
 from .plan.types import Group
@@ -121,6 +121,7 @@ class Bank(nn.Module):
             values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
+        self._fused = [fast_path(slot, seed, group.size) for slot in group.slots]
         self.watcher: Watcher | None = None
         self._anchored: _Anchored | None = None
         self._warned = False  # of ZeRO-3, which would take it away after each use
@@ -168,12 +169,12 @@ class Bank(nn.Module):
         self, index: int, rows: Tensor | None, dtype: torch.dtype | None, values: Mapping[str, Tensor | None]
     ) -> Tensor:
         """A weight without a graph, with as few passes over its numbers as its morph allows."""
-        slot, bank = self.group.slots[index], values["bank"]
+        path, bank = self._fused[index], values["bank"]
         assert bank is not None
-        if rows is not None or not fused.can_fuse(slot):
+        if rows is not None or path is None:
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
-            weight = fused.generate(slot, self.seed, bank, self._own_numbers(index, values))
+            weight = path.generate(bank, self._own_numbers(index, values))
             return weight if dtype is None else weight.to(dtype)
 
     def _make(
@@ -254,9 +255,10 @@ class Bank(nn.Module):
         slot, bank, own = self.group.slots[index], values["bank"], self._own_numbers(index, values)
         assert bank is not None
         with _exact(bank.device.type):
-            if rows is None and fused.can_fuse(slot):
-                gradient = gradient.to(bank.dtype)
-                self._add_own(index, fused.pull_back(slot, self.seed, bank, own, gradient, sums.get("bank")), sums)
+            path = self._fused[index]
+            if rows is None and path is not None:
+                mine = {name: self._own(sums[name], index, name) for name in own if name in sums and own[name].numel()}
+                path.pull_back(gradient.to(bank.dtype), bank, own, sums.get("bank"), mine)
                 return
             elements = self._elements(index, rows)
             pieces = self._read(index, elements, values)

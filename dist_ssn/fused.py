@@ -13,7 +13,6 @@ Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B numbers in t
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -24,76 +23,115 @@ from .morphs import sign_start, sign_table, split_difference, split_gains
 from .plan.types import Slot
 
 
-def can_fuse(slot: Slot) -> bool:
-    """Whether the weight is made by this file: whole chunks of the morph "offset"."""
-    return slot.morph == "offset" and slot.numel % slot.chunk == 0 and slot.zero_row is None
+def fast_path(slot: Slot, seed: int, bank: int) -> Fused | None:
+    """The fast path of a weight read from a bank of `bank` numbers, if it has one: whole chunks of the morph "offset"."""
+    fits = slot.morph == "offset" and slot.numel % slot.chunk == 0 and slot.zero_row is None
+    return Fused(slot, seed, bank) if fits else None
 
 
-def generate(slot: Slot, seed: int, bank: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-    """The weight in its shape, from a bank [B]: the value of `morphs.mix` and `finish`, without a graph."""
-    row_gains, column_gains = split_gains(slot, own["gains"])
-    total = bank.new_empty(slot.numel)
-    for k in range(slot.templates):
-        factor = _factor(slot, _signs(slot, seed, k, bank), row_gains, own["coefficients"], k)
-        for run in _runs(slot, k, bank.numel()):
-            if k == 0:
-                torch.mul(run.of(bank), run.of_chunks(factor), out=run.at(total))
-            else:
-                run.at(total).addcmul_(run.of(bank), run.of_chunks(factor))
-    weight = total.view(slot.rows, slot.columns)
-    if row_gains is not None and not _rows_are_chunks(slot):
-        weight.mul_(row_gains.unsqueeze(1))
-    if column_gains is not None:
-        weight.mul_(column_gains)
-    if slot.rank:
-        weight.addmm_(*split_difference(slot, own["differences"]))
-    return weight.view(slot.shape)
+class Fused:
+    """One weight's fast path: made once, so that a step finds everything worked out that does not change."""
 
+    def __init__(self, slot: Slot, seed: int, bank: int):
+        self.slot, self.seed = slot, seed
+        self.rows, self.columns = slot.rows, slot.columns
+        self.chunks = slot.numel // slot.chunk
+        self.rows_are_chunks = slot.columns % slot.chunk == 0
+        self.starts = [sign_start(seed, slot.name, k) for k in range(slot.templates)]
+        self.runs = [
+            _cut((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank) for k in range(slot.templates)
+        ]
 
-def pull_back(
-    slot: Slot, seed: int, bank: Tensor, own: Mapping[str, Tensor], gradient: Tensor, bank_sum: Tensor | None
-) -> dict[str, Tensor]:
-    """Adds the bank's gradient to `bank_sum` [B]; returns those of the slot's own numbers. `gradient` is the weight's."""
-    gradient = gradient.reshape(slot.rows, slot.columns)
-    row_gains, column_gains = split_gains(slot, own["gains"])
-    parts: dict[str, Tensor] = {}
-    if slot.rank:
-        left, right = split_difference(slot, own["differences"])
-        parts["differences"] = torch.cat([(gradient @ right.T).view(-1), (left.T @ gradient).view(-1)])
-    inner = gradient if column_gains is None else gradient * column_gains
-    if row_gains is not None and not _rows_are_chunks(slot):
-        inner = inner * row_gains.unsqueeze(1)
-    inner = inner.view(-1)
-    row_part = None if row_gains is None else torch.zeros_like(row_gains)
-    column_part = None if column_gains is None else torch.zeros_like(column_gains)
-    coefficient_parts = []
-    for k in range(slot.templates):
-        signs = _signs(slot, seed, k, bank)
-        if slot.gains or slot.coefficients:
-            product = _signed(slot, k, signs, bank).mul_(gradient)  # d W / d (row · column), times the gradient
-            over_rows = product.sum(1) if column_gains is None else product @ column_gains
-            coefficient = own["coefficients"][k] if slot.coefficients else 1.0
-            if row_part is not None:
-                row_part += over_rows * coefficient * slot.scale
-            if column_part is not None:
-                over_columns = product.sum(0) if row_gains is None else row_gains @ product
-                column_part += over_columns * coefficient * slot.scale
-            if slot.coefficients:
-                both = over_rows.sum() if row_gains is None else over_rows @ row_gains
-                coefficient_parts.append(both * slot.scale)
-        if bank_sum is not None:
-            factor = _factor(slot, signs, row_gains, own["coefficients"], k)
-            for run in _runs(slot, k, bank.numel()):
+    def generate(self, bank: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """The weight in its shape, from a bank [B]: the value of `morphs.mix` and `finish`, without a graph."""
+        row_gains, column_gains = split_gains(self.slot, own["gains"])
+        weight = bank.new_empty(self.rows, self.columns)
+        for k, runs in enumerate(self.runs):
+            factor = self._factor(k, bank, row_gains, own["coefficients"])
+            for run in runs:
+                if k == 0:
+                    torch.mul(run.of(bank), run.of_chunks(factor), out=run.at(weight))
+                else:
+                    run.at(weight).addcmul_(run.of(bank), run.of_chunks(factor))
+        if row_gains is not None and not self.rows_are_chunks:
+            weight.mul_(row_gains.unsqueeze(1))
+        if column_gains is not None:
+            weight.mul_(column_gains)
+        if self.slot.rank:
+            weight.addmm_(*split_difference(self.slot, own["differences"]))
+        return weight.view(self.slot.shape)
+
+    def pull_back(
+        self,
+        gradient: Tensor,
+        bank: Tensor,
+        own: Mapping[str, Tensor],
+        bank_sum: Tensor | None,
+        own_sums: Mapping[str, Tensor],
+    ) -> None:
+        """Adds to `bank_sum` [B] and to the sums of the slot's own numbers, where they are wanted. `gradient` is the weight's."""
+        slot, gradient = self.slot, gradient.reshape(self.rows, self.columns)
+        row_gains, column_gains = split_gains(slot, own["gains"])
+        if "differences" in own_sums:
+            left, right = split_difference(slot, own["differences"])
+            left_sum, right_sum = split_difference(slot, own_sums["differences"])
+            left_sum.addmm_(gradient, right.T)
+            right_sum.addmm_(left.T, gradient)
+        work = bank.new_empty(self.rows, self.columns)
+        if "gains" in own_sums or "coefficients" in own_sums:
+            self._pull_back_factors(gradient, bank, own, own_sums, work)
+        if bank_sum is None:
+            return
+        inner = work.copy_(gradient) if column_gains is None else torch.mul(gradient, column_gains, out=work)
+        if row_gains is not None and not self.rows_are_chunks:
+            inner.mul_(row_gains.unsqueeze(1))
+        for k, runs in enumerate(self.runs):
+            factor = self._factor(k, bank, row_gains, own["coefficients"])
+            for run in runs:
                 run.of(bank_sum).addcmul_(run.at(inner), run.of_chunks(factor))
-    if slot.gains:
-        parts["gains"] = torch.cat([part for part in (row_part, column_part) if part is not None])
-    if coefficient_parts:
-        parts["coefficients"] = torch.stack(coefficient_parts)
-    return parts
 
+    def _pull_back_factors(
+        self, gradient: Tensor, bank: Tensor, own: Mapping[str, Tensor], sums: Mapping[str, Tensor], work: Tensor
+    ) -> None:
+        """Adds to the sums of gains and coefficients; overwrites `work` [R, C]."""
+        slot = self.slot
+        row_gains, column_gains = split_gains(slot, own["gains"])
+        row_sum, column_sum = split_gains(slot, sums["gains"]) if "gains" in sums else (None, None)
+        rows = bank.new_ones(self.rows) if row_gains is None else row_gains
+        columns = bank.new_ones(self.columns) if column_gains is None else column_gains
+        for k in range(slot.templates):
+            product = self._signed(k, bank, work).mul_(
+                gradient
+            )  # d W / d (scale · α · row · column), times the gradient
+            if slot.coefficients:
+                coefficient = own["coefficients"][k]
+                if "coefficients" in sums:
+                    sums["coefficients"][k].add_(rows @ product @ columns, alpha=slot.scale)
+                product.mul_(coefficient)
+            if row_sum is not None:
+                row_sum.addmv_(product, columns, alpha=slot.scale)
+            if column_sum is not None:
+                column_sum.addmv_(product.T, rows, alpha=slot.scale)
 
-def _rows_are_chunks(slot: Slot) -> bool:
-    return slot.columns % slot.chunk == 0
+    def _factor(self, k: int, bank: Tensor, row_gains: Tensor | None, coefficients: Tensor) -> Tensor:
+        """What each chunk of template k is multiplied by, [q, 1]: row gains too where a row is whole chunks."""
+        scale: float | Tensor = self.slot.scale * coefficients[k] if self.slot.coefficients else self.slot.scale
+        if row_gains is None or not self.rows_are_chunks:
+            return self._signs(k, bank, self.chunks, 1) * scale
+        signs = self._signs(k, bank, self.rows, self.chunks // self.rows)
+        return (signs * (row_gains * scale).unsqueeze(1)).view(-1, 1)
+
+    def _signs(self, k: int, bank: Tensor, *shape: int) -> Tensor:
+        """The signs of template k, one per chunk, in a matrix."""
+        table = sign_table(self.seed, self.chunks + 1, bank.device, bank.dtype)
+        return table.as_strided(shape, (shape[1], 1), self.starts[k])
+
+    def _signed(self, k: int, bank: Tensor, work: Tensor) -> Tensor:
+        """Template k times its signs, in `work` [R, C]."""
+        signs = self._signs(k, bank, self.chunks, 1)
+        for run in self.runs[k]:
+            torch.mul(run.of(bank), run.of_chunks(signs), out=run.at(work))
+        return work
 
 
 class _Run(NamedTuple):
@@ -103,32 +141,27 @@ class _Run(NamedTuple):
     """Where it begins in the bank."""
     here: int
     """Where it begins in the weight."""
-    chunks: int
-    width: int
-    """Numbers of each chunk."""
     first: int
     """Its first chunk in the weight."""
+    shape: tuple[int, int]
+    """Chunks, and numbers of each."""
+    stride: tuple[int, int]
 
     def of(self, bank: Tensor) -> Tensor:
         """Its numbers in the bank [B], [chunks, width]."""
-        return bank.as_strided((self.chunks, self.width), (self.width, 1), bank.storage_offset() + self.there)
+        return bank.as_strided(self.shape, self.stride, bank.storage_offset() + self.there)
 
     def at(self, weight: Tensor) -> Tensor:
-        """Its numbers in the weight [n], [chunks, width]."""
-        return weight.as_strided((self.chunks, self.width), (self.width, 1), weight.storage_offset() + self.here)
+        """Its numbers in the weight [R, C], contiguous, [chunks, width]."""
+        return weight.as_strided(self.shape, self.stride, weight.storage_offset() + self.here)
 
     def of_chunks(self, factor: Tensor) -> Tensor:
         """Its chunks' part of what there is one of per chunk [q, 1]."""
-        return factor[self.first : self.first + self.chunks]
+        return factor.narrow(0, self.first, self.shape[0])
 
 
-def _runs(slot: Slot, k: int, bank: int) -> tuple[_Run, ...]:
-    """Template k, cut where it passes the bank's end, and there at the borders of the chunk too."""
-    return _cut((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank)
-
-
-@functools.lru_cache(maxsize=4096)
-def _cut(there: int, numel: int, chunk: int, bank: int) -> tuple[_Run, ...]:
+def _cut(there: int, numel: int, chunk: int, bank: int) -> list[_Run]:
+    """`numel` numbers from `there` on, cut where they pass the bank's end, and there at the borders of the chunk too."""
     runs, here = [], 0
     while here < numel:
         length = min(bank - there, numel - here)
@@ -138,29 +171,6 @@ def _cut(there: int, numel: int, chunk: int, bank: int) -> tuple[_Run, ...]:
         elif length > chunk:
             length -= length % chunk
         width = min(chunk, length)
-        runs.append(_Run(there, here, length // width, width, here // chunk))
+        runs.append(_Run(there, here, here // chunk, (length // width, width), (width, 1)))
         there, here = (there + length) % bank, here + length
-    return tuple(runs)
-
-
-def _signs(slot: Slot, seed: int, k: int, bank: Tensor) -> Tensor:
-    """The signs of template k, [q, 1]."""
-    count = slot.numel // slot.chunk
-    table = sign_table(seed, count + 1, bank.device, bank.dtype)
-    return table.as_strided((count, 1), (1, 1), sign_start(seed, slot.name, k))
-
-
-def _factor(slot: Slot, signs: Tensor, row_gains: Tensor | None, coefficients: Tensor, k: int) -> Tensor:
-    """What each chunk of template k is multiplied by, [q, 1]: row gains too where a row is whole chunks."""
-    scale: float | Tensor = slot.scale * coefficients[k] if slot.coefficients else slot.scale
-    if row_gains is not None and _rows_are_chunks(slot):
-        return (signs.view(slot.rows, -1) * (row_gains * scale).unsqueeze(1)).view(-1, 1)
-    return signs * scale
-
-
-def _signed(slot: Slot, k: int, signs: Tensor, bank: Tensor) -> Tensor:
-    """Template k times its signs, [R, C]."""
-    total = bank.new_empty(slot.numel)
-    for run in _runs(slot, k, bank.numel()):
-        torch.mul(run.of(bank), run.of_chunks(signs), out=run.at(total))
-    return total.view(slot.rows, slot.columns)
+    return runs
