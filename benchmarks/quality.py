@@ -164,6 +164,24 @@ def budgets() -> Iterator[Cell]:
                     yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})
 
 
+TEACHERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "half": {"distill.teacher": "dense", "distill.weight": 0.5},
+    "most": {"distill.teacher": "dense", "distill.weight": 0.9},
+    "half, hidden": {"distill.teacher": "dense", "distill.weight": 0.5, "distill.hidden": ["blocks.?"]},
+}
+"""What a dense twin teaches: a part of the loss, and hidden states after each block."""
+
+
+def distill() -> Iterator[Cell]:
+    """Banks of the GPT with and without their dense twin as a teacher, at the default's best rate; two ways with one seed."""
+    lr = best_rates(ResultFile("quality").lines())["gpt", "shared"]
+    for seed, budget, (name, teacher) in itertools.product(SEEDS, (0.1, 0.02), TEACHERS.items()):
+        if seed == SEEDS[0] or name in ("none", "half"):
+            more = {**({} if budget == 0.1 else {"share.budget": budget}), **teacher, **seeded("shared", seed)}
+            yield cell("gpt", "shared", lr, seed, more)
+
+
 Side = str | float
 """A kind of dense model, or the budget of a shared one."""
 TARGETS: dict[str, dict[Side, tuple[tuple[int, ...], tuple[float, ...]]]] = {
@@ -221,6 +239,7 @@ SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
     "morphs": morphs,
     "confirm": confirm,
     "budgets": budgets,
+    "distill": distill,
     "target": target,
     "target-confirm": target_confirm,
 }

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..quality import DEFAULT, MORPHS, SEEDS, TARGETS, TASKS, best_rates, cell, identity, seeded
+from .. import architectures
+from ..quality import DEFAULT, MORPHS, SEEDS, TARGETS, TASKS, TEACHERS, best_rates, cell, distill, identity, seeded
 from ..results import lines_of
 from ..target_runs import all_runs, losses_of, side_of
-from .markdown import bold_least, each, grid, short
+from .markdown import bold_least, each, grid, mean, short
 
 Line = dict[str, Any]
 NAMES = {"dense": "dense", "shared": "**10 % bank**", "equal": "dense, as small as that"}
@@ -131,6 +132,27 @@ def morphs(task: str) -> str:
     return grid((f"{MODELS[task]}, rate {short(rate)}", f"{quality}, by mapping seed"), rows)
 
 
+def distilled() -> str:
+    """Banks with and without a teacher: losses of the seeds that are there."""
+    known, losses = _by_identity(), {}
+    for one in distill():
+        more = one["overrides"]
+        teacher = {key: value for key, value in more.items() if key.startswith("distill.")}
+        name = next(name for name, settings in TEACHERS.items() if settings == teacher)
+        if identity(one) in known:
+            losses.setdefault((name, more["share.budget"]), []).append(known[identity(one)]["validation_loss"])
+    budgets = sorted({budget for _, budget in losses}, reverse=True)
+    rows = []
+    for name in TEACHERS:
+        found = [losses.get((name, budget), []) for budget in budgets]
+        rows.append([name, *(mean(seeds) if seeds else "" for seeds in found)])
+    return grid(("the teacher's part of the loss", *(f"a bank of {budget:.0%}" for budget in budgets)), rows)
+
+
+def four_architectures() -> str:
+    return grid(architectures.HEADINGS, list(map(list, architectures.rows(lines_of("architectures")))))
+
+
 def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, Callable[[], str]]:
     return {f"{function.__name__.replace('_', '-')}-{name}": lambda name=name: function(name) for name in arguments}
 
@@ -141,4 +163,6 @@ TABLES: dict[str, Callable[[], str]] = {
     **_of(against_equal, list(MODELS)),
     **_of(morphs, list(MODELS)),
     **_of(budgets, ["adamw", "sgd"]),
+    "distilled": distilled,
+    "architectures": four_architectures,
 }

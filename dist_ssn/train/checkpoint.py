@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_ssn.engines.delay import without_delay
@@ -30,9 +30,9 @@ from dist_ssn.plan import Plan
 from dist_ssn.share import plan_difference
 from dist_ssn.train.bounded import parse_json, read_json, read_tensors, read_text
 from dist_ssn.train.folder import checkpoints, fingerprint, latest, name_of
-from dist_ssn.train.snapshot import FORMAT, NotFinite, entries_of, take, write
+from dist_ssn.train.snapshot import FORMAT, Entries, NotFinite, entries_of, take, write
 
-__all__ = ["Damaged", "NotFinite", "State", "latest", "load", "save"]
+__all__ = ["Damaged", "NotFinite", "State", "latest", "load", "load_model", "save"]
 
 FILES = ("model.safetensors", "optimizer.safetensors", "plan.json", "recipe.json")  # no other name is opened
 _STATE = {"step": int, "run": dict, "extra": dict, "optimizer": dict, "files": dict}  # the fields of state.json
@@ -101,31 +101,56 @@ def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another model, plan or optimizer.
     """
-    path = Path(path)
+    model = engine.module
+    path, state, entries, loaded = _fitting(Path(path), model, plan)
+    trained = {name: _shape(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained)
+    recipe = _recipe(path)
+    parameters = {name: loaded[entries.first_names[name]] for name, _ in model.named_parameters()}
+    # What no engine looks after: running statistics, and what modules keep beside tensors.
+    rest = {name: loaded[first] for name, first in entries.first_names.items() if first not in parameters}
+    _put(model, {**rest, **entries.extra, **state["extra"]}, path)
+    engine.scatter(parameters, optimizer_state)
+    return State(path, state["step"], state["run"], recipe)
+
+
+def load_model(path: str | os.PathLike[str], model: nn.Module, plan: Plan | None) -> None:
+    """Loads a checkpoint's model alone, into `model` as it was before any engine.
+
+    Args:
+        path, plan: as for `load`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or of another model or plan.
+    """
+    path, state, entries, loaded = _fitting(Path(path), model, plan)
+    tensors = {name: loaded[first] for name, first in entries.first_names.items()}
+    _put(model, {**tensors, **entries.extra, **state["extra"]}, path)
+
+
+def _fitting(
+    path: Path, model: nn.Module, plan: Plan | None
+) -> tuple[Path, dict[str, Any], Entries, dict[str, Tensor]]:
+    """A checkpoint (the newest of a folder of them), its state, what `model` keeps, and its tensors, which fit that."""
     if not (path / "state.json").exists() and (newest := latest(path)) is not None:
         path = newest
     state = _verified_state(path)
     _check_plan(path, plan)
-    model = engine.module
     entries = entries_of(model)
     loaded = _read_tensors(path / "model.safetensors")
     _check_tensors(path, loaded, entries.tensors)
-    trained = {name: _shape(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained)
-    recipe = _recipe(path)
     if strangers := sorted(state["extra"].keys() - entries.extra.keys()):
         raise CheckpointError(f"the checkpoint {path} is of another model: {strangers[0]} is not in this one")
-    parameters = {name: loaded[entries.first_names[name]] for name, _ in model.named_parameters()}
-    # What no engine looks after: running statistics, and what modules keep beside tensors.
-    rest = {name: loaded[first] for name, first in entries.first_names.items() if first not in parameters}
+    return path, state, entries, loaded
+
+
+def _put(model: nn.Module, values: Mapping[str, Any], path: Path) -> None:
     try:
-        model.load_state_dict({**rest, **entries.extra, **state["extra"]}, strict=False)
+        model.load_state_dict(values, strict=False)
     except RuntimeError as error:
         raise CheckpointError(
             f"the checkpoint {path} does not fit this model: {' '.join(str(error).split())}"
         ) from None
-    engine.scatter(parameters, optimizer_state)
-    return State(path, state["step"], state["run"], recipe)
 
 
 def _verified_state(path: Path) -> dict[str, Any]:

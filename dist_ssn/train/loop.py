@@ -36,9 +36,11 @@ from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
 from dist_ssn.train.predicted import comparison, prediction_of
-from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe
+from dist_ssn.train.recipe import DENSE, ENGINE_OPTIONS, Recipe
+from dist_ssn.train.recipe_values import validate
 from dist_ssn.train.saver import Saver, last_checkpoint
 from dist_ssn.train.stop import Stop
+from dist_ssn.train.teacher import Teacher, dense_twin, load_teacher
 from dist_ssn.train.threads import processor_threads
 from dist_ssn.train.together import together
 
@@ -79,9 +81,16 @@ def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
         Preempted: SIGTERM or SIGUSR1 asked the run to make room; it is saved. Every rank raises it.
         RanksLost: a collective failed, because another rank is gone.
     """
+    with init_world(recipe.engine.timeout_seconds) as world:
+        if recipe.distill.teacher == DENSE:
+            validate(recipe, world.world_size)  # before a teacher is trained for nothing
+            _train(dense_twin(recipe), world, progress)
+        return _train(recipe, world, progress)
+
+
+def _train(recipe: Recipe, world: World, progress: bool) -> RunResult:
     seconds = recipe.engine.timeout_seconds
     with (
-        init_world(seconds) as world,
         processor_threads(recipe.threads),
         CommMeter() as meter,
         Watch(world, seconds) as watch,
@@ -112,6 +121,7 @@ class _Run:
         self.clock = Clock(world.device)
         self.account = Account(meter, self.clock)
         self.losses = Losses(world.device)
+        self.teacher: Teacher | None = None
         self.resumed_step: int | None = None
         self.said = prediction_of(recipe)
         self.next_show = 0.0
@@ -124,6 +134,8 @@ class _Run:
         recipe = self.recipe
         engine = self._agree(lambda: engine_class(recipe.engine.name))
         self.task, model = self._agree(lambda: build(recipe, self.world))
+        if recipe.distill.teacher is not None:
+            self.teacher = self._agree(lambda: load_teacher(recipe, self.task, model))
         self.parameters = sum(
             p.numel() for p in model.parameters() if p.requires_grad
         )  # before an engine takes them apart
@@ -210,7 +222,11 @@ class _Run:
             last = micro == recipe.accumulation - 1
             with self.engine.accumulating(last):
                 with self._autocast():
-                    loss = self.task.loss(self.engine.model(inputs), targets) / recipe.accumulation
+                    outputs = self.engine.model(inputs)
+                    loss = self.task.loss(outputs, targets)
+                    if self.teacher is not None:
+                        loss = self.teacher.loss(loss, outputs, inputs, targets)
+                    loss = loss / recipe.accumulation
                 self.engine.backward(loss, last)
             total += loss.detach()
         self._compare(step + 1)

@@ -100,6 +100,29 @@ class ScheduleConfig:
     gamma: float = 0.1
 
 
+DENSE = "dense"
+"""A teacher's name: the recipe without sharing."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A trained model whose outputs are targets beside the data's own.
+
+    Args:
+        teacher: folder of a run that has ended; dense: this recipe without sharing, trained first; null: none
+        weight: part of the loss that asks for the teacher's logits, the rest asks for the data's targets
+        temperature: both sides' logits are divided by it where they are compared
+        hidden: names or globs of submodules whose outputs are compared too
+        hidden_weight: weight of the mean squared error between these outputs
+    """
+
+    teacher: str | None = None
+    weight: float = 0.5
+    temperature: float = 2.0
+    hidden: tuple[str, ...] = ()
+    hidden_weight: float = 1.0
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints.
@@ -186,6 +209,7 @@ class Recipe:
         share: how weights share parameters
         optimizer: the optimizer
         schedule: the learning rate over the steps
+        distill: a teacher
         steps: optimizer steps
         batch_size: samples per step, of all processes and accumulated micro-batches together
         accumulation: micro-batches per step
@@ -210,6 +234,7 @@ class Recipe:
     share: ShareConfig = field(default_factory=ShareConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1

@@ -17,7 +17,7 @@ from dist_ssn.train.data import DATA
 from dist_ssn.train.models import MODELS
 from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
 from dist_ssn.train.predicted import read_prediction, way_of
-from dist_ssn.train.recipe import ENGINE_OPTIONS, Recipe
+from dist_ssn.train.recipe import DENSE, ENGINE_OPTIONS, Recipe
 from dist_ssn.train.recipe_keys import raise_all, recipe_keys, type_problems
 
 # Values that are one of a few names.
@@ -74,6 +74,9 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         ("checkpoint.every_seconds", math.ulp(0), math.inf, "a number of seconds above 0, or null"),
         ("engine.timeout_seconds", math.ulp(0), 1e9, "a number of seconds above 0"),
         ("data.validation", math.ulp(0), 1, "above 0 and below 1"),
+        ("distill.weight", 0, math.nextafter(1, 2), "between 0 and 1"),
+        ("distill.temperature", math.ulp(0), math.inf, "a number above 0"),
+        ("distill.hidden_weight", 0, math.inf, "0 or more"),
     ):
         if given(key) and not low <= values[key] < high:  # nan and inf fail too
             yield key, f"must be {rule}, got {values[key]}"
@@ -130,6 +133,17 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         yield from _prediction_problems(values)
     if given("share.control"):
         yield from _control_problems(values)
+    if given("distill.teacher") and values["distill.teacher"] != DENSE:
+        if not (Path(values["distill.teacher"]) / "recipe.json").is_file():
+            yield (
+                "distill.teacher",
+                (
+                    f"must be {DENSE} or the folder of a run, where its recipe.json and checkpoints are, "
+                    f"but is {values['distill.teacher']!r}"
+                ),
+            )
+    elif given("distill.hidden") and values["distill.hidden"] and values["distill.teacher"] is None:
+        yield "distill.hidden", "needs a teacher: set distill.teacher too"
     if given("batch_size", "accumulation") and min(values["batch_size"], values["accumulation"]) > 0:
         parts = world_size * values["accumulation"]
         if values["batch_size"] % parts:

@@ -7,7 +7,7 @@ only the step, and the ranks together see exactly the samples that one process w
 from __future__ import annotations
 
 from dist_ssn.train.data.sources import DATA, DEFAULT_CONTEXT, data_hints, load_task
-from dist_ssn.train.data.tasks import ClassificationTask, Hints, LanguageTask, Task
+from dist_ssn.train.data.tasks import ClassificationTask, Hints, LanguageTask, Task, logits_of
 
 __all__ = [
     "DATA",
@@ -18,4 +18,5 @@ __all__ = [
     "Task",
     "data_hints",
     "load_task",
+    "logits_of",
 ]

@@ -136,7 +136,7 @@ class Task(ABC):
             outputs: logits (B, classes) or (B, T, V), or an object that has them as `.logits`.
             targets: (B,) or (B, T).
         """
-        logits = _logits(outputs, targets)
+        logits = logits_of(outputs, targets)
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
@@ -254,7 +254,7 @@ class ClassificationTask(Task):
 
     def metrics(self, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
         """loss: sum of nats; accuracy: images named rightly; count: images."""
-        right = (_logits(outputs, targets).argmax(-1) == targets).sum(dtype=torch.float64)
+        right = (logits_of(outputs, targets).argmax(-1) == targets).sum(dtype=torch.float64)
         return _sums(self.loss(outputs, targets), targets) | {"accuracy": right}
 
 
@@ -270,7 +270,12 @@ def _augment(images: np.ndarray, shift: int, moves: np.ndarray, mirrored: np.nda
     return np.ascontiguousarray(moved.transpose(0, 3, 1, 2))
 
 
-def _logits(outputs: Any, targets: Tensor) -> Tensor:
+def logits_of(outputs: Any, targets: Tensor) -> Tensor:
+    """A model's logits (…, classes), for each of `targets` (…).
+
+    Raises:
+        DataError: its output is something else.
+    """
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
