@@ -20,6 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_ssn.train.loop import train
+from dist_ssn.train.recipe import Recipe
+from dist_ssn.train.recipe_file import load_recipe
+
 from .results import ResultFile, chosen, provenance
 
 Cell = dict[str, Any]
@@ -182,6 +186,27 @@ def distill() -> Iterator[Cell]:
             yield cell("gpt", "shared", lr, seed, more)
 
 
+PRUNED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "10 %": ("shared", {}, 3),
+    "20 %, half of its bank": ("shared", {"share.budget": 0.2, "prune.final": 0.5}, 3),
+    "5 %": ("shared", {"share.budget": 0.05}, 3),
+    "10 %, half of its bank": ("shared", {"prune.final": 0.5}, 3),
+    "10 %, half of its weights": ("shared", {"prune.final": 0.5, "prune.what": "weights"}, 1),
+    "10 %, 90 % of its weights": ("shared", {"prune.final": 0.9, "prune.what": "weights"}, 1),
+    "dense, 90 % of its weights": ("dense", {"prune.final": 0.9, "prune.what": "weights"}, 1),
+}
+"""What is pruned → kind, settings (all is pruned after three quarters of the run), seeds."""
+
+
+def prune() -> Iterator[Cell]:
+    """The GPT, pruned while it trains, beside banks that are as small from the start; each kind's best rate."""
+    best = best_rates(ResultFile("quality").lines())
+    for kind, settings, seeds in PRUNED.values():
+        for seed in SEEDS[:seeds]:
+            end = {"prune.end": TASKS["gpt"]["steps"] * 3 // 4} if "prune.final" in settings else {}
+            yield cell("gpt", kind, best["gpt", kind], seed, {**settings, **end, **seeded(kind, seed)})
+
+
 Side = str | float
 """A kind of dense model, or the budget of a shared one."""
 TARGETS: dict[str, dict[Side, tuple[tuple[int, ...], tuple[float, ...]]]] = {
@@ -240,6 +265,7 @@ SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
     "confirm": confirm,
     "budgets": budgets,
     "distill": distill,
+    "prune": prune,
     "target": target,
     "target-confirm": target_confirm,
 }
@@ -248,23 +274,18 @@ SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
 def run(wanted: Cell) -> Cell:
     """Trains one cell in this process; returns it with its measurements."""
     commit = provenance()["commit"]
-    from dist_ssn.train.loop import train
-    from dist_ssn.train.recipe_file import load_recipe
-
     with tempfile.TemporaryDirectory() as folder:
-        settings = {
-            **TASKS[wanted["task"]],
-            **wanted["overrides"],
-            "seed": wanted["seed"],
-            "output": folder,
-            "threads": 1,
-        }
-        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-        recipe = load_recipe(None, [f"--{key}={text}" for key, text in texts.items()])
-        row = train(recipe, progress=False).row
+        row = train(recipe_of(wanted, folder), progress=False).row
     row.pop("name")
     history = [{key: point[key] for key in ("step", "validation_loss")} for point in row.pop("history")]
     return {**wanted, **row, "history": history, "commit": commit}
+
+
+def recipe_of(wanted: Cell, folder: str) -> Recipe:
+    """A cell's run, on one thread."""
+    settings = {**TASKS[wanted["task"]], **wanted["overrides"], "seed": wanted["seed"], "output": folder, "threads": 1}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return load_recipe(None, [f"--{key}={text}" for key, text in texts.items()])
 
 
 def identity(measured: Cell) -> str:

@@ -120,6 +120,9 @@ class Bank(nn.Module):
         for name in PARAMETERS:
             values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
+        self.thresholds: Tensor | None
+        self.register_buffer("thresholds", None)
+        """For each slot the size up to which a number of its weight counts as zero; None where weights are not pruned."""
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._fused = [fast_path(slot, seed, group.size) for slot in group.slots]
         self.watcher: Watcher | None = None
@@ -174,7 +177,7 @@ class Bank(nn.Module):
         if rows is not None or path is None:
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
-            weight = path.generate(bank, self._own_numbers(index, values))
+            weight = self._pruned(index, path.generate(bank, self._own_numbers(index, values)))
             return weight if dtype is None else weight.to(dtype)
 
     def _make(
@@ -186,7 +189,11 @@ class Bank(nn.Module):
             pieces = self._read(index, elements, values)
             own = self._own_numbers(index, values)
             weight = self._mix(index, rows, elements, pieces, own, self._projection(values["projections"], index))
+            weight = self._pruned(index, weight)
             return weight if dtype is None else weight.to(dtype)
+
+    def _pruned(self, index: int, weight: Tensor) -> Tensor:
+        return weight if self.thresholds is None else weight * (weight.abs() > self.thresholds[index])
 
     def _elements(self, index: int, rows: Tensor | None) -> Tensor | None:
         """Flat elements [m · C] of the wanted rows [m]; None where the whole weight is made."""
@@ -254,6 +261,8 @@ class Bank(nn.Module):
         """
         slot, bank, own = self.group.slots[index], values["bank"], self._own_numbers(index, values)
         assert bank is not None
+        if self.thresholds is not None:
+            gradient = gradient * (self._fast(index, rows, None, values) != 0)
         with _exact(bank.device.type):
             path = self._fused[index]
             if rows is None and path is not None:

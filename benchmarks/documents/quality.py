@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import architectures
-from ..quality import DEFAULT, MORPHS, SEEDS, TARGETS, TASKS, TEACHERS, best_rates, cell, distill, identity, seeded
+from .. import architectures, searches
+from ..quality import (
+    DEFAULT,
+    MORPHS,
+    PRUNED,
+    SEEDS,
+    TARGETS,
+    TASKS,
+    TEACHERS,
+    best_rates,
+    cell,
+    distill,
+    identity,
+    prune,
+    seeded,
+)
 from ..results import lines_of
 from ..target_runs import all_runs, losses_of, side_of
 from .markdown import bold_least, each, grid, mean, short
@@ -149,7 +164,25 @@ def distilled() -> str:
     return grid(("the teacher's part of the loss", *(f"a bank of {budget:.0%}" for budget in budgets)), rows)
 
 
+def pruned() -> str:
+    """What is pruned: numbers that are trained and sent, and what is left of those that were pruned; losses seed by seed."""
+    known, rows = _by_identity(), []
+    cells = iter(prune())
+    for name, (*_, seeds) in PRUNED.items():
+        found = [known[identity(one)] for one in itertools.islice(cells, seeds) if identity(one) in known]
+        if found:
+            left = f"{found[0]['kept_numbers']:,}" if "kept_numbers" in found[0] else ""
+            losses = [line["validation_loss"] for line in found]
+            rows.append([name, f"{found[0]['parameters']:,}", left, mean(losses)])
+    return grid(("what is pruned", "trained and sent", "numbers left", "validation loss, mean (seed by seed)"), rows)
+
+
+def found_by_search(task: str) -> str:
+    return grid(searches.HEADINGS, searches.rows(lines_of("searches"), task))
+
+
 def four_architectures() -> str:
+    """Models of `transformers` beside their dense twins."""
     return grid(architectures.HEADINGS, list(map(list, architectures.rows(lines_of("architectures")))))
 
 
@@ -164,5 +197,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **_of(morphs, list(MODELS)),
     **_of(budgets, ["adamw", "sgd"]),
     "distilled": distilled,
+    "pruned": pruned,
+    **_of(found_by_search, list(searches.RATES)),
     "architectures": four_architectures,
 }

@@ -36,6 +36,7 @@ from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
 from dist_ssn.train.predicted import comparison, prediction_of
+from dist_ssn.train.prune import Pruner, with_thresholds
 from dist_ssn.train.recipe import DENSE, ENGINE_OPTIONS, Recipe
 from dist_ssn.train.recipe_values import validate
 from dist_ssn.train.saver import Saver, last_checkpoint
@@ -122,6 +123,7 @@ class _Run:
         self.account = Account(meter, self.clock)
         self.losses = Losses(world.device)
         self.teacher: Teacher | None = None
+        self.pruner: Pruner | None = None
         self.resumed_step: int | None = None
         self.said = prediction_of(recipe)
         self.next_show = 0.0
@@ -139,7 +141,7 @@ class _Run:
         self.parameters = sum(
             p.numel() for p in model.parameters() if p.requires_grad
         )  # before an engine takes them apart
-        self.model = engine.prepare(model)
+        self.model = engine.prepare(with_thresholds(model, recipe.prune))
         self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
         self.schedule = self._agree(lambda: build_schedule(self.optimizer, recipe.schedule, recipe.steps))
         self.engine: Engine = engine(
@@ -154,6 +156,9 @@ class _Run:
             self.resumed_step, self.notes = self.saver.resume(self.engine, shared_plan(self.model), self.account)
             if self.resumed_step is not None:
                 fast_forward(self.schedule, self.resumed_step)
+        if recipe.prune.final:
+            step, steps = self.account.counters.step, recipe.steps
+            self.pruner = Pruner(recipe.prune, recipe.share, self.engine.module, step, steps)
         self._agree(lambda: self._open_folder(resumes))
 
     def _open_folder(self, resumes: bool) -> None:
@@ -231,6 +236,8 @@ class _Run:
             total += loss.detach()
         self._compare(step + 1)
         self.engine.step()
+        if self.pruner is not None:
+            self.pruner.after_step(step + 1)
         self.losses.add(step, total)
         return total
 
@@ -327,8 +334,10 @@ class _Run:
             **{key: value for key, value in counters.history[-1].items() if key.startswith("validation_")},
             "history": counters.history,
         }
-        summary = self.account.summary(row, self.recipe, self.world)
-
+        pruned = None if self.pruner is None else self.pruner.counts()
+        if pruned is not None:
+            row["kept_numbers"] = pruned["kept"]
+        summary = {**self.account.summary(row, self.recipe, self.world), "pruned": pruned}
         if self.said is not None:
             summary["prediction"] = comparison(self.said, {**row, **self.account.exposed_per_step()})
 

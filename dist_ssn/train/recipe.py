@@ -124,6 +124,25 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class PruneConfig:
+    """Magnitude pruning.
+
+    Args:
+        final: part of the numbers that is zero in the end; 0: no pruning
+        what: bank, or weights
+        begin: steps before the first are pruned
+        end: step from which all are pruned that will be, at once if it is begin; null: the last
+        every: steps between two prunings
+    """
+
+    final: float = 0.0
+    what: str = "bank"
+    begin: int = 0
+    end: int | None = None
+    every: int = 10
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints.
 
@@ -210,6 +229,7 @@ class Recipe:
         optimizer: the optimizer
         schedule: the learning rate over the steps
         distill: a teacher
+        prune: magnitude pruning (ddp, mpi)
         steps: optimizer steps
         batch_size: samples per step, of all processes and accumulated micro-batches together
         accumulation: micro-batches per step
@@ -235,6 +255,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "share.control": tuple(CONTROLS),
     "wandb.mode": ("disabled", "offline", "online"),
     "precision": ("fp32", "bf16"),
+    "prune.what": ("bank", "weights"),
 }
 
 
@@ -57,11 +58,11 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
 
     for key in (
         *("steps", "batch_size", "accumulation", "evaluate_every", "evaluate_batches", "patience", "threads"),
-        *("data.limit", "checkpoint.every", "checkpoint.keep", "engine.compare_every"),
+        *("data.limit", "prune.every", "checkpoint.every", "checkpoint.keep", "engine.compare_every"),
     ):
         if given(key) and values[key] < 1:
             yield key, f"must be at least 1, got {values[key]}"
-    for key in ("seed", "share.seed", "schedule.warmup"):
+    for key in ("seed", "share.seed", "schedule.warmup", "prune.begin"):
         if given(key) and values[key] < 0:
             yield key, f"must be 0 or more, got {values[key]}"
     for key, low, high, rule in (
@@ -74,6 +75,7 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         ("checkpoint.every_seconds", math.ulp(0), math.inf, "a number of seconds above 0, or null"),
         ("engine.timeout_seconds", math.ulp(0), 1e9, "a number of seconds above 0"),
         ("data.validation", math.ulp(0), 1, "above 0 and below 1"),
+        ("prune.final", 0, 1, "at least 0 and below 1"),
         ("distill.weight", 0, math.nextafter(1, 2), "between 0 and 1"),
         ("distill.temperature", math.ulp(0), math.inf, "a number above 0"),
         ("distill.hidden_weight", 0, math.inf, "0 or more"),
@@ -144,6 +146,8 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
             )
     elif given("distill.hidden") and values["distill.hidden"] and values["distill.teacher"] is None:
         yield "distill.hidden", "needs a teacher: set distill.teacher too"
+    if given("steps", *(f"prune.{name}" for name in ("final", "what", "begin", "every"))) and values["prune.final"]:
+        yield from _prune_problems(values)
     if given("batch_size", "accumulation") and min(values["batch_size"], values["accumulation"]) > 0:
         parts = world_size * values["accumulation"]
         if values["batch_size"] % parts:
@@ -165,6 +169,27 @@ def _prediction_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         yield (
             "predicted",
             f"must be what dist-ssn plan --cluster … --json printed, but {values['predicted']}: {error}",
+        )
+
+
+def _prune_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What does not go with pruning."""
+    begin, steps = values["prune.begin"], values["steps"]
+    end = steps if values["prune.end"] is None else values["prune.end"]
+    if not begin <= end <= steps:
+        yield "prune.end", f"must lie between prune.begin = {begin} and steps = {steps}, got {end}"
+    if values["engine.name"] not in ("ddp", "mpi"):
+        yield (
+            "prune.final",
+            f"goes with the engine ddp or mpi, whose processes hold all numbers, not with {values['engine.name']}",
+        )
+    shared = values["share.budget"] is not None or values["share.plan"] is not None
+    if values["prune.what"] == "bank" and (not shared or values["share.control"] is not None):
+        yield "prune.what", "is bank, and this model has none: set share.budget, or prune its weights"
+    if values["prune.what"] == "weights" and values["share.control"] is not None:
+        yield (
+            "prune.what",
+            f"is weights, which the control {values['share.control']} makes in its own way: leave one of them out",
         )
 
 

@@ -26,6 +26,7 @@ from dist_ssn.train.build import share_as
 from dist_ssn.train.checkpoint import load_model
 from dist_ssn.train.data import Task, logits_of
 from dist_ssn.train.models import MODELS, build_model
+from dist_ssn.train.prune import with_thresholds
 from dist_ssn.train.recipe import DENSE, DistillConfig, Recipe, ShareConfig
 from dist_ssn.train.recipe_file import recipe_from_json
 
@@ -58,7 +59,7 @@ def load_teacher(recipe: Recipe, task: Task, student: nn.Module) -> Teacher:
     share, plan = theirs.share, folder / "plan.json"
     if plan.exists():  # as it was found then, wherever it came from
         share = ShareConfig(plan=str(plan))
-    model = share_as(build_model(theirs.model, theirs.model_args, task), share)
+    model = with_thresholds(share_as(build_model(theirs.model, theirs.model_args, task), share), theirs.prune)
     load_model(folder / "checkpoints", model, shared_plan(model))
     device = next(student.parameters()).device
     teacher = Teacher(recipe.distill, model.to(device), student)

@@ -1,0 +1,115 @@
+"""Plans that a search finds, after full training, beside the default and the plain mappings; and what finding them costs.
+
+    python -m benchmarks.searches [--tasks gpt-small gpt wrn] [--jobs 2]      # resumable: measured cells stay
+    python -m benchmarks.searches --table
+
+Tasks are those of `benchmarks.quality`, at 10 % and the default's best rate there, three seeds (of weights, data and mapping
+together). A search's cost is its seconds on one thread, and its training steps, each of which sends a bank as every other step
+does. Writes results/searches/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import dist_ssn
+from dist_ssn.search.methods import STEPS
+
+from .quality import SEEDS, Cell, cell, recipe_of, run, seeded
+from .results import ResultFile, latest
+
+RATES = {"gpt-small": 8e-3, "gpt": 3e-3, "wrn": 0.2}
+"""task → the rate at which the default is best at 10 %"""
+PLAIN = ("default", "single", "shape", "depth:4")
+"""Mappings that nobody searches for; the default is "scale"."""
+METHODS = ("random", "weights-free", "pretrain", "gradients", "auto")
+KEYS = ("task", "mapping", "seed")
+
+
+def cells(tasks: Iterable[str]) -> Iterator[Cell]:
+    """A run for each mapping and seed; all of a seed before the next one."""
+    for task in tasks:
+        for seed in SEEDS:
+            for mapping in (*PLAIN, *METHODS):
+                plain = {"share.mapping": mapping} if mapping in PLAIN[1:] else {}
+                more = {"share.morph": "auto", **plain, **seeded("shared", seed)}
+                yield {**cell(task, "shared", RATES[task], seed, more), "mapping": mapping}
+
+
+def measured(wanted: Cell) -> Cell:
+    """Searches, where the mapping is a method of search, and trains by what it found."""
+    if wanted["mapping"] not in METHODS:
+        return run(wanted)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "plan.json"
+        began = time.monotonic()
+        plan = dist_ssn.search(recipe_of(wanted, folder), wanted["mapping"], output=output)
+        seconds = time.monotonic() - began
+        steps = STEPS.get(wanted["mapping"], 0)
+        if wanted["mapping"] == "auto":
+            trials = output.with_suffix(".trials.jsonl").read_text().splitlines()
+            steps = sum(json.loads(line).get("steps", 0) for line in trials)
+        overrides = {**wanted["overrides"], "share.budget": None, "share.morph": "auto", "share.plan": str(output)}
+        line = run({**wanted, "overrides": overrides})
+    found = {"search_seconds": seconds, "search_steps": steps, "banks": len(plan.groups)}
+    return {**line, "overrides": wanted["overrides"], **found}
+
+
+HEADINGS = ("mapping", "validation loss, mean (seed by seed)", "banks", "the search: seconds", "steps", "MB sent")
+
+
+def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
+    """Mappings of a task, best mean first."""
+    known = latest((line for line in lines if line["task"] == task), KEYS)
+    found = []
+    for mapping in (*PLAIN, *METHODS):
+        runs = [known[task, mapping, seed] for seed in SEEDS if (task, mapping, seed) in known]
+        if runs:
+            losses = [one["validation_loss"] for one in runs]
+            shown = f"{statistics.mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})"
+            cost = ("", "", "", "")
+            if mapping in METHODS:
+                seconds, steps = (
+                    statistics.median(one[f"search_{key}"] for one in runs) for key in ("seconds", "steps")
+                )
+                banks = ", ".join(str(one["banks"]) for one in runs)
+                cost = (banks, f"{seconds:.0f}", f"{steps:.0f}", f"{4e-6 * steps * runs[0]['parameters']:.1f}")
+            found.append((statistics.mean(losses), (mapping, shown, *cost)))
+    return [row for _, row in sorted(found)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="*", default=list(RATES), choices=list(RATES), help="only these")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
+    arguments = parser.parse_args()
+    results = ResultFile("searches")
+    if not arguments.table:
+        done = latest(results.lines(), KEYS)
+        wanted = [one for one in cells(arguments.tasks) if tuple(one[key] for key in KEYS) not in done]
+        print(f"{len(wanted)} cells to measure", flush=True)
+        with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+            for line in pool.imap_unordered(measured, wanted):
+                results.add(line)
+                print(f"  {line['validation_loss']:.4f}  {[line[key] for key in KEYS]}", flush=True)
+    for task in arguments.tasks:
+        table = Table(*HEADINGS, title=task)
+        for row in rows(results.lines(), task):
+            table.add_row(*row)
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Magnitude pruning while a model trains, at once or gradually: of a bank's numbers, or of the weights.
+
+Between two steps s = final · (1 - (1 - t)³) of the numbers are held at zero, where t grows from 0 to 1 between `begin` and `end`
+(Zhu and Gupta 2017, arXiv 1710.01878, section 3). Two things can be pruned:
+
+    bank      the smallest numbers of all banks, in units of each bank's own initial deviation; once zero, a number stays zero
+    weights   the smallest numbers of each weight. A dense model's stay zero once they are. A shared model's are generated, so each
+              has one threshold, below which what is generated counts as zero; it may come back
+
+What is stored shrinks: `kept` numbers, and one bit for each number to say which. What is sent does not: every gradient travels as
+before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_ssn.bank import Bank
+from dist_ssn.specs import find_specs
+from dist_ssn.train.recipe import PruneConfig, ShareConfig
+
+
+def sparsity(config: PruneConfig, step: int, steps: int) -> float:
+    """The part that is zero after `step` steps of `steps`."""
+    end = steps if config.end is None else config.end
+    if step < config.begin:
+        return 0.0
+    done = min(1.0, (step - config.begin) / (end - config.begin)) if end > config.begin else 1.0
+    return config.final * (1 - (1 - done) ** 3)
+
+
+def with_thresholds(model: nn.Module, config: PruneConfig) -> nn.Module:
+    """Gives a shared model's banks a threshold for each weight where its weights are pruned; so a checkpoint has them."""
+    if config.final and config.what == "weights":
+        for bank in _banks(model):
+            bank.register_buffer("thresholds", torch.zeros(len(bank.group.slots), device=bank.bank.device))
+    return model
+
+
+class Pruner:
+    """Prunes a model between steps. Every process does the same, for each holds the same numbers.
+
+    Args:
+        model: after `with_thresholds`, with the values from which it trains on: where pruning has begun, zeros stay.
+        step: steps that were made.
+    """
+
+    def __init__(self, config: PruneConfig, share: ShareConfig, model: nn.Module, step: int, steps: int) -> None:
+        self._config, self._steps = config, steps
+        self._banks = _banks(model)
+        self._thresholds = config.what == "weights" and bool(self._banks)
+        self._held: list[tuple[nn.Parameter, float]] = []  # what is held at zero itself, and its unit
+        if config.what == "bank":
+            self._held = [(bank.bank, bank.group.init_std) for bank in self._banks]
+        elif not self._banks:
+            weights = find_specs(model, share.include, share.exclude).weights
+            self._held = [(model.get_parameter(weight.name), 1.0) for weight in weights]
+        began = sparsity(config, step, steps) > 0
+        self._masks = [
+            parameter != 0 if began else torch.ones_like(parameter, dtype=torch.bool) for parameter, _ in self._held
+        ]
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Holds at zero what is pruned, and prunes further where it is time."""
+        self._hold()  # first: an optimizer moves zeros too, and they must not grow back
+        since = step - self._config.begin
+        if since < 0 or (since % self._config.every and step != self._steps):
+            return
+        part = sparsity(self._config, step, self._steps)
+        if self._thresholds:
+            for bank in self._banks:
+                self._set_thresholds(bank, part)
+        elif self._config.what == "bank":
+            sizes = [parameter.abs() / unit for parameter, unit in self._held]
+            limit = _smallest(torch.cat(sizes), part)
+            self._masks = [size > limit for size in sizes]
+        else:
+            self._masks = [size > _smallest(size.flatten(), part) for size in (p.abs() for p, _ in self._held)]
+        self._hold()
+
+    def _hold(self) -> None:
+        for (parameter, _), mask in zip(self._held, self._masks, strict=True):
+            parameter.mul_(mask)
+
+    def _set_thresholds(self, bank: Bank, part: float) -> None:
+        assert bank.thresholds is not None
+        bank.thresholds.zero_()  # so that weights are whole
+        for index in range(len(bank.group.slots)):
+            bank.thresholds[index] = _smallest(bank(index).abs().flatten(), part)
+
+    @torch.no_grad()
+    def counts(self) -> dict[str, Any]:
+        """What was pruned, of how many numbers, and how many are left."""
+        if self._thresholds:
+            made = [bank(index) for bank in self._banks for index in range(len(bank.group.slots))]
+        else:
+            made = [parameter for parameter, _ in self._held]
+        kept = sum(int(numbers.count_nonzero()) for numbers in made)
+        return {"what": self._config.what, "numbers": sum(numbers.numel() for numbers in made), "kept": kept}
+
+
+def _banks(model: nn.Module) -> list[Bank]:
+    return [module for module in model.modules() if isinstance(module, Bank)]
+
+
+def _smallest(sizes: Tensor, part: float) -> Tensor:
+    """The largest of the smallest `part` of these sizes [m]; below all of them where there is none."""
+    count = int(part * sizes.numel())
+    return sizes.kthvalue(count).values if count else sizes.new_tensor(-1.0)
