@@ -33,7 +33,11 @@ RATES = {"gpt-small": 8e-3, "gpt": 3e-3, "wrn": 0.2}
 """task → the rate at which the default is best at 10 %"""
 PLAIN = ("default", "single", "shape", "depth:4")
 """Mappings that nobody searches for; the default is "scale"."""
-METHODS = ("random", "weights-free", "pretrain", "gradients", "auto")
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("random", "weights-free", "pretrain", "gradients", "auto")},
+    "weights-free, split by sensitivity": ("weights-free", {"split": "sensitivity"}),
+}
+"""mapping → the method that finds it, and its options"""
 KEYS = ("task", "mapping", "seed")
 
 
@@ -54,10 +58,11 @@ def measured(wanted: Cell) -> Cell:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "plan.json"
         began = time.monotonic()
-        plan = dist_ssn.search(recipe_of(wanted, folder), wanted["mapping"], output=output)
+        method, options = METHODS[wanted["mapping"]]
+        plan = dist_ssn.search(recipe_of(wanted, folder), method, output=output, **options)
         seconds = time.monotonic() - began
-        steps = STEPS.get(wanted["mapping"], 0)
-        if wanted["mapping"] == "auto":
+        steps = STEPS.get(method, 0)
+        if method == "auto":
             trials = output.with_suffix(".trials.jsonl").read_text().splitlines()
             steps = sum(json.loads(line).get("steps", 0) for line in trials)
         overrides = {**wanted["overrides"], "share.budget": None, "share.morph": "auto", "share.plan": str(output)}

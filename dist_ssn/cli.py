@@ -32,7 +32,8 @@ Example: dist-ssn plan --config quickstart --cluster=ethernet-1g"""
 SEARCH = """Find which weights should share a bank, and write the plan, which share.plan of a recipe reads.
 Example: dist-ssn search --config quickstart --method=weights-free --output=plan.json
 --method: weights-free, pretrain, gradients, network (with --cluster=FILE), random, manual, or auto (default), which tries several
-on short runs within --max-steps=N or --max-seconds=S, and goes on from --trials=FILE. --groups=N; --picture=FILE.png.
+on short runs within --max-steps=N or --max-seconds=S, and goes on from --trials=FILE. --groups=N;
+--split=sensitivity; --picture=FILE.png.
 For pretrain and gradients: --short-steps=N, --templates=K."""
 REPORT = """Compare finished runs in a table; with --output, also as a web page, Markdown and plots.
 Example: dist-ssn report runs/quickstart runs/dense --output report"""

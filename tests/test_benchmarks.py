@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 import torch
 
+from benchmarks import quality, searches
 from benchmarks.bench import AS_ROOT, PROFILES
 from benchmarks.generation import nanoseconds, stack
 from benchmarks.memory import allocations, measure
@@ -96,3 +97,18 @@ def test_time_is_steps_to_the_target_times_seconds_per_step() -> None:
         ("10%", "2", "0.001 (0.001)", "1,500", "1.375 (1.125, 1.625)", "250 (250-250); 375 s; 4.0"),
         ("5%", "2", "0.001 (0.001)", "not in 1,500", "1.300 (1.300)", "100 (100-100); never"),
     ]
+
+
+def test_what_a_search_finds_is_trained_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"layers": 2, "width": 32, "heads": 2, "context": 16}
+    short = {"model_args": small, "steps": 4, "evaluate_every": 4, "evaluate_batches": 1, "schedule.warmup": 0}
+    monkeypatch.setitem(quality.TASKS, "gpt-small", {**quality.TASKS["gpt-small"], **short})
+    wanted = {one["mapping"]: one for one in searches.cells(["gpt-small"]) if one["seed"] == 1}
+    assert [*wanted] == [*searches.PLAIN, *searches.METHODS]
+    lines = [searches.measured(wanted[name]) for name in ("single", "random", "auto")]
+    assert all(line["overrides"] == wanted[line["mapping"]]["overrides"] for line in lines)
+    assert lines[1]["search_steps"] == 0 < lines[2]["search_steps"] <= 4 and lines[2]["search_seconds"] > 0
+    assert len({line["validation_loss"] for line in lines}) > 1
+    shown = searches.rows(lines, "gpt-small")
+    assert sorted(row[0] for row in shown) == ["auto", "random", "single"]
+    assert {row[2] for row in shown if row[0] == "single"} == {""}

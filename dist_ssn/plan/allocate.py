@@ -12,7 +12,7 @@ the few numbers up to the size at which it pays.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..specs import LayerSpec
@@ -30,24 +30,28 @@ class Infeasible(Exception):
     """The budget is too small for what each weight must have."""
 
 
-def allocate(groups: Groups, budget: int, morph: Morph) -> tuple[Group, ...]:
+Demand = Mapping[str, int]
+"""weight → how much of a budget each of its numbers asks for, in any unit"""
+
+
+def allocate(groups: Groups, budget: int, morph: Morph, demand: Demand | None = None) -> tuple[Group, ...]:
     """Sizes every bank and cuts every weight.
 
-    The budget is split in proportion to the groups' sizes. A group of one weight that would get at least the weight's own
-    size keeps it as it is ("repeat" of a bank of n numbers), and what it has to spare goes to the others; a group that would
-    get too little to be made at all gets the least that it needs, at the others' expense.
+    The budget is split in proportion to the groups' sizes, or to what their weights demand. A group of one weight that would get
+    at least the weight's own size keeps it as it is ("repeat" of a bank of n numbers), and what it has to spare goes to the
+    others; a group that would get too little to be made at all gets the least that it needs, at the others' expense.
 
     Raises:
         Infeasible: the groups need more than the budget, each with one number of bank and what its weights must have beside it.
     """
-    shares = split(budget, groups, {})
+    shares = split(budget, groups, {}, demand)
     solved = {name: _solve(name, weights, shares[name], morph) for name, weights in groups.items()}
     if None in solved.values():
         leasts = {name: _least(tuple(weights), morph)[0] for name, weights in groups.items()}
         floors: dict[str, int] = {}
         while short := {name: leasts[name] for name in groups if shares[name] < leasts[name]}:
             floors |= short
-            shares = split(budget, groups, floors)
+            shares = split(budget, groups, floors, demand)
         solved = {name: _solve(name, weights, shares[name], morph) for name, weights in groups.items()}
     banks = tuple(group for group in solved.values() if group is not None)
     assert len(banks) == len(groups)  # since each has at least what it needs
@@ -59,31 +63,39 @@ def least(groups: Groups, morph: Morph) -> int:
     return sum(_least(tuple(weights), morph)[0] for weights in groups.values())
 
 
-def split(budget: int, groups: Groups, floors: dict[str, int]) -> dict[str, int]:
+def split(budget: int, groups: Groups, floors: dict[str, int], demand: Demand | None = None) -> dict[str, int]:
     """Each group's share of `budget`, by largest remainder, except for what `floors` gives.
 
-    Single weights are capped at their size while others remain.
+    Single weights are capped at their size while others remain; with a demand and less budget than weights, groups are too.
 
     Raises:
         Infeasible: `floors` is above the budget.
     """
     sizes = {name: sum(weight.numel for weight in weights) for name, weights in groups.items()}
+    parts = sizes
+    if demand is not None:
+        parts = {
+            name: sum(weight.numel * demand[weight.name] for weight in weights) for name, weights in groups.items()
+        }
+    capped = {
+        name for name in groups if len(groups[name]) == 1 or (demand is not None and budget < sum(sizes.values()))
+    }
     fixed = dict(floors)
     while True:
         rest = budget - sum(fixed.values())
         if rest < 0:
             raise Infeasible
-        shares = _in_proportion(rest, {name: size for name, size in sizes.items() if name not in fixed})
-        full = {name: sizes[name] for name in shares if len(groups[name]) == 1 and shares[name] >= sizes[name]}
+        shares = _in_proportion(rest, {name: part for name, part in parts.items() if name not in fixed})
+        full = {name: sizes[name] for name in shares if name in capped and shares[name] >= sizes[name]}
         fixed |= full
         if not full:
             return fixed | shares
 
 
-def _in_proportion(total: int, sizes: dict[str, int]) -> dict[str, int]:
-    whole = sum(sizes.values())
-    shares = {name: total * size // whole for name, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda name: -(total * sizes[name] % whole))
+def _in_proportion(total: int, parts: dict[str, int]) -> dict[str, int]:
+    whole = sum(parts.values())
+    shares = {name: total * part // whole for name, part in parts.items()}
+    by_remainder = sorted(parts, key=lambda name: -(total * parts[name] % whole))
     for name in by_remainder[: total - sum(shares.values())]:
         shares[name] += 1
     return shares

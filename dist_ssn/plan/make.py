@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import nn
 from ..budget import Budget, resolve_budget
 from ..errors import BudgetError, PlanError
 from ..specs import Selector, Specs, find_specs
-from .allocate import Infeasible, allocate, least
+from .allocate import Demand, Infeasible, allocate, least
 from .mapping import Groups, map_weights
 from .rules import Morph, parse_morph
 from .types import LARGEST, Group, Plan
@@ -28,6 +29,7 @@ def make_plan(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     seed: int = 0,
+    demand: Mapping[str, float] | None = None,
 ) -> Plan:
     """Decides, without touching the model, which weights share which bank and how each is generated.
 
@@ -39,11 +41,12 @@ def make_plan(
         include: if given, only these names, globs or classes of modules are shared (with a model only).
         exclude: these are not shared (with a model only).
         seed: of all that is pseudo-random in the plan and in the bank's initial values.
+        demand: weight → how much of the budget each of its numbers asks for, relative to others', above 0; None: all alike.
 
     Raises:
         ShareError: the model has nothing to share.
         BudgetError: the budget cannot be read, or is too small: the message says the smallest possible one.
-        PlanError: unknown mapping or morph, or no weights.
+        PlanError: unknown mapping or morph, no weights, or a demand that is not of these.
     """
     if isinstance(specs, nn.Module):
         specs = find_specs(specs, include, exclude)
@@ -61,7 +64,7 @@ def make_plan(
         raise PlanError(f"seed {seed!r:.60} must be an integer of at most 53 bits")
     morph = parse_morph(morph)
     allowed = resolve_budget(budget, specs)
-    banks = _allocate(specs, allowed, mapping, morph, seed)
+    banks = _allocate(specs, allowed, mapping, morph, seed, demand=_whole(demand, specs))
     if banks is None:
         raise BudgetError(
             f"budget {budget!r} allows {allowed:,} trainable numbers, too few for {len(specs.weights)} weights with mapping "
@@ -83,13 +86,33 @@ def _resolve(
     return map_weights(specs.weights, mapping, seed), morph
 
 
+def _whole(demand: Mapping[str, float] | None, specs: Specs) -> Demand | None:
+    """The demand in parts of 1/1000 of the least, so that its arithmetic is the same on every machine."""
+    if demand is None:
+        return None
+    names = {weight.name for weight in specs.weights}
+    if demand.keys() != names:
+        raise PlanError(
+            f"demand must name each weight once; {sorted(demand.keys() ^ names)[0]!r} is only in one of them"
+        )
+    if bad := [name for name, value in demand.items() if not 0 < value < math.inf]:
+        raise PlanError(f"the demand of {bad[0]} is {demand[bad[0]]}: it must be a number above 0")
+    least_of_all = min(demand.values())
+    return {name: min(LARGEST, round(1000 * value / least_of_all)) for name, value in demand.items()}
+
+
 def _allocate(
-    specs: Specs, allowed: int, mapping: str | Mapping[str, str], morph: Morph, seed: int
+    specs: Specs,
+    allowed: int,
+    mapping: str | Mapping[str, str],
+    morph: Morph,
+    seed: int,
+    demand: Demand | None = None,
 ) -> tuple[Group, ...] | None:
     """The banks for a budget; None where it is too small."""
     groups, morph = _resolve(specs, allowed, mapping, morph, seed)
     try:
-        return allocate(groups, allowed, morph)
+        return allocate(groups, allowed, morph, demand)
     except Infeasible:
         return None
 

@@ -10,7 +10,7 @@ from typing import Any
 from dist_ssn.errors import RecipeError
 
 WithoutOption = Callable[[Sequence[str], str], tuple[list[str], str | None]]
-_TEXTS = ("trials", "cluster")
+_TEXTS = ("trials", "cluster", "split")
 
 
 def search(arguments: Sequence[str], description: str, without_option: WithoutOption) -> None:

@@ -43,6 +43,19 @@ def weights_free(setting: Setting) -> Found:
     return Found(mapping_of(setting.specs.weights, labels), note)
 
 
+def sensitivity(setting: Setting) -> dict[str, float]:
+    """weight → how much the loss feels a change of it: RMS of its gradient at initialization × its initial deviation.
+
+    In units of the mean over all numbers, and between a quarter and four times that: a first gradient is a rough guide.
+    """
+    weights = setting.specs.weights
+    felt = [gradient * weight.init_std for gradient, weight in zip(_first_gradients(setting), weights, strict=True)]
+    mean = sum(one * weight.numel for one, weight in zip(felt, weights, strict=True)) / setting.specs.numel
+    if not 0 < mean < float("inf"):
+        raise RecipeError("search: no gradient reaches these weights at initialization: use --split=size")
+    return {weight.name: min(4.0, max(0.25, one / mean)) for one, weight in zip(felt, weights, strict=True)}
+
+
 def _first_gradients(setting: Setting) -> list[float]:
     """Root mean square of each weight's gradient in the dense model's first step, over all ranks."""
     run = ShortRun(setting.recipe, setting.world, None, 1)

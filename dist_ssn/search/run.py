@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from dist_ssn.engines import init_world
 from dist_ssn.errors import RecipeError, UserError, unknown_choice
 from dist_ssn.plan import Plan
 from dist_ssn.search.auto import auto
-from dist_ssn.search.methods import METHODS
+from dist_ssn.search.methods import METHODS, sensitivity
 from dist_ssn.search.setting import Setting, read_options
 from dist_ssn.search.trials import Line, Trials
 from dist_ssn.specs import find_specs
@@ -46,10 +47,14 @@ def run(
         validate(recipe, world.world_size)
         specs = _specs(recipe)
         setting = Setting(recipe, world, specs, chosen)
+        if chosen.split == "sensitivity":
+            setting = dataclasses.replace(setting, demand=setting.agree(sensitivity(setting)))
         tell = report if world.rank == 0 else lambda _: None
         if method == AUTO:
             path = chosen.trials or (None if output is None else Path(output).with_suffix(".trials.jsonl"))
-            trials = Trials(path, _key(recipe, chosen.short_steps, chosen.templates), writes=world.rank == 0)
+            trials = Trials(
+                path, _key(recipe, chosen.short_steps, chosen.templates, chosen.split), writes=world.rank == 0
+            )
             trials.lines = setting.agree(trials.lines)
             plan, note = auto(setting, trials, tell)
         else:
@@ -93,6 +98,7 @@ _OF_METHODS: dict[str, tuple[str, ...]] = {
     "groups": ("weights-free", "pretrain", "gradients", "network", "random"),
     "short_steps": ("pretrain", "gradients", AUTO),
     "templates": ("pretrain", "gradients", AUTO),
+    "split": (*METHODS, AUTO),
     "cluster": ("network",),
     "max_steps": (AUTO,),
     "max_seconds": (AUTO,),

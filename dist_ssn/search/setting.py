@@ -26,6 +26,7 @@ class Options:
         groups: number of groups; None: chosen by silhouette (random: 4, network: whatever is cheapest)
         short_steps: of the short run of pretrain (100) and gradients (24); None: those
         templates: K of pretrain and gradients: how many numbers describe a layer
+        split: the budget between groups in proportion to their "size", or to their weights' "sensitivity" as well
         cluster: file or name of a cluster (network)
         max_steps: all steps of an auto search together; None: as many as the recipe's run has
         max_seconds: instead of max_steps
@@ -35,12 +36,14 @@ class Options:
     groups: int | None = None
     short_steps: int | None = None
     templates: int = 8
+    split: str = "size"
     cluster: str | None = None
     max_steps: int | None = None
     max_seconds: float | None = None
     trials: str | None = None
 
 
+SPLITS = ("size", "sensitivity")
 LEAST = {"groups": 1, "short_steps": 1, "templates": 2, "max_steps": 1, "max_seconds": 0}
 
 
@@ -55,6 +58,8 @@ def read_options(given: Mapping[str, Any]) -> Options:
             if not isinstance(value, number) or isinstance(value, bool) or not value >= LEAST[name]:
                 raise RecipeError(f"search: {name} must be a number of at least {LEAST[name]}, got {value!r}")
     options = Options(**given)
+    if options.split not in SPLITS:
+        raise RecipeError(f"search: {unknown_choice('split', options.split, SPLITS)}")
     if options.max_steps is not None and options.max_seconds is not None:
         raise RecipeError("search: max_steps and max_seconds are two budgets: give one of them")
     return options
@@ -73,12 +78,15 @@ class Setting:
     specs: Specs
     options: Options
     go_on: Callable[[], bool] = lambda: True
+    demand: Mapping[str, float] | None = None
+    """Of each weight, where the budget is split by it."""
 
     def plan(self, mapping: str | Mapping[str, str], morph: str | None = None) -> Plan:
         """The plan at the recipe's budget."""
         share = self.recipe.share
         assert share.budget is not None
-        return make_plan(self.specs, share.budget, mapping=mapping, morph=morph or share.morph, seed=share.seed)
+        how = {"morph": morph or share.morph, "seed": share.seed, "demand": self.demand}
+        return make_plan(self.specs, share.budget, mapping=mapping, **how)
 
     def agree(self, value: T) -> T:
         """Rank 0's value, on every rank."""

@@ -75,6 +75,51 @@ def test_every_plan(specs: Specs, budget: float | int, morph: str, mapping: str,
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@given(some_specs(), BUDGETS, st.sampled_from(MORPH_TEXTS), st.sampled_from(MAPPING_TEXTS), st.data())
+def test_a_demand_changes_the_shares_alone(
+    specs: Specs, budget: float | int, morph: str, mapping: str, data: st.DataObject
+) -> None:
+    how: dict[str, Any] = {"morph": morph, "mapping": mapping}
+    demand = {weight.name: data.draw(st.floats(0.25, 4)) for weight in specs.weights}
+    plain, plan = plan_or_least(specs, budget, **how), plan_or_least(specs, budget, **how, demand=demand)
+    if isinstance(plain, int) or isinstance(plan, int):
+        assert plain == plan
+        return
+    check_slots(specs, plan)
+    assert plan.parameters <= plan.budget
+    assert [[slot.name for slot in group.slots] for group in plan.groups] == [
+        [slot.name for slot in group.slots] for group in plain.groups
+    ]
+    for group in plan.groups:
+        check_readings(group, plan.seed, morph)
+    assert make_plan(specs, budget, **how, demand=dict.fromkeys(demand, 0.7)) == plain
+
+
+def test_a_group_that_demands_twice_as_much_gets_twice_as_much() -> None:
+    specs = Specs(tuple(LayerSpec(f"layer{i}.weight", (64, 64), "Linear", 64, 0.1) for i in range(6)))
+    mapping = {f"layer{i}.weight": "ab"[i % 2] for i in range(6)}
+    demand = {name: {"a": 1.0, "b": 2.0}[group] for name, group in mapping.items()}
+    first, second = make_plan(specs, 0.1, mapping=mapping, morph="offset:gains=false", demand=demand).groups
+    assert first.name == "a" and second.size == pytest.approx(2 * first.size, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("demand", "problem"),
+    [
+        ({"layer0.weight": 1.0}, "demand must name each weight once; 'layer1.weight' is only in one of them"),
+        (
+            {"layer0.weight": 1.0, "layer1.weight": 0.0},
+            "the demand of layer1.weight is 0.0: it must be a number above 0",
+        ),
+        ({"layer0.weight": 1.0, "layer1.weight": math.nan}, "the demand of layer1.weight is nan"),
+    ],
+)
+def test_a_wrong_demand_is_named(demand: dict[str, float], problem: str) -> None:
+    specs = Specs(tuple(LayerSpec(f"layer{i}.weight", (8, 8), "Linear", 8, 0.1) for i in range(2)))
+    with pytest.raises(PlanError, match=problem):
+        make_plan(specs, 0.5, demand=demand)
+
+
 @settings(max_examples=60)
 @given(some_specs(largest=50_000, numbers=2**44), BUDGETS, st.sampled_from(MORPH_TEXTS), st.sampled_from(MAPPING_TEXTS))
 def test_large_weights(specs: Specs, budget: float | int, morph: str, mapping: str) -> None:

@@ -21,8 +21,9 @@ from dist_ssn.plan import Plan
 from dist_ssn.report.picture import draw_plan, plan_picture
 from dist_ssn.search import auto
 from dist_ssn.search.aligned import aligned_plan
-from dist_ssn.search.methods import METHODS, Cosines
+from dist_ssn.search.methods import METHODS, Cosines, sensitivity
 from dist_ssn.search.run import _key, run
+from dist_ssn.search.setting import Options, Setting
 from dist_ssn.search.short import ShortRun, squeezed
 from dist_ssn.search.trials import Trials
 from dist_ssn.specs import find_specs
@@ -74,6 +75,20 @@ def test_each_method_finds_a_plan_that_train_takes(method: str, tmp_path: Path) 
 @pytest.mark.parametrize("method", ["weights-free", "pretrain", "gradients", "random", "network"])
 def test_the_number_of_groups_can_be_given(method: str) -> None:
     assert len(dist_ssn.search(recipe(), method, groups=3, **OPTIONS.get(method, {})).groups) == 3
+
+
+def test_the_budget_can_follow_sensitivity() -> None:
+    found = sensitivity(Setting(recipe(), ALONE, find_specs(build_model("gpt", ARGS)), Options()))
+    assert all(0.25 <= value <= 4 for value in found.values()) and len(set(found.values())) > 3
+    settings = "share.mapping={'blocks.*.mlp.*': b, '*': a}"
+    plain, split = (dist_ssn.search(recipe(settings), "manual", split=split) for split in ("size", "sensitivity"))
+    asked = {
+        group.name: sum(slot.numel * found[slot.name] for slot in group.slots) / group.numel for group in split.groups
+    }
+    more = max(asked, key=lambda name: asked[name])
+    before, after = ({group.name: group.size for group in plan.groups} for plan in (plain, split))
+    assert after[more] > before[more] and split.parameters <= split.budget == plain.budget
+    assert groups_of(plain) == groups_of(split)
 
 
 def test_manual_is_the_recipes_own_mapping() -> None:
@@ -201,7 +216,7 @@ def test_a_search_that_is_cut_short_takes_the_last_whole_rung(tmp_path: Path, mo
     monkeypatch.setattr(auto, "time", SimpleNamespace(monotonic=lambda: now[0]))
     file = tmp_path / "trials.jsonl"
     schedule = {"kind": "schedule", "max_seconds": 1000, "candidates": 4, "first": 8}
-    file.write_text(json.dumps({"search": _key(recipe(), 4, 8), **schedule}) + "\n")
+    file.write_text(json.dumps({"search": _key(recipe(), 4, 8, "size"), **schedule}) + "\n")
     found: list[dict[str, Any]] = []
     plan = run(recipe(), "auto", None, {"max_seconds": 1000, "trials": str(file), "short_steps": 4}, found.append)
     rungs = [[line for line in found if line.get("rung") == rung] for rung in (0, 1)]
@@ -258,6 +273,7 @@ def test_trials_refuse_what_is_none(tmp_path: Path) -> None:
         ("auto", (), {"max_seconds": 0.001}, "a budget of 0 steps is too small for one trial"),
         ("auto", (), {"max_steps": 9, "max_seconds": 9}, "max_steps and max_seconds are two budgets: give one of them"),
         ("auto", (), {"maxsteps": 9}, "unknown option of search 'maxsteps': .*did you mean 'max_steps'"),
+        ("random", (), {"split": "even"}, "unknown split 'even': known are sensitivity, size"),
         ("random", (), {"groups": 0}, "groups must be a number of at least 1, got 0"),
         ("auto", (), {"groups": 3}, "groups goes with the method weights-free or .*, not with auto"),
         ("random", (), {"max_steps": 9}, "max_steps goes with the method auto, not with random"),
