@@ -20,7 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_ssn.specs import find_specs
 from dist_ssn.train.loop import train
+from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe import Recipe
 from dist_ssn.train.recipe_file import load_recipe
 
@@ -55,6 +57,31 @@ TASKS: dict[str, dict[str, Any]] = {
         "evaluate_every": 312,
         "evaluate_batches": 78,
     },
+    "lstm": {
+        "model": "benchmarks.models.lstm",
+        "model_args": {"layers": 2, "width": 128, "context": 64},
+        "data.name": "text",
+        "steps": 500,
+        "batch_size": 16,
+        "optimizer.name": "adamw",
+        "optimizer.weight_decay": 0.1,
+        "schedule.warmup": 50,
+        "evaluate_every": 250,
+        "evaluate_batches": 40,
+    },
+    "vit": {
+        "model": "benchmarks.models.vit",
+        "model_args": {"layers": 4, "width": 64, "heads": 4, "patch": 4},
+        "data.name": "fashion_mnist",
+        "data.limit": 10_000,
+        "steps": 312,
+        "batch_size": 128,
+        "optimizer.name": "adamw",
+        "optimizer.weight_decay": 0.1,
+        "schedule.warmup": 20,
+        "evaluate_every": 312,
+        "evaluate_batches": 78,
+    },
     # So few tokens per step that on a slow network a step is all waiting.
     "gpt-wide": {
         "model": "gpt",
@@ -85,10 +112,14 @@ EQUAL: dict[str, dict[str, Any]] = {
     "gpt": {"layers": 4, "width": 40, "heads": 4, "context": 128},
     "gpt-wide": {"layers": 4, "width": 80, "heads": 4, "context": 64},
     "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
+    "lstm": {"layers": 2, "width": 33, "context": 64},
+    "vit": {"layers": 4, "width": 21, "heads": 3, "patch": 4},
 }
 """Dense models with at least as many parameters as the 10 % budget leaves."""
 _ADAMW, _SGD = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2), (0.05, 0.1, 0.2, 0.4, 0.8)
-RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD}
+RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD, "lstm": _ADAMW, "vit": _ADAMW}
+AT_TEN_PERCENT = 90_469
+"""Parameters of the task "gpt" with a 10 % bank."""
 KINDS = ("dense", "equal", "shared")
 CONTROLS = ("tied", "hashed", "hashed-global", "lowrank")
 """Kinds that are controls at the budget of "shared"; docs/search.md says what each is."""
@@ -186,6 +217,14 @@ def distill() -> Iterator[Cell]:
             yield cell("gpt", "shared", lr, seed, more)
 
 
+def wider() -> Iterator[Cell]:
+    """Wider GPTs with as many parameters as the usual one has at 10 %: the same bytes, and more compute."""
+    for width, lr in itertools.product((192, 256), (1.5e-3, 3e-3)):
+        sizes = {**TASKS["gpt"]["model_args"], "width": width}
+        own = find_specs(build_model("gpt", sizes)).own_parameters
+        yield cell("gpt", "shared", lr, more={"model_args": sizes, "share.budget": AT_TEN_PERCENT - own})
+
+
 PRUNED: dict[str, tuple[str, dict[str, Any], int]] = {
     "10 %": ("shared", {}, 3),
     "20 %, half of its bank": ("shared", {"share.budget": 0.2, "prune.final": 0.5}, 3),
@@ -266,6 +305,7 @@ SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
     "budgets": budgets,
     "distill": distill,
     "prune": prune,
+    "wider": wider,
     "target": target,
     "target-confirm": target_confirm,
 }

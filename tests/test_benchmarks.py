@@ -17,6 +17,9 @@ from benchmarks.scaling import tables as scaling_tables
 from benchmarks.target_runs import losses_of, steps_to
 from benchmarks.time_to_target import curves_of, target
 from benchmarks.time_to_target import table as time_table
+from dist_ssn.train.build import share_as
+from dist_ssn.train.data import data_hints
+from dist_ssn.train.models import build_model
 
 
 def cells(table) -> list[tuple[str, ...]]:
@@ -112,3 +115,16 @@ def test_what_a_search_finds_is_trained_in_full(monkeypatch: pytest.MonkeyPatch)
     shown = searches.rows(lines, "gpt-small")
     assert sorted(row[0] for row in shown) == ["auto", "random", "single"]
     assert {row[2] for row in shown if row[0] == "single"} == {""}
+
+
+@pytest.mark.parametrize("task", quality.EQUAL)
+def test_an_equal_dense_model_has_no_fewer_parameters_than_the_bank(task: str) -> None:
+    counts = {}
+    for kind in quality.KINDS:
+        recipe = quality.recipe_of(quality.cell(task, kind, 1e-3), "runs")
+        sizes = data_hints(recipe.data, context=recipe.model_args.get("context"))
+        model = share_as(build_model(recipe.model, recipe.model_args, sizes), recipe.share)
+        counts[kind] = sum(parameter.numel() for parameter in model.parameters())
+    assert counts["shared"] <= counts["equal"] <= 1.1 * counts["shared"] < 0.2 * counts["dense"]
+    if task == "gpt":
+        assert counts["shared"] == quality.AT_TEN_PERCENT

@@ -30,6 +30,7 @@ from .markdown import bold_least, each, grid, mean, short
 Line = dict[str, Any]
 NAMES = {"dense": "dense", "shared": "**10 % bank**", "equal": "dense, as small as that"}
 MODELS = {"gpt": "GPT, 4 layers of width 128", "wrn": "Wide ResNet 16-2"}
+MORE_MODELS = {"lstm": "LSTM, 2 layers of width 128", "vit": "ViT, 4 layers of width 64"}
 MORPH_NAMES = {
     DEFAULT: "**offset, chunks of 16 (default)**",
     **{f"offset:chunk={n}": f"offset, chunks of {n}" for n in (8, 9, 64)},
@@ -193,7 +194,7 @@ def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, C
 TABLES: dict[str, Callable[[], str]] = {
     "quality-in-short": in_short,
     **_of(lengths, list(TARGETS)),
-    **_of(against_equal, list(MODELS)),
+    **_of(against_equal, [*MODELS, *MORE_MODELS]),
     **_of(morphs, list(MODELS)),
     **_of(budgets, ["adamw", "sgd"]),
     "distilled": distilled,
