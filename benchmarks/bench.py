@@ -45,8 +45,10 @@ FULL = (
     "faults",
     "fuzz",
     "delay",
-    "quality rates controls confirm budgets morphs target target-confirm",
-    "time_to_target curves steps",
+    "quality rates controls confirm budgets morphs distill prune wider target target-confirm",
+    "architectures rates seeds",
+    "searches --tasks gpt-small",
+    "time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
 )
 PROFILES = {"short": SHORT, "full": FULL}
 AS_ROOT = ("prediction", "latency", "probe", "scaling", "lab_bytes", "elastic", "faults", "time_to_target")
