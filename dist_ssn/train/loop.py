@@ -319,6 +319,8 @@ class _Run:
 
     def finish(self) -> RunResult:
         """The last checkpoint, the row of the comparing table, `summary.json`."""
+        if self.teacher is not None:
+            self.teacher.leave()
         counters = self.account.counters
         if not counters.history or counters.history[-1]["step"] != counters.step:  # it went on from where it ends
             so_far = {"step": counters.step, "seconds": counters.seconds, "ring_bytes": self.account.ring_bytes()}

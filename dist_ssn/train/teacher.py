@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_ssn.errors import UserError
 from dist_ssn.share import shared_plan
@@ -83,6 +84,7 @@ class Teacher:
         self._config, self._model = config, model.eval().requires_grad_(False)
         self._theirs: dict[str, Tensor] = {}
         self._mine: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
         known = dict(student.named_modules())
         both = [name for name, _ in model.named_modules() if name and name in known]
         for pattern in config.hidden:
@@ -92,8 +94,8 @@ class Teacher:
                     f"distill.hidden: no module of both models is called {pattern!r}; there are {_some(both)}"
                 )
             for name in names:
-                model.get_submodule(name).register_forward_hook(partial(_take_down, self._theirs, name))
-                known[name].register_forward_hook(partial(_take_down, self._mine, name))
+                for module, where in ((model.get_submodule(name), self._theirs), (known[name], self._mine)):
+                    self._hooks.append(module.register_forward_hook(partial(_take_down, where, name)))
 
     def loss(self, task_loss: Tensor, outputs: Any, inputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch on which the student has just run.
@@ -114,6 +116,11 @@ class Teacher:
         self._mine.clear()
         self._theirs.clear()
         return loss
+
+    def leave(self) -> None:
+        """Takes nothing down any more."""
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def check(self, student: nn.Module, inputs: Tensor, targets: Tensor) -> None:

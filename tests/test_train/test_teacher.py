@@ -47,6 +47,9 @@ def test_the_loss_is_the_formula() -> None:
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
     assert not any(p.requires_grad for p in model.parameters()) and not model.training
+    assert student[1]._forward_hooks
+    teacher.leave()
+    assert not student[1]._forward_hooks and not model[1]._forward_hooks
 
 
 def test_its_own_twin_has_nothing_to_teach() -> None:
