@@ -45,7 +45,7 @@ FULL = (
     "faults",
     "fuzz",
     "delay",
-    "quality rates controls confirm budgets morphs distill prune wider target target-confirm",
+    "quality rates controls confirm budgets morphs longer distill prune wider target target-confirm",
     "architectures rates seeds",
     "searches --tasks gpt-small",
     "time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",

@@ -225,6 +225,13 @@ def wider() -> Iterator[Cell]:
         yield cell("gpt", "shared", lr, more={"model_args": sizes, "share.budget": AT_TEN_PERCENT - own})
 
 
+def longer() -> Iterator[Cell]:
+    """The GPT with four times the steps, dense and shared, at the best rate of the usual run and half of it."""
+    for kind, rates in {"dense": (3e-3, 6e-3), "shared": (1.5e-3, 3e-3), "equal": (6e-3, 1.2e-2)}.items():
+        for lr in rates:
+            yield cell("gpt", kind, lr, more={"steps": 2000})
+
+
 PRUNED: dict[str, tuple[str, dict[str, Any], int]] = {
     "10 %": ("shared", {}, 3),
     "20 %, half of its bank": ("shared", {"share.budget": 0.2, "prune.final": 0.5}, 3),
@@ -305,6 +312,7 @@ SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
     "budgets": budgets,
     "distill": distill,
     "prune": prune,
+    "longer": longer,
     "wider": wider,
     "target": target,
     "target-confirm": target_confirm,
