@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,15 @@ def test_a_prediction_by_hand() -> None:
     delayed = predict(messages, parse_overlap("delay"), timeline(late=0.3, early=0.9), PAIR)
     assert delayed.exposed == 0
     delayed = predict([Message(1_250_000, frozenset())], parse_overlap("delay"), timeline(late=0.3), PAIR)
-    assert delayed.exposed == pytest.approx(1.252 - 1.05)
+    assert delayed.exposed == pytest.approx(1.254 - 1.05)
+
+
+def test_a_message_that_is_alone_waits_for_its_receivers_word() -> None:
+    """2 rounds of 1 ms: twice on gloo's ring, once where NCCL chooses."""
+    alone = [Message(1_250_000, frozenset({"late"}))]
+    assert predict(alone, Overlap(), timeline(late=1.0), PAIR).step == pytest.approx(1.1 + 1.254)
+    chosen = replace(PAIR, algorithm="best")
+    assert predict(alone, Overlap(), timeline(late=1.0), chosen).step == pytest.approx(1.1 + 1.252)
 
 
 WAYS = ("dense", "none", "depth:2", "segments:3", "sums:2", "delay")
