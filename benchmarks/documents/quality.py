@@ -20,6 +20,7 @@ from ..quality import (
     cell,
     distill,
     identity,
+    longer,
     prune,
     seeded,
 )
@@ -148,6 +149,20 @@ def morphs(task: str) -> str:
     return grid((f"{MODELS[task]}, rate {short(rate)}", f"{quality}, by mapping seed"), rows)
 
 
+def with_more_steps() -> str:
+    """The GPT's usual run and one of four times the steps, one seed: each side at the better of its rates."""
+    known, cells = _by_identity(), list(longer())
+    rows = []
+    for kind, name in NAMES.items():
+        short_run = known[identity(cell("gpt", kind, best_rates(known.values())["gpt", kind]))]
+        long_runs = [known[identity(one)] for one in cells if one["kind"] == kind and identity(one) in known]
+        if long_runs:
+            both = short_run, min(long_runs, key=lambda line: line["validation_loss"])
+            texts = [f"{line['validation_loss']:.3f} ({short(line['overrides']['optimizer.lr'])})" for line in both]
+            rows.append([name, f"{short_run['parameters']:,}", *texts])
+    return grid(("", "parameters", "500 steps: loss (rate)", "2,000 steps"), rows)
+
+
 def distilled() -> str:
     """Banks with and without a teacher: losses of the seeds that are there."""
     known, losses = _by_identity(), {}
@@ -197,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **_of(against_equal, [*MODELS, *MORE_MODELS]),
     **_of(morphs, list(MODELS)),
     **_of(budgets, ["adamw", "sgd"]),
+    "with-more-steps": with_more_steps,
     "distilled": distilled,
     "pruned": pruned,
     **_of(found_by_search, list(searches.RATES)),
