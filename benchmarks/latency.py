@@ -46,7 +46,7 @@ def measured(delay_ms: float, sides: Iterable[str]) -> Iterable[Line]:
 
 
 def table(lines: Iterable[Line]) -> Table:
-    """Medians by side and delay, beside medians of what was predicted for the same runs."""
+    """Medians by side and delay, beside what was predicted last (`lines` are oldest first)."""
     lines = list(lines)
     delays = sorted({line["delay_ms"] for line in lines})
     shown = Table("side", "messages per step", *(f"{delay:g} ms: ms per step; predicted" for delay in delays))
@@ -56,7 +56,7 @@ def table(lines: Iterable[Line]) -> Table:
             mine = [line for line in lines if (line["side"], line["delay_ms"]) == (side, delay)]
             ms, said = ([line[key] for line in mine] for key in ("ms_per_step", "predicted_ms_per_step"))
             middle = f"{statistics.median(ms):.0f} ({min(ms):.0f}-{max(ms):.0f})" if mine else ""
-            cells.append(f"{middle}; {statistics.median(said):.0f}" if mine else "")
+            cells.append(f"{middle}; {said[-1]:.0f}" if mine else "")
         rounds = {line["rounds"] for line in lines if line["side"] == side}
         shown.add_row(side, ", ".join(map(str, sorted(rounds))), *cells)
     return shown
