@@ -12,7 +12,6 @@ of Fashion-MNIST. Writes results/architectures/.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -213,11 +212,8 @@ def main() -> None:
     for suite in chosen(parser, arguments.suites, SUITES):
         done = latest(results.lines(), KEYS)
         wanted = [cell for cell in SUITES[suite]() if cell not in done]
-        print(f"{suite}: {len(wanted)} cells to measure", flush=True)
-        with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
-            for line in pool.imap_unordered(trained, wanted):
-                results.add(line)
-                print(f"  {line['validation_loss']:.4f}  {[line[key] for key in KEYS]}", flush=True)
+        for line in results.measure(trained, wanted, arguments.jobs):
+            print(f"  {line['validation_loss']:.4f}  {[line[key] for key in KEYS]}", flush=True)
     if arguments.table or not arguments.suites:
         table = Table(*HEADINGS)
         for row in rows(results.lines()):

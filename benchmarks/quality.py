@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -399,11 +398,8 @@ def main() -> None:
         cells = [one for one in SUITES[suite]() if one["task"] in arguments.tasks]
         named = {identity(one): one for one in cells if any(text in identity(one) for text in arguments.only)}
         wanted = [one for name, one in named.items() if name not in done]
-        print(f"{suite}: {len(wanted)} cells to measure", flush=True)
-        with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
-            for measured in pool.imap_unordered(run, wanted):
-                results.add({"suite": suite, **measured})
-                print(f"  {measured['validation_loss']:.4f}  {identity(measured)}", flush=True)
+        for line in results.measure(run, wanted, arguments.jobs, suite=suite):
+            print(f"  {line['validation_loss']:.4f}  {identity(line)}", flush=True)
     if arguments.table or not arguments.suites:
         Console(width=200).print(table(list(results.lines())))
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ class ResultFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({**self.provenance, **measurement}) + "\n")
+
+    def measure(
+        self, function: Callable[[Any], dict[str, Any]], cells: Sequence[Any], jobs: int, **more: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Measures cells in processes of their own, `jobs` at once; adds and yields each line, with `more`, as it comes."""
+        print(f"{len(cells)} cells to measure", flush=True)
+        with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+            for measured in pool.imap_unordered(function, cells):
+                line = {**more, **measured}
+                self.add(line)
+                yield line
 
 
 def latest(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:

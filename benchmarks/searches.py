@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -104,11 +103,8 @@ def main() -> None:
     if not arguments.table:
         done = latest(results.lines(), KEYS)
         wanted = [one for one in cells(arguments.tasks) if tuple(one[key] for key in KEYS) not in done]
-        print(f"{len(wanted)} cells to measure", flush=True)
-        with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
-            for line in pool.imap_unordered(measured, wanted):
-                results.add(line)
-                print(f"  {line['validation_loss']:.4f}  {[line[key] for key in KEYS]}", flush=True)
+        for line in results.measure(measured, wanted, arguments.jobs):
+            print(f"  {line['validation_loss']:.4f}  {[line[key] for key in KEYS]}", flush=True)
     for task in arguments.tasks:
         table = Table(*HEADINGS, title=task)
         for row in rows(results.lines(), task):
