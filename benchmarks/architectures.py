@@ -33,7 +33,7 @@ Line = dict[str, Any]
 Settings = dict[str, Any]
 Cell = tuple[str, float | None, float, int]
 """architecture, budget (None: dense), rate, seed"""
-BUDGET, RATES = 0.1, (7.5e-4, 1.5e-3, 3e-3, 6e-3)
+BUDGET, RATES = 0.1, (1.875e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 STEPS, BATCH, CONTEXT, HELD_OUT = 500, 16, 64, 40
 WIDTH, LAYERS, HEADS = 128, 4, 4
 EXTRA = 256
