@@ -26,6 +26,7 @@ from dist_ssn.train.data import load_task
 from dist_ssn.train.optim import build_optimizer, build_schedule
 from dist_ssn.train.recipe import DataConfig, OptimizerConfig, ScheduleConfig
 
+from .documents.markdown import mean
 from .quality import SEEDS
 from .results import ResultFile, chosen, latest, lines_of, provenance
 
@@ -195,8 +196,7 @@ def rows(lines: Iterable[Line]) -> Iterator[tuple[str, ...]]:
             means[budget] = statistics.mean(losses)
             side = "dense" if budget is None else f"**{budget:.0%} bank**"
             apart = f"{means[budget] / means[None] - 1:+.1%}" if budget and None in means else ""
-            shown = f"{means[budget]:.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})"
-            yield f"{name}: {side}", f"{found[0]['parameters']:,}", f"{rate:g}", shown, apart
+            yield f"{name}: {side}", f"{found[0]['parameters']:,}", f"{rate:g}", mean(losses), apart
 
 
 HEADINGS = ("", "parameters", "best rate", "validation loss, mean (seed by seed)", "from its dense twin")

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .quality import TASKS
 from .results import ResultFile
+from .tasks import TASKS
 
 WAYS = ("none", "delay:0", "delay:1")
 

@@ -42,6 +42,7 @@ class VisionTransformer(nn.Module):
 
 
 def lstm(vocabulary: int = 256, width: int = 128, layers: int = 2, context: int = 128) -> nn.Module:
+    """`context` is for the data alone: how many bytes are in a window."""
     return RecurrentText(vocabulary, width, layers)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dist_ssn.plan import make_plan
 from dist_ssn.specs import find_specs
 from dist_ssn.train.loop import train
 from dist_ssn.train.models import build_model
@@ -26,99 +27,12 @@ from dist_ssn.train.recipe import Recipe
 from dist_ssn.train.recipe_file import load_recipe
 
 from .results import ResultFile, chosen, provenance
+from .tasks import EQUAL, TASKS
 
 Cell = dict[str, Any]
 
-TASKS: dict[str, dict[str, Any]] = {
-    "gpt": {
-        "model": "gpt",
-        "model_args": {"layers": 4, "width": 128, "heads": 4, "context": 128},
-        "data.name": "text",
-        "steps": 500,
-        "batch_size": 16,
-        "optimizer.name": "adamw",
-        "optimizer.weight_decay": 0.1,
-        "schedule.warmup": 50,
-        "evaluate_every": 250,
-        "evaluate_batches": 20,
-    },
-    "wrn": {
-        "model": "wide_resnet",
-        "model_args": {"depth": 16, "width": 2, "stem_stride": 2},
-        "data.name": "fashion_mnist",
-        "data.limit": 10_000,
-        "steps": 312,
-        "batch_size": 128,
-        "optimizer.name": "sgd",
-        "optimizer.weight_decay": 5e-4,
-        "schedule.warmup": 20,
-        "clip_norm": None,
-        "evaluate_every": 312,
-        "evaluate_batches": 78,
-    },
-    "lstm": {
-        "model": "benchmarks.models.lstm",
-        "model_args": {"layers": 2, "width": 128, "context": 64},
-        "data.name": "text",
-        "steps": 500,
-        "batch_size": 16,
-        "optimizer.name": "adamw",
-        "optimizer.weight_decay": 0.1,
-        "schedule.warmup": 50,
-        "evaluate_every": 250,
-        "evaluate_batches": 40,
-    },
-    "vit": {
-        "model": "benchmarks.models.vit",
-        "model_args": {"layers": 4, "width": 64, "heads": 4, "patch": 4},
-        "data.name": "fashion_mnist",
-        "data.limit": 10_000,
-        "steps": 312,
-        "batch_size": 128,
-        "optimizer.name": "adamw",
-        "optimizer.weight_decay": 0.1,
-        "schedule.warmup": 20,
-        "evaluate_every": 312,
-        "evaluate_batches": 78,
-    },
-    # So few tokens per step that on a slow network a step is all waiting.
-    "gpt-wide": {
-        "model": "gpt",
-        "model_args": {"layers": 4, "width": 256, "heads": 4, "context": 64},
-        "data.name": "text",
-        "steps": 1500,
-        "batch_size": 4,
-        "optimizer.name": "adamw",
-        "optimizer.weight_decay": 0.1,
-        "schedule.warmup": 50,
-        "evaluate_every": 250,
-        "evaluate_batches": 100,
-    },
-    # Small enough to try many rates: what a budget does to the best rate.
-    "gpt-small": {
-        "model": "gpt",
-        "model_args": {"layers": 2, "width": 64, "heads": 4, "context": 64},
-        "data.name": "text",
-        "steps": 250,
-        "batch_size": 16,
-        "optimizer.weight_decay": 0.0,
-        "schedule.warmup": 25,
-        "evaluate_every": 250,
-        "evaluate_batches": 20,
-    },
-}
-EQUAL: dict[str, dict[str, Any]] = {
-    "gpt": {"layers": 4, "width": 40, "heads": 4, "context": 128},
-    "gpt-wide": {"layers": 4, "width": 80, "heads": 4, "context": 64},
-    "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
-    "lstm": {"layers": 2, "width": 33, "context": 64},
-    "vit": {"layers": 4, "width": 21, "heads": 3, "patch": 4},
-}
-"""Dense models with at least as many parameters as the 10 % budget leaves."""
 _ADAMW, _SGD = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2), (0.05, 0.1, 0.2, 0.4, 0.8)
 RATES: dict[str, tuple[float, ...]] = {"gpt": _ADAMW, "wrn": _SGD, "lstm": _ADAMW, "vit": _ADAMW}
-AT_TEN_PERCENT = 90_469
-"""Parameters of the task "gpt" with a 10 % bank."""
 KINDS = ("dense", "equal", "shared")
 CONTROLS = ("tied", "hashed", "hashed-global", "lowrank")
 """Kinds that are controls at the budget of "shared"; docs/search.md says what each is."""
@@ -218,10 +132,12 @@ def distill() -> Iterator[Cell]:
 
 def wider() -> Iterator[Cell]:
     """Wider GPTs with as many parameters as the usual one has at 10 %: the same bytes, and more compute."""
+    usual = find_specs(build_model("gpt", TASKS["gpt"]["model_args"]))
+    whole = make_plan(usual, 0.1).parameters + usual.own_parameters
     for width, lr in itertools.product((192, 256), (1.5e-3, 3e-3)):
         sizes = {**TASKS["gpt"]["model_args"], "width": width}
         own = find_specs(build_model("gpt", sizes)).own_parameters
-        yield cell("gpt", "shared", lr, more={"model_args": sizes, "share.budget": AT_TEN_PERCENT - own})
+        yield cell("gpt", "shared", lr, more={"model_args": sizes, "share.budget": whole - own})
 
 
 def longer() -> Iterator[Cell]:

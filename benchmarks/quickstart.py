@@ -18,8 +18,9 @@ from rich.console import Console
 
 from dist_ssn.report import plot_loss_against_bytes, read_rows, summary_table
 
-from .quality import EQUAL, best_rates
+from .quality import best_rates
 from .results import ResultFile, lines_of
+from .tasks import EQUAL
 
 RECIPE = Path(__file__).parent.parent / "dist_ssn" / "recipes" / "quickstart.yaml"
 OUTPUT = Path("runs") / "quickstart"

@@ -25,13 +25,14 @@ from rich.table import Table
 import dist_ssn
 from dist_ssn.search.methods import STEPS
 
+from .documents.markdown import mean
 from .quality import SEEDS, Cell, cell, recipe_of, run, seeded
 from .results import ResultFile, latest
 
 RATES = {"gpt-small": 8e-3, "gpt": 3e-3, "wrn": 0.2}
 """task → the rate at which the default is best at 10 %"""
-PLAIN = ("default", "single", "shape", "depth:4")
-"""Mappings that nobody searches for; the default is "scale"."""
+PLAIN = {"default": "auto", "single": "single", "shape": "shape", "depth:4": "depth:4"}
+"""mapping that nobody searches for → what the recipe says"""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("random", "weights-free", "pretrain", "gradients", "auto")},
     "weights-free, split by sensitivity": ("weights-free", {"split": "sensitivity"}),
@@ -45,8 +46,7 @@ def cells(tasks: Iterable[str]) -> Iterator[Cell]:
     for task in tasks:
         for seed in SEEDS:
             for mapping in (*PLAIN, *METHODS):
-                plain = {"share.mapping": mapping} if mapping in PLAIN[1:] else {}
-                more = {"share.morph": "auto", **plain, **seeded("shared", seed)}
+                more = {"share.morph": "auto", "share.mapping": PLAIN.get(mapping, "auto"), **seeded("shared", seed)}
                 yield {**cell(task, "shared", RATES[task], seed, more), "mapping": mapping}
 
 
@@ -81,7 +81,6 @@ def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
         runs = [known[task, mapping, seed] for seed in SEEDS if (task, mapping, seed) in known]
         if runs:
             losses = [one["validation_loss"] for one in runs]
-            shown = f"{statistics.mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})"
             cost = ("", "", "", "")
             if mapping in METHODS:
                 seconds, steps = (
@@ -89,7 +88,7 @@ def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
                 )
                 banks = ", ".join(str(one["banks"]) for one in runs)
                 cost = (banks, f"{seconds:.0f}", f"{steps:.0f}", f"{4e-6 * steps * runs[0]['parameters']:.1f}")
-            found.append((statistics.mean(losses), (mapping, shown, *cost)))
+            found.append((statistics.mean(losses), (mapping, mean(losses), *cost)))
     return [row for _, row in sorted(found)]
 
 

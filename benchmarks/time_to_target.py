@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .in_the_lab import cluster_file, in_the_lab, quietly
-from .quality import EQUAL, SEEDS, TARGETS, TASKS
+from .quality import SEEDS, TARGETS
 from .results import ResultFile, chosen, lines_of
 from .target_runs import SMALL, Runs, all_runs, best_rate, losses_of, steps_to
+from .tasks import EQUAL, TASKS
 
 Line = dict[str, Any]
 TASK, HOSTS = "gpt-wide", 4

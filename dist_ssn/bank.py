@@ -105,6 +105,8 @@ class Bank(nn.Module):
     projections: nn.Parameter | None
     gains: nn.Parameter | None
     differences: nn.Parameter | None
+    thresholds: Tensor | None
+    """For each slot the size up to which a number of its weight counts as zero; None where weights are not pruned."""
 
     def __init__(self, group: Group, seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -120,9 +122,7 @@ class Bank(nn.Module):
         for name in PARAMETERS:
             values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
-        self.thresholds: Tensor | None
         self.register_buffer("thresholds", None)
-        """For each slot the size up to which a number of its weight counts as zero; None where weights are not pruned."""
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._fused = [fast_path(slot, seed, group.size) for slot in group.slots]
         self.watcher: Watcher | None = None

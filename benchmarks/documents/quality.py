@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import architectures, searches
-from ..quality import (
-    DEFAULT,
-    MORPHS,
-    PRUNED,
-    SEEDS,
-    TARGETS,
-    TASKS,
-    TEACHERS,
-    best_rates,
-    cell,
-    distill,
-    identity,
-    longer,
-    prune,
-    seeded,
-)
+from .. import architectures
+from ..quality import DEFAULT, MORPHS, SEEDS, TARGETS, best_rates, cell, identity, seeded
 from ..results import lines_of
 from ..target_runs import all_runs, losses_of, side_of
-from .markdown import bold_least, each, grid, mean, short
+from ..tasks import TASKS
+from .markdown import bold_least, each, grid, short
 
 Line = dict[str, Any]
 NAMES = {"dense": "dense", "shared": "**10 % bank**", "equal": "dense, as small as that"}
 MODELS = {"gpt": "GPT, 4 layers of width 128", "wrn": "Wide ResNet 16-2"}
-MORE_MODELS = {"lstm": "LSTM, 2 layers of width 128", "vit": "ViT, 4 layers of width 64"}
 MORPH_NAMES = {
     DEFAULT: "**offset, chunks of 16 (default)**",
     **{f"offset:chunk={n}": f"offset, chunks of {n}" for n in (8, 9, 64)},
@@ -149,54 +133,6 @@ def morphs(task: str) -> str:
     return grid((f"{MODELS[task]}, rate {short(rate)}", f"{quality}, by mapping seed"), rows)
 
 
-def with_more_steps() -> str:
-    """The GPT's usual run and one of four times the steps, one seed: each side at the better of its rates."""
-    known, cells = _by_identity(), list(longer())
-    rows = []
-    for kind, name in NAMES.items():
-        short_run = known[identity(cell("gpt", kind, best_rates(known.values())["gpt", kind]))]
-        long_runs = [known[identity(one)] for one in cells if one["kind"] == kind and identity(one) in known]
-        if long_runs:
-            both = short_run, min(long_runs, key=lambda line: line["validation_loss"])
-            texts = [f"{line['validation_loss']:.3f} ({short(line['overrides']['optimizer.lr'])})" for line in both]
-            rows.append([name, f"{short_run['parameters']:,}", *texts])
-    return grid(("", "parameters", "500 steps: loss (rate)", "2,000 steps"), rows)
-
-
-def distilled() -> str:
-    """Banks with and without a teacher: losses of the seeds that are there."""
-    known, losses = _by_identity(), {}
-    for one in distill():
-        more = one["overrides"]
-        teacher = {key: value for key, value in more.items() if key.startswith("distill.")}
-        name = next(name for name, settings in TEACHERS.items() if settings == teacher)
-        if identity(one) in known:
-            losses.setdefault((name, more["share.budget"]), []).append(known[identity(one)]["validation_loss"])
-    budgets = sorted({budget for _, budget in losses}, reverse=True)
-    rows = []
-    for name in TEACHERS:
-        found = [losses.get((name, budget), []) for budget in budgets]
-        rows.append([name, *(mean(seeds) if seeds else "" for seeds in found)])
-    return grid(("the teacher's part of the loss", *(f"a bank of {budget:.0%}" for budget in budgets)), rows)
-
-
-def pruned() -> str:
-    """What is pruned: numbers that are trained and sent, and what is left of those that were pruned; losses seed by seed."""
-    known, rows = _by_identity(), []
-    cells = iter(prune())
-    for name, (*_, seeds) in PRUNED.items():
-        found = [known[identity(one)] for one in itertools.islice(cells, seeds) if identity(one) in known]
-        if found:
-            left = f"{found[0]['kept_numbers']:,}" if "kept_numbers" in found[0] else ""
-            losses = [line["validation_loss"] for line in found]
-            rows.append([name, f"{found[0]['parameters']:,}", left, mean(losses)])
-    return grid(("what is pruned", "trained and sent", "numbers left", "validation loss, mean (seed by seed)"), rows)
-
-
-def found_by_search(task: str) -> str:
-    return grid(searches.HEADINGS, searches.rows(lines_of("searches"), task))
-
-
 def four_architectures() -> str:
     """Models of `transformers` beside their dense twins."""
     return grid(architectures.HEADINGS, list(map(list, architectures.rows(lines_of("architectures")))))
@@ -209,12 +145,8 @@ def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, C
 TABLES: dict[str, Callable[[], str]] = {
     "quality-in-short": in_short,
     **_of(lengths, list(TARGETS)),
-    **_of(against_equal, [*MODELS, *MORE_MODELS]),
+    **_of(against_equal, list(MODELS)),
     **_of(morphs, list(MODELS)),
     **_of(budgets, ["adamw", "sgd"]),
-    "with-more-steps": with_more_steps,
-    "distilled": distilled,
-    "pruned": pruned,
-    **_of(found_by_search, list(searches.RATES)),
     "architectures": four_architectures,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,41 @@ def recipe_problems(recipe: Recipe, world_size: int) -> dict[str, str]:
     return problems
 
 
-def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str]) -> Iterator[tuple[str, str]]:
+Given = Callable[..., bool]
+"""(keys) → whether all of them have a value of a right type"""
+Problem = tuple[str, str]
+"""a key, and what is wrong with it"""
+
+
+def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str]) -> Iterator[Problem]:
     def given(*keys: str) -> bool:
         return all(key not in wrong and values[key] is not None for key in keys)
 
+    yield from _range_problems(values, given)
+    yield from _engine_problems(values, given)
+    yield from _name_problems(values, given)
+    yield from _schedule_problems(values, given)
+    if given("share.plan") and not Path(values["share.plan"]).is_file():
+        yield "share.plan", f"must be a plan's JSON file, but {values['share.plan']!r} does not exist"
+    if given("predicted"):
+        yield from _prediction_problems(values)
+    if given("share.control"):
+        yield from _control_problems(values)
+    yield from _distill_problems(values, given)
+    if given("steps", *(f"prune.{name}" for name in ("final", "what", "begin", "every"))) and values["prune.final"]:
+        yield from _prune_problems(values)
+    if given("batch_size", "accumulation") and min(values["batch_size"], values["accumulation"]) > 0:
+        parts = world_size * values["accumulation"]
+        if values["batch_size"] % parts:
+            yield (
+                "batch_size",
+                f"must be divisible by processes × accumulation = {world_size} × {values['accumulation']} = {parts}, "
+                f"got {values['batch_size']}; the next one is {parts * math.ceil(values['batch_size'] / parts)}",
+            )
+
+
+def _range_problems(values: Mapping[str, Any], given: Given) -> Iterator[Problem]:
+    """Numbers out of their range, and names that nobody knows."""
     for key in (
         *("steps", "batch_size", "accumulation", "evaluate_every", "evaluate_batches", "patience", "threads"),
         *("data.limit", "prune.every", "checkpoint.every", "checkpoint.keep", "engine.compare_every"),
@@ -87,6 +118,10 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
     for key, known in CHOICES.items():
         if given(key) and values[key] not in known:
             yield key, f"is an {unknown_choice('name', values[key], known)}"
+
+
+def _engine_problems(values: Mapping[str, Any], given: Given) -> Iterator[Problem]:
+    """What does not go with the engine."""
     if given("engine.name") and values["engine.name"] in ENGINE_OPTIONS:
         for option in {name for names in ENGINE_OPTIONS.values() for name in names} - {
             *ENGINE_OPTIONS[values["engine.name"]]
@@ -110,6 +145,10 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         yield "engine.stage", f"must be 0, 1, 2 or 3, got {values['engine.stage']}"
     if given("engine.config") and not Path(values["engine.config"]).is_file():
         yield "engine.config", f"must be DeepSpeed's JSON file, but {values['engine.config']!r} does not exist"
+
+
+def _name_problems(values: Mapping[str, Any], given: Given) -> Iterator[Problem]:
+    """Names of the run, its folder and its model; the model's arguments."""
     for key in ("name", "output", "model"):
         if given(key) and not values[key].strip():
             yield key, "must not be empty"
@@ -122,6 +161,10 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         yield "model", f"is an {known}; a model of your own is an import path such as my_module.build"
     if given("model_args") and not _is_json(values["model_args"]):
         yield "model_args", "must hold only text, numbers, true, false, null, lists and dicts of them"
+
+
+def _schedule_problems(values: Mapping[str, Any], given: Given) -> Iterator[Problem]:
+    """What does not go with the number of steps."""
     if given("steps", "schedule.warmup") and values["schedule.warmup"] > values["steps"] > 0:
         yield "schedule.warmup", f"must be at most the {values['steps']} steps, got {values['schedule.warmup']}"
     milestones = values["schedule.milestones"] if given("schedule.milestones") else ()
@@ -129,36 +172,19 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
         yield "schedule.milestones", f"must be rising step numbers, got {list(milestones)}"
     if given("schedule.name", "schedule.milestones") and values["schedule.name"] == "step" and not milestones:
         yield "schedule.milestones", "must name at least one step, for schedule.name is step"
-    if given("share.plan") and not Path(values["share.plan"]).is_file():
-        yield "share.plan", f"must be a plan's JSON file, but {values['share.plan']!r} does not exist"
-    if given("predicted"):
-        yield from _prediction_problems(values)
-    if given("share.control"):
-        yield from _control_problems(values)
-    if given("distill.teacher") and values["distill.teacher"] != DENSE:
-        if not (Path(values["distill.teacher"]) / "recipe.json").is_file():
-            yield (
-                "distill.teacher",
-                (
-                    f"must be {DENSE} or the folder of a run, where its recipe.json and checkpoints are, "
-                    f"but is {values['distill.teacher']!r}"
-                ),
-            )
-    elif given("distill.hidden") and values["distill.hidden"] and values["distill.teacher"] is None:
+
+
+def _distill_problems(values: Mapping[str, Any], given: Given) -> Iterator[Problem]:
+    """What is wrong with the teacher."""
+    teacher = values["distill.teacher"]
+    if given("distill.teacher") and teacher != DENSE and not (Path(teacher) / "recipe.json").is_file():
+        files = "where its recipe.json and checkpoints are"
+        yield "distill.teacher", f"must be {DENSE} or the folder of a run, {files}, but is {teacher!r}"
+    if given("distill.hidden") and values["distill.hidden"] and teacher is None:
         yield "distill.hidden", "needs a teacher: set distill.teacher too"
-    if given("steps", *(f"prune.{name}" for name in ("final", "what", "begin", "every"))) and values["prune.final"]:
-        yield from _prune_problems(values)
-    if given("batch_size", "accumulation") and min(values["batch_size"], values["accumulation"]) > 0:
-        parts = world_size * values["accumulation"]
-        if values["batch_size"] % parts:
-            yield (
-                "batch_size",
-                f"must be divisible by processes × accumulation = {world_size} × {values['accumulation']} = {parts}, "
-                f"got {values['batch_size']}; the next one is {parts * math.ceil(values['batch_size'] / parts)}",
-            )
 
 
-def _prediction_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _prediction_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with the file that says what to expect."""
     if values["engine.name"] not in ("ddp", "mpi"):
         yield "predicted", f"goes with the engine ddp or mpi, not with {values['engine.name']}"
@@ -172,7 +198,7 @@ def _prediction_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         )
 
 
-def _prune_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _prune_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
     """What does not go with pruning."""
     begin, steps = values["prune.begin"], values["steps"]
     end = steps if values["prune.end"] is None else values["prune.end"]
@@ -193,7 +219,7 @@ def _prune_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         )
 
 
-def _control_problems(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _control_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
     """What does not go with a control, which has no banks."""
     control = values["share.control"]
     if values["share.budget"] is None:

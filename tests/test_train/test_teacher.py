@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_ssn.engines import World
 from dist_ssn.errors import UserError
+from dist_ssn.train.build import build
 from dist_ssn.train.loop import train
-from dist_ssn.train.recipe import DataConfig, DistillConfig, ShareConfig
+from dist_ssn.train.recipe import DataConfig, DistillConfig, EngineConfig, PruneConfig, ShareConfig
 from dist_ssn.train.recipe_file import load_recipe
-from dist_ssn.train.teacher import Teacher
+from dist_ssn.train.teacher import Teacher, load_teacher
 from tests.ranks import run_ranks
 from tests.test_train.test_loop import alone, assert_equal, outcome, recipe
 
@@ -69,11 +72,22 @@ def test_a_teacher_may_be_trained_first_or_lie_in_a_folder(tmp_path: Path) -> No
     assert_equal(first, second)
     plain = alone(recipe(tmp_path / "d"))
     assert plain["row"]["parameters"] == first["row"]["parameters"] < twin["row"]["parameters"]
-    assert plain["row"]["bytes_per_step_ring"] == first["row"]["bytes_per_step_ring"]
     assert plain["row"]["validation_loss"] != first["row"]["validation_loss"]
-    # A shared model teaches as well, by the plan in its folder.
-    shared = replace(distill, teacher=str(tmp_path / "d" / "small"))
-    assert alone(recipe(tmp_path / "e", share=ShareConfig(budget=0.3), distill=shared))["row"]["validation_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "prune", [PruneConfig(), PruneConfig(final=0.5, what="weights", end=8)], ids=["whole", "pruned"]
+)
+def test_a_shared_model_teaches_what_it_has_learnt(prune: PruneConfig, tmp_path: Path) -> None:
+    """By the plan, the numbers and the thresholds in its folder."""
+    learnt = train(recipe(tmp_path, prune=prune), progress=False)
+    later = recipe(tmp_path, name="later", share=ShareConfig(budget=0.3), distill=DistillConfig(str(learnt.folder)))
+    task, student = build(later, World(0, 1, 0, torch.device("cpu")))
+    inputs, targets = task.batch(0, 4)
+    outputs = student(inputs)
+    loss = load_teacher(later, task, student).loss(task.loss(outputs, targets), outputs, inputs, targets)
+    by_hand = Teacher(later.distill, learnt.model, student).loss(task.loss(outputs, targets), outputs, inputs, targets)
+    assert torch.equal(loss, by_hand)
 
 
 def test_all_of_the_teachers_weight_pulls_towards_it(tmp_path: Path) -> None:
@@ -96,13 +110,35 @@ def _train(rank: int, world_size: int, settings: Any) -> dict[str, Any]:
     return outcome(train(settings, progress=False))
 
 
+def _losses(rank: int, world_size: int, settings: Any) -> list[float]:
+    os.environ["LOCAL_RANK"] = str(rank)  # which DeepSpeed wants to read
+    return [point["validation_loss"] for point in train(settings, progress=False).row["history"]]
+
+
 def test_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
     distill = DistillConfig(teacher="dense", hidden=("layers.0",))
     one = alone(recipe(tmp_path / "one", distill=distill))
     two = run_ranks(_train, 2, recipe(tmp_path / "two", distill=distill))
+    plain = run_ranks(_train, 2, recipe(tmp_path / "plain"))
+    sent = [ranks[0]["row"]["bytes_per_step_ring"] for ranks in (plain, two)]
+    assert sent[0] == sent[1] > 0  # a teacher sends nothing
     for rank in two:
         for name, tensor in one["tensors"].items():
             torch.testing.assert_close(rank["tensors"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "engine", [EngineConfig(name="fsdp"), EngineConfig(name="deepspeed", stage=3)], ids=lambda e: e.name
+)
+def test_every_engine_learns_it(engine: EngineConfig, tmp_path: Path) -> None:
+    if engine.name == "deepspeed":
+        pytest.importorskip("deepspeed", reason="pip install 'dist_ssn[deepspeed]'")
+    distill = DistillConfig(teacher="dense", hidden=("layers.0",))
+    runs = [
+        run_ranks(_losses, 2, recipe(tmp_path / name, engine=kind, distill=distill))[0]
+        for name, kind in (("ddp", EngineConfig()), (engine.name, engine))
+    ]
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
 
 
 def test_a_run_with_a_teacher_goes_on_exactly(tmp_path: Path) -> None:
