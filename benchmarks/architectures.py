@@ -26,8 +26,8 @@ from dist_ssn.train.data import load_task
 from dist_ssn.train.optim import build_optimizer, build_schedule
 from dist_ssn.train.recipe import DataConfig, OptimizerConfig, ScheduleConfig
 
+from .cells import SEEDS
 from .documents.markdown import mean
-from .quality import SEEDS
 from .results import ResultFile, chosen, latest, lines_of, provenance
 
 Line = dict[str, Any]

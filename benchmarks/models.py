@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -20,25 +24,70 @@ class RecurrentText(nn.Module):
         return self.head(self.lstm(self.embedding(tokens))[0])
 
 
-class VisionTransformer(nn.Module):
-    """Names an image from its patches: a transformer's encoder with a mean over the patches (arXiv 2010.11929)."""
+def blocks(layers: int, width: int, heads: int) -> nn.ModuleList:
+    """A transformer's encoder, (B, T, width) → the same, block by block."""
+    settings = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+    return nn.ModuleList(nn.TransformerEncoderLayer(width, heads, 4 * width, **settings) for _ in range(layers))
 
-    def __init__(self, classes: int, channels: int, size: int, patch: int, layers: int, width: int, heads: int) -> None:
+
+class VisionTransformer(nn.Module):
+    """Makes `outputs` numbers of an image from the mean over its encoded patches (arXiv 2010.11929)."""
+
+    def __init__(self, outputs: int, channels: int, size: int, patch: int, layers: int, width: int, heads: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(channels, width, patch, stride=patch)
         self.positions = nn.Parameter(0.02 * torch.randn(1, (size // patch) ** 2, width))
-        settings = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, **settings) for _ in range(layers)
-        )
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        self.blocks = blocks(layers, width, heads)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) → logits (B, classes)."""
+        """Images (B, C, H, W) → logits (B, outputs)."""
         x = self.patches(images).flatten(2).transpose(1, 2) + self.positions
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x.mean(1)))
+
+
+class ImageText(nn.Module):
+    """Says how well each of a set of captions goes with an image: the cosine of two encoders' outputs (arXiv 2103.00020).
+
+    Args:
+        captions: as text; the model reads their bytes.
+        image: images (B, C, H, W) → (B, outputs).
+        layers, width, heads: of the captions' encoder.
+    """
+
+    captions: Tensor
+
+    def __init__(
+        self,
+        captions: Sequence[str],
+        image: VisionTransformer,
+        layers: int,
+        width: int,
+        heads: int,
+        outputs: int,
+    ) -> None:
+        super().__init__()
+        read = [torch.tensor(list(caption.encode())) for caption in captions]
+        padded = nn.utils.rnn.pad_sequence(read, batch_first=True)  # with byte 0, which no caption has
+        self.register_buffer("captions", padded, persistent=False)
+        self.image = image
+        self.embedding = nn.Embedding(128, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, padded.shape[1], width))
+        self.blocks = blocks(layers, width, heads)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
+        self.scale = nn.Parameter(torch.tensor(10.0).log())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) → logits (B, captions)."""
+        padding = self.captions == 0
+        x = self.embedding(self.captions) + self.positions
+        for block in self.blocks:
+            x = block(x, src_key_padding_mask=padding)
+        read = ~padding[..., None]
+        texts = self.head((self.norm(x) * read).sum(1) / read.sum(1))
+        return self.scale.exp() * F.normalize(self.image(images), dim=-1) @ F.normalize(texts, dim=-1).T
 
 
 def lstm(vocabulary: int = 256, width: int = 128, layers: int = 2, context: int = 128) -> nn.Module:
@@ -50,3 +99,24 @@ def vit(
     classes: int, channels: int, size: int, patch: int = 4, layers: int = 4, width: int = 64, heads: int = 4
 ) -> nn.Module:
     return VisionTransformer(classes, channels, size, patch, layers, width, heads)
+
+
+def image_text(
+    captions: Sequence[str],
+    channels: int,
+    size: int,
+    patch: int = 4,
+    layers: int = 2,
+    width: int = 64,
+    text_width: int = 48,
+    heads: int = 4,
+) -> nn.Module:
+    image = VisionTransformer(width, channels, size, patch, layers, width, heads)
+    return ImageText(captions, image, layers, text_width, heads, outputs=width)
+
+
+def mlp(classes: int, channels: int, size: int, width: int = 256, layers: int = 3) -> nn.Module:
+    """Names an image through `layers` hidden layers."""
+    widths = [channels * size**2, *[width] * layers]
+    hidden = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dist_ssn.report import plot_loss_against_bytes, read_rows, summary_table
 
-from .quality import best_rates
+from .cells import best_rates
 from .results import ResultFile, lines_of
 from .tasks import EQUAL
 
@@ -27,7 +27,7 @@ OUTPUT = Path("runs") / "quickstart"
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared 10%": ("shared", {}),
     "dense twin": ("dense", {"share.budget": None}),
-    "equal-parameter dense": ("equal", {"share.budget": None, "model_args": EQUAL["gpt"]}),
+    "equal-parameter dense": ("equal", {"share.budget": None, "model_args": EQUAL[0.1]["gpt"]}),
 }
 """name → (kind in the table of rates, what differs from the recipe)."""
 

@@ -1,6 +1,6 @@
 """Plans that a search finds, after full training, beside the default and the plain mappings; and what finding them costs.
 
-    python -m benchmarks.searches [--tasks gpt-small gpt wrn] [--jobs 2]      # resumable: measured cells stay
+    python -m benchmarks.searches [--tasks digits lstm …] [--jobs 2]      # resumable: measured cells stay
     python -m benchmarks.searches --table
 
 Tasks are those of `benchmarks.quality`, at 10 % and the default's best rate there, three seeds (of weights, data and mapping
@@ -25,12 +25,12 @@ from rich.table import Table
 import dist_ssn
 from dist_ssn.search.methods import STEPS
 
+from .cells import SEEDS, Cell, best_rates, cell, recipe_of, seeded
 from .documents.markdown import mean
-from .quality import SEEDS, Cell, cell, recipe_of, run, seeded
-from .results import ResultFile, latest
+from .quality import run
+from .results import ResultFile, latest, lines_of
 
-RATES = {"gpt-small": 8e-3, "gpt": 3e-3, "wrn": 0.2}
-"""task → the rate at which the default is best at 10 %"""
+TASKS = ("digits", "lstm", "gpt-small", "captions", "gpt", "wrn")
 PLAIN = {"default": "auto", "single": "single", "shape": "shape", "depth:4": "depth:4"}
 """mapping that nobody searches for → what the recipe says"""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,11 +43,13 @@ KEYS = ("task", "mapping", "seed")
 
 def cells(tasks: Iterable[str]) -> Iterator[Cell]:
     """A run for each mapping and seed; all of a seed before the next one."""
+    best = {task: rate for (task, kind), rate in best_rates(lines_of("quality")).items() if kind == "shared"}
     for task in tasks:
+        rate = {"gpt-small": 8e-3, **best}[task]  # the small GPT's is the best of `quality budgets`
         for seed in SEEDS:
             for mapping in (*PLAIN, *METHODS):
                 more = {"share.morph": "auto", "share.mapping": PLAIN.get(mapping, "auto"), **seeded("shared", seed)}
-                yield {**cell(task, "shared", RATES[task], seed, more), "mapping": mapping}
+                yield {**cell(task, "shared", rate, seed, more), "mapping": mapping}
 
 
 def measured(wanted: Cell) -> Cell:
@@ -94,7 +96,7 @@ def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="*", default=list(RATES), choices=list(RATES), help="only these")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="only these")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()

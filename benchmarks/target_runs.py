@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from .quality import SEEDS
+from .cells import SEEDS
 
 Line = dict[str, Any]
 Runs = dict[int, dict[int, dict[float, float]]]

@@ -1,4 +1,4 @@
-"""What `benchmarks.quality` trains: for each task the settings of its recipe, and a dense model as small as a 10 % bank."""
+"""What `benchmarks.quality` trains: for each task the settings of its recipe, and dense models as small as a bank."""
 
 from __future__ import annotations
 
@@ -41,6 +41,21 @@ TASKS: dict[str, Settings] = {
         "model": "benchmarks.models.vit",
         "model_args": {"layers": 4, "width": 64, "heads": 4, "patch": 4},
     },
+    # Two modalities: the right one of 60 generated captions for an image of Fashion-MNIST.
+    "captions": {
+        **_IMAGES,
+        **_ADAMW,
+        **{"data.name": "fashion_captions", "batch_size": 64, "evaluate_batches": 80},
+        "model": "benchmarks.models.image_text",
+        "model_args": {"layers": 2, "width": 64, "text_width": 48, "heads": 4, "patch": 4},
+    },
+    # A seed is a fold of the cross-validation, too.
+    "digits": {
+        **_ADAMW,
+        **{"data.name": "digits", "batch_size": 64, "steps": 500, "schedule.warmup": 20, "evaluate_every": 500},
+        "model": "benchmarks.models.mlp",
+        "model_args": {"layers": 3, "width": 256},
+    },
     # So few tokens per step that on a slow network a step is all waiting.
     "gpt-wide": {
         **_TEXT,
@@ -62,11 +77,47 @@ TASKS: dict[str, Settings] = {
         "evaluate_batches": 20,
     },
 }
-EQUAL: dict[str, Settings] = {
-    "gpt": {"layers": 4, "width": 40, "heads": 4, "context": 128},
-    "gpt-wide": {"layers": 4, "width": 80, "heads": 4, "context": 64},
-    "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
-    "lstm": {"layers": 2, "width": 33, "context": 64},
-    "vit": {"layers": 4, "width": 21, "heads": 3, "patch": 4},
+EQUAL: dict[float, dict[str, Settings]] = {
+    0.1: {
+        "gpt": {"layers": 4, "width": 40, "heads": 4, "context": 128},
+        "gpt-wide": {"layers": 4, "width": 80, "heads": 4, "context": 64},
+        "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
+        "lstm": {"layers": 2, "width": 33, "context": 64},
+        "vit": {"layers": 4, "width": 21, "heads": 3, "patch": 4},
+        "captions": {"layers": 2, "width": 20, "text_width": 16, "heads": 2, "patch": 4},
+        "digits": {"layers": 3, "width": 72},
+    },
+    0.02: {
+        "gpt": {"layers": 4, "width": 20, "heads": 4, "context": 128},
+        "lstm": {"layers": 2, "width": 12, "context": 64},
+        "vit": {"layers": 4, "width": 12, "heads": 3, "patch": 4},
+        "captions": {"layers": 2, "width": 12, "text_width": 8, "heads": 2, "patch": 4},
+        "digits": {"layers": 3, "width": 29},
+    },
 }
-"""`model_args` of dense models with at least as many parameters as the 10 % budget leaves."""
+"""budget → task → `model_args` of a narrower dense model with at least as many parameters as the budget leaves."""
+SHALLOW: dict[float, dict[str, Settings]] = {
+    0.1: {
+        "gpt": {"layers": 1, "width": 76, "heads": 4, "context": 128},
+        "lstm": {"layers": 1, "width": 42, "context": 64},
+        "vit": {"layers": 1, "width": 42, "heads": 2, "patch": 4},
+        "captions": {"layers": 1, "width": 28, "text_width": 20, "heads": 4, "patch": 4},
+        "digits": {"layers": 1, "width": 211},
+    },
+    0.02: {
+        "gpt": {"layers": 1, "width": 34, "heads": 2, "context": 128},
+        "lstm": {"layers": 1, "width": 14, "context": 64},
+        "vit": {"layers": 1, "width": 22, "heads": 2, "patch": 4},
+        "captions": {"layers": 1, "width": 14, "text_width": 10, "heads": 2, "patch": 4},
+        "digits": {"layers": 1, "width": 51},
+    },
+}
+"""The same, with the fewest layers instead."""
+WIDER: dict[str, Settings] = {
+    "gpt": {"layers": 4, "width": 192, "heads": 4, "context": 128},
+    "lstm": {"layers": 2, "width": 256, "context": 64},
+    "vit": {"layers": 4, "width": 128, "heads": 4, "patch": 4},
+    "captions": {"layers": 2, "width": 128, "text_width": 96, "heads": 4, "patch": 4},
+    "digits": {"layers": 3, "width": 512},
+}
+"""`model_args` of wider models, which a bank makes as small as the 10 % bank of the usual one."""

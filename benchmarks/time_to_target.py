@@ -26,9 +26,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from .cells import SEEDS
 from .in_the_lab import cluster_file, in_the_lab, quietly
-from .quality import SEEDS, TARGETS
 from .results import ResultFile, chosen, lines_of
+from .suites import TARGETS
 from .target_runs import SMALL, Runs, all_runs, best_rate, losses_of, steps_to
 from .tasks import EQUAL, TASKS
 
@@ -69,7 +70,7 @@ def sides() -> dict[str, list[str]]:
         "dense, fp16": fp16,
         **ENGINES,
         **{side: [*APART, *(SIGNS if "demo" in method else [])] for side, (method, _) in METHODS.items()},
-        SMALL: [f"--model_args={json.dumps(EQUAL[TASK])}"],
+        SMALL: [f"--model_args={json.dumps(EQUAL[0.1][TASK])}"],
         **budgets,
         **{f"{budget:.0%}, fp16": [f"--share.budget={budget}", *fp16] for budget in (0.1, 0.05)},
     }

@@ -7,19 +7,23 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks import quality, searches
+from benchmarks import searches
 from benchmarks.bench import AS_ROOT, PROFILES
+from benchmarks.cells import cell, recipe_of
 from benchmarks.generation import nanoseconds, stack
 from benchmarks.memory import allocations, measure
 from benchmarks.memory import table as memory_table
 from benchmarks.scaling import CLUSTERS, WORKERS
 from benchmarks.scaling import tables as scaling_tables
+from benchmarks.suites import SUITES
 from benchmarks.target_runs import losses_of, steps_to
+from benchmarks.tasks import EQUAL, SHALLOW, TASKS
 from benchmarks.time_to_target import curves_of, target
 from benchmarks.time_to_target import table as time_table
 from dist_ssn.train.build import share_as
 from dist_ssn.train.data import data_hints
 from dist_ssn.train.models import build_model
+from dist_ssn.train.recipe_values import validate
 
 
 def cells(table) -> list[tuple[str, ...]]:
@@ -105,7 +109,7 @@ def test_time_is_steps_to_the_target_times_seconds_per_step() -> None:
 def test_what_a_search_finds_is_trained_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"layers": 2, "width": 32, "heads": 2, "context": 16}
     short = {"model_args": small, "steps": 4, "evaluate_every": 4, "evaluate_batches": 1, "schedule.warmup": 0}
-    monkeypatch.setitem(quality.TASKS, "gpt-small", {**quality.TASKS["gpt-small"], **short})
+    monkeypatch.setitem(TASKS, "gpt-small", {**TASKS["gpt-small"], **short})
     wanted = {one["mapping"]: one for one in searches.cells(["gpt-small"]) if one["seed"] == 1}
     assert [*wanted] == [*searches.PLAIN, *searches.METHODS]
     lines = [searches.measured(wanted[name]) for name in ("single", "random", "auto")]
@@ -117,12 +121,22 @@ def test_what_a_search_finds_is_trained_in_full(monkeypatch: pytest.MonkeyPatch)
     assert {row[2] for row in shown if row[0] == "single"} == {""}
 
 
-@pytest.mark.parametrize("task", quality.EQUAL)
-def test_an_equal_dense_model_has_no_fewer_parameters_than_the_bank(task: str) -> None:
+@pytest.mark.parametrize(("budget", "task"), [(budget, task) for budget, tasks in EQUAL.items() for task in tasks])
+def test_a_small_dense_model_has_no_fewer_parameters_than_the_bank(budget: float, task: str) -> None:
     counts = {}
-    for kind in quality.KINDS:
-        recipe = quality.recipe_of(quality.cell(task, kind, 1e-3), "runs")
+    for kind in ("dense", "shared", "equal", *(["shallow"] if task in SHALLOW[budget] else [])):
+        recipe = recipe_of(cell(task, kind, 1e-3, budget=budget), "runs")
         sizes = data_hints(recipe.data, context=recipe.model_args.get("context"))
         model = share_as(build_model(recipe.model, recipe.model_args, sizes), recipe.share)
         counts[kind] = sum(parameter.numel() for parameter in model.parameters())
-    assert counts["shared"] <= counts["equal"] <= 1.1 * counts["shared"] < 0.2 * counts["dense"]
+    assert counts["shared"] < 0.2 * counts["dense"]
+    for small in set(counts) - {"dense", "shared"}:
+        assert counts["shared"] <= counts[small] <= 1.2 * counts["shared"], small
+
+
+def test_every_suite_names_runs_that_can_be_made() -> None:
+    for name, suite in SUITES.items():
+        cells = list(suite())
+        assert cells, name
+        for recipe in {one["task"]: recipe_of(one, "runs") for one in cells}.values():
+            validate(recipe, world_size=1)

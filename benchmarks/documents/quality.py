@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import architectures
-from ..quality import DEFAULT, MORPHS, SEEDS, TARGETS, best_rates, cell, identity, seeded
+from ..cells import DEFAULT, SEEDS, at_best, best_rates, cell, identity
 from ..results import lines_of
+from ..suites import MORPHS, TARGETS
 from ..target_runs import all_runs, losses_of, side_of
 from ..tasks import TASKS
 from .markdown import bold_least, each, grid, short
@@ -30,17 +31,11 @@ def _by_identity() -> dict[str, Line]:
     return {identity(line): line for line in lines_of("quality")}
 
 
-def _at_best(task: str, kind: str) -> tuple[float, list[Line]]:
-    """A kind's best rate, and its line for each seed."""
-    rate, known = best_rates(lines_of("quality"))[task, kind], _by_identity()
-    return rate, [known[identity(cell(task, kind, rate, seed, seeded(kind, seed)))] for seed in SEEDS]
-
-
 def against_equal(task: str) -> str:
     """Dense, 10 % and equal-parameter dense at their best rates: losses, and accuracies where there are any."""
     rows = []
     for kind, name in NAMES.items():
-        rate, runs = _at_best(task, kind)
+        rate, runs = at_best(lines_of("quality"), task, kind)
         losses = [run["validation_loss"] for run in runs]
         row = [name, f"{runs[0]['parameters']:,}", short(rate), f"{statistics.mean(losses):.3f}", each(losses)]
         if "validation_accuracy" in runs[0]:
@@ -56,7 +51,7 @@ def in_short() -> str:
     rows = []
     for task, model in MODELS.items():
         for kind, name in NAMES.items():
-            _, runs = _at_best(task, kind)
+            _, runs = at_best(lines_of("quality"), task, kind)
             if "validation_accuracy" in runs[0]:
                 values = [100 * run["validation_accuracy"] for run in runs]
                 quality = f"accuracy {statistics.mean(values):.1f} % ({each(values, '.1f')})"

@@ -21,10 +21,11 @@ class DataConfig:
     """The data of a run.
 
     Args:
-        name: data set: text, digits, fashion_mnist, cifar10 or cifar100
+        name: data set: text, digits, fashion_mnist, fashion_captions, cifar10 or cifar100
         path: file, folder or glob that holds it; null: where the set is usually found
         limit: use only the first so many training samples (of text: bytes, before anything is held out); null: all
         validation: fraction held out for validation, of the sets that have no test set of their own (text, digits)
+        fold: which such part is held out, 0 being the last one and 1 the one before: for K-fold cross-validation
         augment: shift and flip training images at random
     """
 
@@ -32,6 +33,7 @@ class DataConfig:
     path: str | None = None
     limit: int | None = None
     validation: float = 0.1
+    fold: int = 0
     augment: bool = True
 
 

@@ -93,7 +93,7 @@ def _range_problems(values: Mapping[str, Any], given: Given) -> Iterator[Problem
     ):
         if given(key) and values[key] < 1:
             yield key, f"must be at least 1, got {values[key]}"
-    for key in ("seed", "share.seed", "schedule.warmup", "prune.begin"):
+    for key in ("seed", "share.seed", "data.fold", "schedule.warmup", "prune.begin"):
         if given(key) and values[key] < 0:
             yield key, f"must be 0 or more, got {values[key]}"
     for key, low, high, rule in (

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from dist_ssn.errors import DataError
 from dist_ssn.train.data import DATA, ClassificationTask, LanguageTask, Task, data_hints, load_task
+from dist_ssn.train.data.captions import CAPTIONS
 from dist_ssn.train.data.sources import FASHION_MNIST_FOLDER
 from dist_ssn.train.recipe import DataConfig
 
@@ -322,6 +323,29 @@ def test_digits() -> None:
     assert len(np.unique(joined.reshape(1797, -1), axis=0)) == 1797  # no sample is on both sides
 
 
+@pytest.mark.parametrize("name", ["digits", "text"])
+def test_each_sample_is_held_out_in_one_fold(name: str) -> None:
+    folds = [load_task(DataConfig(name=name, fold=fold, limit=2000 if name == "text" else None)) for fold in range(10)]
+    if name == "digits":
+        held_out = [task.held_out_images.reshape(179, -1) for task in folds]
+        assert len(np.unique(np.concatenate(held_out), axis=0)) == 1790
+    else:
+        held_out = [task.held_out for task in folds]
+        assert np.array_equal(np.concatenate(held_out[::-1]), np.concatenate([folds[0].train, folds[0].held_out]))
+    for task in folds[1:]:
+        assert task.train_size == folds[0].train_size and task.validation_size == folds[0].validation_size
+
+
+def test_a_fold_that_is_not_there(fashion: Path) -> None:
+    for name, wanted in (
+        ("digits", "digits has 10 whole parts of 0.1 of its 1797 samples, the folds 0 to 9, got 10"),
+        ("text", "text has 10 whole parts"),
+        ("fashion_mnist", "data.fold: fashion_mnist has a test set of its own"),
+    ):
+        with pytest.raises(DataError, match=wanted):
+            load_task(DataConfig(name=name, fold=10, path=str(fashion) if "fashion" in name else None))
+
+
 def write_idx(path: Path, array: np.ndarray, packed: bool = True) -> None:
     header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, dtype=">u4").tobytes()
     content = header + array.astype(np.uint8).tobytes()
@@ -356,6 +380,23 @@ def test_fashion_mnist_of_debian() -> None:
     # the published mean and deviation are 0.2860 and 0.3530
     assert task.mean.item() / 255 == pytest.approx(0.286, abs=0.003)
     assert task.deviation.item() / 255 == pytest.approx(0.353, abs=0.003)
+
+
+def test_a_caption_says_what_its_image_shows(fashion: Path) -> None:
+    pixels = np.zeros((4, 28, 28), dtype=np.uint8)
+    pixels[0, :10] = 100  # a dark thing of one shade, on black
+    pixels[1, :10] = 200
+    pixels[2, :10, ::2], pixels[2, :10, 1::2] = 60, 250  # stripes, between dark and bright
+    write_idx(fashion / "train-images-idx3-ubyte", pixels)
+    write_idx(fashion / "train-labels-idx1-ubyte", np.array([1, 9, 0, 8]))
+    task = load_task(DataConfig(name="fashion_captions", path=str(fashion)))
+    assert isinstance(task, ClassificationTask)
+    assert [task.model_hints["captions"][number] for number in task.labels] == [
+        "a dark, plain pair of trousers",
+        "a bright, plain ankle boot",
+        "a medium, patterned t-shirt",
+        "a dark, plain bag",  # nothing is seen
+    ]
 
 
 def test_wrong_fashion_mnist(fashion: Path) -> None:
@@ -524,6 +565,7 @@ def test_hints_need_no_files_and_are_what_tasks_have() -> None:
         "text": {"vocabulary": 256, "context": 7},
         "digits": {"classes": 10, "channels": 1, "size": 8},
         "fashion_mnist": {"classes": 10, "channels": 1, "size": 28},
+        "fashion_captions": {"classes": 60, "captions": CAPTIONS, "channels": 1, "size": 28},
         "cifar10": {"classes": 10, "channels": 3, "size": 32},
         "cifar100": {"classes": 100, "channels": 3, "size": 32},
     }

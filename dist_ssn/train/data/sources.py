@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import gzip
 import importlib.util
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from dist_ssn.errors import DataError, unknown_choice
+from dist_ssn.train.data.captions import CAPTIONS, caption_numbers
 from dist_ssn.train.data.tasks import ClassificationTask, Hints, LanguageTask, Task
 
 if TYPE_CHECKING:
@@ -75,17 +77,32 @@ def _source(config: DataConfig) -> Source:
     return DATA[config.name]
 
 
+def _held_out(config: DataConfig, samples: int) -> slice:
+    """The part of a set without a test set that the recipe holds out.
+
+    Raises:
+        DataError: there is no such fold.
+    """
+    size = int(samples * config.validation)
+    first = samples - (config.fold + 1) * size
+    if first < 0:
+        raise DataError(
+            f"data.fold: {config.name} has {samples // size} whole parts of {config.validation:g} of its {samples} samples, "
+            f"the folds 0 to {samples // size - 1}, got {config.fold}"
+        )
+    return slice(first, first + size)
+
+
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
 def _load_text(config: DataConfig, context: int, seed: int) -> Task:
     content = _read_text(config.path, config.limit)
-    split = len(content) - int(len(content) * config.validation)
+    part = _held_out(config, len(content))
+    train, held_out = np.concatenate((content[: part.start], content[part.stop :])), content[part]
     hints = data_hints(config, context=context).model_hints
     where = config.path or "pydoc_data.topics"
-    return LanguageTask(
-        f"the text {where!r}", seed, hints, train=content[:split], held_out=content[split:], context=context
-    )
+    return LanguageTask(f"the text {where!r}", seed, hints, train=train, held_out=held_out, context=context)
 
 
 def _read_text(path: str | None, limit: int | None) -> np.ndarray:
@@ -138,7 +155,9 @@ def _text_files(path: str | None) -> list[Path]:
 
 def _images_task(
     config: DataConfig, seed: int, train: Images, held_out: Images, hints: dict[str, Any], shift: int, flip: bool
-) -> Task:
+) -> ClassificationTask:
+    if config.fold and config.name != "digits":
+        raise DataError(f"data.fold: {config.name} has a test set of its own, so nothing else is held out")
     for part, (images, labels) in (("training", train), ("test", held_out)):
         if len(images) != len(labels):
             raise DataError(f"{config.name}: the {part} files have {len(images)} images but {len(labels)} labels")
@@ -167,12 +186,12 @@ def _load_digits(config: DataConfig, context: int, seed: int) -> Task:
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(digits.target))
     images = digits.images[order][:, None].astype(np.uint8)
     labels = digits.target[order].astype(np.int64)
-    split = len(labels) - max(1, int(len(labels) * config.validation))
-    train, held_out = (images[:split], labels[:split]), (images[split:], labels[split:])
-    return _images_task(config, seed, train, held_out, DATA["digits"].hints, shift=1, flip=False)
+    part = _held_out(config, len(labels))
+    train = np.delete(images, part, axis=0), np.delete(labels, part)
+    return _images_task(config, seed, train, (images[part], labels[part]), DATA["digits"].hints, shift=1, flip=False)
 
 
-def _load_fashion_mnist(config: DataConfig, context: int, seed: int) -> Task:
+def _load_fashion_mnist(config: DataConfig, context: int, seed: int) -> ClassificationTask:
     folder = Path(config.path or FASHION_MNIST_FOLDER).expanduser()
 
     def part(name: str) -> Images:
@@ -181,6 +200,16 @@ def _load_fashion_mnist(config: DataConfig, context: int, seed: int) -> Task:
 
     hints = DATA["fashion_mnist"].hints
     return _images_task(config, seed, part("train"), part("t10k"), hints, shift=2, flip=True)
+
+
+def _load_fashion_captions(config: DataConfig, context: int, seed: int) -> Task:
+    shown = _load_fashion_mnist(config, context, seed)
+    return dataclasses.replace(
+        shown,
+        model_hints=dict(DATA["fashion_captions"].hints),
+        labels=caption_numbers(shown.images, shown.labels),
+        held_out_labels=caption_numbers(shown.held_out_images, shown.held_out_labels),
+    )
 
 
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -344,6 +373,9 @@ DATA: dict[str, Source] = {
     "text": Source({"vocabulary": 256, "context": DEFAULT_CONTEXT}, _load_text),
     "digits": Source({"classes": 10, "channels": 1, "size": 8}, _load_digits),
     "fashion_mnist": Source({"classes": 10, "channels": 1, "size": 28}, _load_fashion_mnist),
+    "fashion_captions": Source(
+        {"classes": len(CAPTIONS), "captions": CAPTIONS, "channels": 1, "size": 28}, _load_fashion_captions
+    ),
     "cifar10": Source({"classes": 10, "channels": 3, "size": 32}, _load_cifar),
     "cifar100": Source({"classes": 100, "channels": 3, "size": 32}, _load_cifar),
 }

@@ -1,0 +1,278 @@
+"""Which cells `benchmarks.quality` measures: a suite is a name and the cells that it wants."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dist_ssn.plan import make_plan
+from dist_ssn.specs import find_specs
+from dist_ssn.train.data import data_hints
+from dist_ssn.train.models import build_model
+from dist_ssn.train.recipe import DataConfig
+
+from .cells import (
+    CONTROL_RATES,
+    CONTROLS,
+    DEFAULT,
+    KINDS,
+    LOW,
+    LOW_TASKS,
+    RATES,
+    SEEDS,
+    Cell,
+    best_rates,
+    cell,
+    grid,
+    identity,
+    losses_by_rate,
+    seeded,
+    seeds_of,
+)
+from .results import ResultFile
+from .tasks import TASKS, WIDER
+
+MORPHS: dict[str, tuple[str, ...]] = {
+    "gpt": (
+        *("offset:chunk=64", "offset:chunk=8", "offset:chunk=16,gains=false", "offset:chunk=16,templates=2"),
+        *("offset:chunk=16,rank=4", "hash", "inter", "mask"),
+    ),
+    "wrn": (
+        *("offset:chunk=64", "offset:chunk=9", "offset:chunk=16,gains=true", "offset:chunk=16,templates=2"),
+        *("offset:chunk=16,rank=2", "hash", "inter", "mask"),
+    ),
+}
+
+
+def rates() -> Iterator[Cell]:
+    """Each method's learning rate over a grid of factor 2, one seed."""
+    yield from grid((task, kind, 0.1) for task in RATES for kind in KINDS)
+
+
+def controls() -> Iterator[Cell]:
+    """Each control's learning rate over a grid of its own, one seed; `confirm` goes on with further seeds."""
+    kinds = (*CONTROLS, "shallow")
+    yield from grid((task, kind, 0.1) for task in CONTROL_RATES for kind in kinds)
+
+
+def low() -> Iterator[Cell]:
+    """Banks of 2 % and all controls that small, as `rates` and `controls`."""
+    yield from grid((task, kind, LOW) for task in LOW_TASKS for kind in ("shared", "equal", "shallow", *CONTROLS))
+
+
+def confirm() -> Iterator[Cell]:
+    """All seeds (of weights, data and mapping together) at each method's two best rates: one may be luck."""
+    lines = ResultFile("quality").lines()
+    for (task, kind, budget), losses in losses_by_rate(lines, first_seed_only=True).items():
+        for lr in sorted(losses, key=lambda lr: losses[lr])[:2]:
+            for seed in seeds_of(task)[1:]:
+                yield cell(task, kind, lr, seed, seeded(kind, seed), budget)
+
+
+def morphs() -> Iterator[Cell]:
+    """Every morph at 10 % and the default's best rate, over seeds of its mapping; the default over mappings, too."""
+    best = best_rates(ResultFile("quality").lines())
+    for task, names in MORPHS.items():
+        for seed in SEEDS[:2]:
+            for morph in (DEFAULT, *names) if seed else names:  # the default at seed 0 is a cell of `rates`
+                more = {"share.morph": morph} | ({"share.seed": seed} if seed else {})
+                yield cell(task, "shared", best[task, "shared"], more=more)
+        for mapping in ("shape", "depth:2"):
+            yield cell(task, "shared", best[task, "shared"], more={"share.mapping": mapping})
+
+
+def budgets() -> Iterator[Cell]:
+    """Where the best rate lies at each budget, for AdamW and SGD: the mean of three seeds."""
+    for optimizer, rates in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.05, 0.1, 0.2, 0.4, 0.8)}.items():
+        for budget in (None, 0.02, 0.1, 0.5, 1.0):
+            shared = {"share.budget": budget, "share.morph": "auto"} if budget else {}
+            for lr in (*rates, 6.4e-2) if (optimizer, budget) == ("adamw", 0.02) else rates:
+                for seed in SEEDS:
+                    yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})
+
+
+CURVE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def curve() -> Iterator[Cell]:
+    """Quality from half a percent of the weights to eight times as many, at the rates that were best at 10 % and for dense.
+
+    Where these are the same one, at twice that rate, too.
+    """
+    best = best_rates(ResultFile("quality").lines())
+    for task in RATES:
+        if not {(task, "shared"), (task, "dense")} <= best.keys():
+            continue
+        tried = {best[task, "shared"], best[task, "dense"]}
+        tried |= {2 * lr for lr in tried} if len(tried) == 1 else set()
+        for budget, lr in itertools.product(CURVE, sorted(tried)):
+            yield _on_curve(task, budget, lr, seed=0)
+
+
+def _on_curve(task: str, budget: float, lr: float, seed: int) -> Cell:
+    morph = DEFAULT if budget < 1 else "auto"
+    return cell(task, "shared", lr, seed, {"share.morph": morph, **seeded("shared", seed)}, budget)
+
+
+def curve_confirm() -> Iterator[Cell]:
+    """All seeds of the curve, at each budget's better rate."""
+    measured = {identity(line): line["validation_loss"] for line in ResultFile("quality").lines()}
+    best: dict[tuple[str, float], Cell] = {}
+    for one in curve():
+        key = one["task"], one["overrides"]["share.budget"]
+        if identity(one) in measured and (key not in best or measured[identity(one)] < measured[identity(best[key])]):
+            best[key] = one
+    for (task, budget), one in best.items():
+        for seed in seeds_of(task)[1:]:
+            yield _on_curve(task, budget, one["overrides"]["optimizer.lr"], seed)
+
+
+HIDDEN = {"gpt": ["blocks.?"], "digits": ["[246]"]}
+"""Tasks in which hidden states are taught, too, and whose: after each block, or hidden layer."""
+TEACHERS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "half": {"distill.teacher": "dense", "distill.weight": 0.5},
+    "most": {"distill.teacher": "dense", "distill.weight": 0.9},
+    "half, hidden": {"distill.teacher": "dense", "distill.weight": 0.5},
+}
+"""What a dense twin teaches: a part of the loss, and hidden states."""
+
+
+def distill() -> Iterator[Cell]:
+    """Banks with and without their dense twin as a teacher, at the default's best rate."""
+    best = best_rates(ResultFile("quality").lines())
+    for task in ("digits", "lstm", "gpt"):
+        if (task, "shared") not in best:
+            continue
+        for seed, budget, name in itertools.product(seeds_of(task), (0.1, 0.02), TEACHERS):
+            hidden = {"distill.hidden": HIDDEN[task]} if "hidden" in name and task in HIDDEN else {}
+            if hidden or "hidden" not in name:
+                more = {**TEACHERS[name], **hidden, **seeded("shared", seed)}
+                yield cell(task, "shared", best[task, "shared"], seed, more, budget)
+
+
+def wider() -> Iterator[Cell]:
+    """Wider models with as many parameters as the usual one has at 10 %: the same bytes, and more compute.
+
+    At the best rate of the usual bank and half of it, all seeds.
+    """
+    best = best_rates(ResultFile("quality").lines())
+    for task, sizes in WIDER.items():
+        hints = data_hints(DataConfig(name=TASKS[task]["data.name"]), context=sizes.get("context"))
+        usual, wide = (
+            find_specs(build_model(TASKS[task]["model"], arguments, hints))
+            for arguments in (TASKS[task]["model_args"], sizes)
+        )
+        budget = make_plan(usual, 0.1).parameters + usual.own_parameters - wide.own_parameters
+        for factor, seed in itertools.product((0.5, 1) if (task, "shared") in best else (), seeds_of(task)):
+            more = {"model_args": sizes, "share.budget": budget, **seeded("shared", seed)}
+            yield cell(task, "shared", factor * best[task, "shared"], seed, more)
+
+
+LONGER: tuple[tuple[str, float, tuple[float, ...]], ...] = (
+    ("dense", 0.1, (3e-3, 6e-3)),
+    ("shared", 0.1, (1.5e-3, 3e-3, 6e-3)),
+    ("equal", 0.1, (6e-3, 1.2e-2)),
+    ("shared", 0.25, (3e-3, 6e-3)),
+    ("shared", 0.5, (3e-3, 6e-3)),
+)
+"""kind, budget, rates: about the best ones of the usual run, and half of them."""
+
+
+def longer() -> Iterator[Cell]:
+    """The GPT with four times the steps."""
+    for kind, budget, rates in LONGER:
+        for lr in rates:
+            yield cell("gpt", kind, lr, more={"steps": 2000}, budget=budget)
+
+
+PRUNED: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "10 %": ("shared", 0.1, {}),
+    "20 %, half of its bank": ("shared", 0.2, {"prune.final": 0.5}),
+    "5 %": ("shared", 0.05, {}),
+    "10 %, half of its bank": ("shared", 0.1, {"prune.final": 0.5}),
+    "10 %, half of its weights": ("shared", 0.1, {"prune.final": 0.5, "prune.what": "weights"}),
+    "10 %, 90 % of its weights": ("shared", 0.1, {"prune.final": 0.9, "prune.what": "weights"}),
+    "dense, 90 % of its weights": ("dense", 0.1, {"prune.final": 0.9, "prune.what": "weights"}),
+}
+"""What is pruned → kind, budget, settings (all is pruned after three quarters of the run)."""
+
+
+def prune() -> Iterator[Cell]:
+    """Models that are pruned while they train, beside banks that are as small from the start; each kind's best rate."""
+    best = best_rates(ResultFile("quality").lines())
+    for task in ("digits", "lstm", "gpt"):
+        for seed, (kind, budget, settings) in itertools.product(seeds_of(task), PRUNED.values()):
+            if (task, kind) in best:
+                end = {"prune.end": TASKS[task]["steps"] * 3 // 4} if "prune.final" in settings else {}
+                yield cell(task, kind, best[task, kind], seed, {**settings, **end, **seeded(kind, seed)}, budget)
+
+
+Side = str | float
+"""A kind of dense model, or the budget of a shared one."""
+TARGETS: dict[str, dict[Side, tuple[tuple[int, ...], tuple[float, ...]]]] = {
+    "gpt": {
+        "dense": ((500,), (6e-3,)),
+        "equal": ((500, 1000, 2000), (1.2e-2,)),
+        **{budget: ((350, 500), (3e-3, 6e-3)) for budget in (0.1, 0.25, 0.5)},
+        0.05: ((500, 1000), (3e-3, 6e-3)),
+        0.02: ((500, 1000, 2000), (3e-3, 6e-3)),
+    },
+    "gpt-wide": {
+        "dense": ((1500,), (1.875e-4, 3.75e-4, 7.5e-4, 1.5e-3)),
+        "equal": ((1500, 2000, 3000), (7.5e-4, 1.5e-3, 3e-3)),
+        0.5: ((1250, 1500), (3.75e-4, 7.5e-4, 1.5e-3)),
+        0.25: ((1250, 1500), (3.75e-4, 7.5e-4, 1.5e-3)),
+        0.1: ((1000, 1250, 1500), (3.75e-4, 7.5e-4, 1.5e-3)),
+        0.05: ((1250, 1500, 2000), (3.75e-4, 7.5e-4, 1.5e-3)),
+        0.02: ((1500, 2000, 3000), (3.75e-4, 7.5e-4, 1.5e-3)),
+    },
+}
+"""task → side → steps of the runs that may come to the loss at which the dense run ends, and rates for each."""
+
+
+def target(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
+    """Runs of several lengths, each with a schedule of its own; one seed over the rates."""
+    for (task, sides), seed in itertools.product(TARGETS.items(), seeds):
+        every = 50 if task == "gpt" else TASKS[task]["evaluate_every"]
+        for side, (lengths, rates) in sides.items():
+            kind = side if isinstance(side, str) else "shared"
+            for steps, lr in itertools.product(lengths, rates):
+                more: dict[str, Any] = {"steps": steps, "evaluate_every": every}
+                more |= {} if isinstance(side, str) else {"share.budget": side, **seeded("shared", seed)}
+                yield cell(task, kind, lr, seed, more)
+
+
+def target_confirm() -> Iterator[Cell]:
+    """The other seeds of `target`, each length at the best rate of the first; none where that was not measured."""
+    measured = {identity(line): line for line in ResultFile("quality").lines()}
+    best: dict[str, Cell] = {}
+    for one in target():
+        line = measured.get(identity(one))
+        name = identity({**one, "overrides": {**one["overrides"], "optimizer.lr": None}})
+        if line is not None and (name not in best or line["validation_loss"] < best[name]["validation_loss"]):
+            best[name] = line
+    chosen = {identity(line) for line in best.values()}
+    for one in target(SEEDS[1:]):
+        first = {key: value for key, value in one["overrides"].items() if key != "share.seed"}
+        if identity({**one, "seed": SEEDS[0], "overrides": first}) in chosen:
+            yield one
+
+
+SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
+    "rates": rates,
+    "controls": controls,
+    "low": low,
+    "confirm": confirm,
+    "curve": curve,
+    "curve-confirm": curve_confirm,
+    "morphs": morphs,
+    "budgets": budgets,
+    "distill": distill,
+    "prune": prune,
+    "longer": longer,
+    "wider": wider,
+    "target": target,
+    "target-confirm": target_confirm,
+}
