@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from dist_ssn.bank import Bank
 from dist_ssn.errors import UserError
 from dist_ssn.report import (
     human_bytes,
@@ -22,6 +24,9 @@ from dist_ssn.report import (
     report,
     summary_table,
 )
+from dist_ssn.report.coefficients import read_coefficients
+from dist_ssn.train.loop import train
+from dist_ssn.train.recipe_file import load_recipe
 
 BLUE, VERMILION = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 
@@ -167,3 +172,47 @@ def test_what_is_no_summary_is_told(tmp_path: Path, content: str | None, sentenc
         (tmp_path / "summary.json").write_text(content)
     with pytest.raises(UserError, match=sentence):
         read_rows([tmp_path])
+
+
+@pytest.mark.parametrize("morph", ["wavg", "mask", "offset"])
+def test_coefficients_are_those_of_the_trained_model(tmp_path: Path, morph: str) -> None:
+    sizes = {"layers": 1, "width": 16, "heads": 2, "context": 16}
+    settings = ["steps=3", "output=runs", f"share.morph={morph}", "share.budget=60%", "evaluate_batches=1"]
+    recipe = load_recipe(None, [*settings, f"model_args={json.dumps(sizes)}", f"output={tmp_path}", "name=a"])
+    model = train(recipe, progress=False).model
+    wanted = {
+        slot.name: bank.coefficients[start : start + slot.coefficients].detach().numpy()
+        for bank in model.modules()
+        if isinstance(bank, Bank) and bank.coefficients is not None
+        for slot, start in zip(
+            bank.group.slots,
+            itertools.accumulate((slot.coefficients for slot in bank.group.slots), initial=0),
+            strict=False,
+        )
+        if slot.coefficients
+    }
+    found = read_coefficients(tmp_path / "a")
+    assert found.keys() == wanted.keys() and bool(found) == (morph != "offset")
+    for name, values in wanted.items():
+        assert np.array_equal(found[name], values)
+    stream = io.StringIO()
+    files = report([tmp_path / "a"], tmp_path / "page", Console(file=stream, width=200))
+    drawn = {path.name for path in files if path.name.startswith("coefficients")}
+    assert drawn == ({"coefficients_a.png"} if found else set())
+    assert ("coefficients of a" in stream.getvalue()) == bool(found)
+    for values in found.values():
+        assert f"{values[0]:.2f}" in stream.getvalue()
+
+
+def test_coefficients_of_a_damaged_checkpoint(tmp_path: Path) -> None:
+    folder = written(tmp_path / "a", row("a", 400))
+    assert read_coefficients(folder) == {}
+    checkpoint = folder / "checkpoints" / "step-00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    for plan in ("[]", "no json"):
+        (checkpoint / "plan.json").write_text(plan)
+        with pytest.raises(UserError, match=r"the coefficients in .*step-00000003 cannot be read"):
+            read_coefficients(folder)
+    (checkpoint / "plan.json").write_text("null")
+    assert read_coefficients(folder) == {}

@@ -1,13 +1,15 @@
-"""The mapping as a picture, layers × banks, as PNG and for the terminal."""
+"""The mapping as a picture, layers × banks, and the budget's split between them, as PNG and for the terminal."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+import numpy as np
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 from rich.markup import escape
 from rich.table import Table
 
@@ -41,7 +43,17 @@ def plan_picture(plan: Plan) -> Table:
             bar = "█" * max(1, round(widest * slot.numel / largest))
             cells = [""] * min(bank, len(few)) + [f"[{_colour(bank)}]{bar}[/]"]
             table.add_row(escape(slot.name), f"{slot.numel:,}", *cells)
+    for what, parts in _split(plan).items():
+        table.add_row(f"[dim]{what}[/]", "", *(f"[dim]{part:.0%}[/]" for part in parts[: len(few)]))
     return table
+
+
+def _split(plan: Plan) -> dict[str, list[float]]:
+    """How the budget is split between banks, beside how many of the weights' numbers each of them makes."""
+    return {
+        "of the numbers": [group.numel / plan.numel for group in plan.groups],
+        "of the budget": [group.parameters / plan.parameters for group in plan.groups],
+    }
 
 
 def check_picture(path: str | os.PathLike[str]) -> Path:
@@ -54,6 +66,8 @@ def check_picture(path: str | os.PathLike[str]) -> Path:
 def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
     """Draws weights × banks as a PNG: a bar where a weight reads a bank, as long as its numbers; above each bank its size.
 
+    Below them the budget's split: each bank's part of it (filled) beside its part of the weights' numbers (outlined).
+
     Raises:
         UserError: the file is no PNG by its name, or cannot be written.
     """
@@ -61,9 +75,9 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
     slots = [(bank, slot) for bank, group in enumerate(plan.groups) for slot in group.slots]
     largest = max(slot.numel for _, slot in slots)
     banks = len(plan.groups)
-    size = (min(30.0, 3.5 + 0.9 * banks), min(60.0, 1.2 + 0.22 * len(slots)))
+    size = (min(30.0, 3.5 + 0.9 * banks), min(60.0, 2.4 + 0.22 * len(slots)))
     figure = Figure(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots()
+    axes, below = figure.subplots(2, height_ratios=[size[1] - 1.4, 1.0], sharex=True)
     for row, (bank, slot) in enumerate(slots):
         width = max(0.04, 0.9 * slot.numel / largest)
         cell = Rectangle((bank + 0.05, row + 0.1), width, 0.8, facecolor=to_hex(_colour(bank)), edgecolor="none")
@@ -80,6 +94,14 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.set_title(f"{plan.numel:,} numbers ← {plan.parameters:,} ({plan.parameters / plan.numel:.1%})", fontsize=8)
+    numbers, budget = _split(plan).values()
+    places = np.arange(banks)
+    below.bar(places + 0.3, numbers, 0.36, facecolor="none", edgecolor="#555555")
+    below.bar(places + 0.7, budget, 0.36, color=[_colour(bank) for bank in range(banks)])
+    below.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    below.tick_params(labelsize=6, length=0, labelbottom=False)
+    below.set_xlabel("of the numbers (outlined), of the budget (filled)", fontsize=7)
+    below.spines[["top", "right"]].set_visible(False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dist_ssn.errors import UserError
 
+from .coefficients import Coefficients, coefficients_table, draw_coefficients, read_coefficients
 from .offline import offline_files, read_offline
 from .page import Page, Picture, ledger_grid, prediction_grid, runs_grid
 from .plot import plot_loss_against_bytes, plot_loss_against_seconds, plot_loss_against_steps
@@ -111,6 +112,8 @@ def report(
 ) -> list[Path]:
     """Prints the comparing table of runs; writes it into a folder, with plots of their losses and their bytes by purpose.
 
+    Where weights mix what they read by learned coefficients, these are shown, too.
+
     Args:
         paths: see `read_rows`; or results of benchmarks (`*.jsonl`, or a folder of such files), which are tables beside.
         output: folder for `index.html`, `report.md` and the PNGs that they show; None writes nothing.
@@ -124,15 +127,19 @@ def report(
     results = [Path(path) for path in paths if result_files(Path(path))]
     runs = [path for path in paths if Path(path) not in results]
     rows = read_rows(runs) if runs or not results else []
+    coefficients = _coefficients(runs)
     grids = [results_grid(path) for path in results]
     if rows:
         console.print(summary_table(rows))
     for grid in grids:
         console.print(grid.terminal())
+    if len(rows) == 1:  # of several runs, they are in the page alone
+        for name, found in coefficients.items():
+            console.print(coefficients_table(found, f"coefficients of {name}"))
     if output is None:
         return []
     folder = Path(output)
-    pictures = draw(rows, folder)
+    pictures = [*draw(rows, folder), *_draw_coefficients(coefficients, folder)]
     ledgers = {str(row["name"]): row["ring_bytes_by_purpose"] for row in rows if row.get("ring_bytes_by_purpose")}
     parts = [
         runs_grid(columns_of(rows), rows) if rows else None,
@@ -187,6 +194,22 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:
             caption = f"seconds at {link}: each run's compute, and its bytes at that rate, nothing hidden"
             made.append(_picture(file, caption, there, "seconds", lambda s: f"{s:,.0f} s"))
     return made
+
+
+def _coefficients(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Coefficients]:
+    """Run's folder → what its last checkpoint has of them; runs without any are left out."""
+    files = dict.fromkeys(file for path in paths for file in _files(Path(path)))
+    found = {file.parent.name: read_coefficients(file.parent) for file in files if file.name == "summary.json"}
+    return {name: coefficients for name, coefficients in found.items() if coefficients}
+
+
+def _draw_coefficients(coefficients: dict[str, Coefficients], folder: Path) -> list[Picture]:
+    pictures = []
+    for name, found in coefficients.items():
+        file, title = f"coefficients_{name}.png", f"Coefficients of {name}, by weight."
+        draw_coefficients(found, folder / file, title)
+        pictures.append(Picture(file, title, f"A row for each of {len(found)} weights, a colour for each coefficient."))
+    return pictures
 
 
 def modelled(run: dict[str, Any], mbit: float) -> dict[str, Any]:

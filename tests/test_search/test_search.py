@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 import dist_ssn
 from dist_ssn.bank import Bank
@@ -340,7 +342,7 @@ def test_plan_draws_its_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_a_picture_of_many_banks(tmp_path: Path) -> None:
     plan = dist_ssn.make_plan(build_model("gpt", {**ARGS, "layers": 8}), "50%", mapping="random:20")
     table = plan_picture(plan)
-    assert table.row_count == sum(len(group.slots) for group in plan.groups)
+    assert table.row_count == sum(len(group.slots) for group in plan.groups) + 2  # and two of the split
     assert draw_plan(plan, tmp_path / "many.png").stat().st_size > 1000
 
 
@@ -364,3 +366,19 @@ def test_ranks_search_together(tmp_path: Path) -> None:
     assert len(trials) > 1
     for one, two in zip(alone, trials, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-3)
+
+
+def test_a_picture_says_how_the_budget_is_split() -> None:
+    specs = find_specs(build_model("gpt", ARGS))
+    first = specs.weights[0]
+    mapping = {weight.name: "first" if weight is first else "rest" for weight in specs.weights}
+    plan = dist_ssn.make_plan(
+        specs, "20%", mapping=mapping, demand={name: 4.0 if name == first.name else 1.0 for name in mapping}
+    )
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(plan_picture(plan))
+    numbers, budget = (line.split() for line in stream.getvalue().splitlines()[-2:])
+    small, large = plan.groups
+    assert numbers[3:] == [f"{group.numel / plan.numel:.0%}" for group in (small, large)]
+    assert budget[3:] == [f"{group.parameters / plan.parameters:.0%}" for group in (small, large)]
+    assert small.parameters / plan.parameters > 1.5 * small.numel / plan.numel

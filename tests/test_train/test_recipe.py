@@ -203,7 +203,7 @@ def test_wrong_files(file: Path, text: str, wanted: str) -> None:
         ("--data.validation=1", "data.validation must be above 0 and below 1, got 1"),
         (
             "--data.name=digit",
-            "data.name is an unknown name 'digit': known are cifar10, cifar100, digits, fashion_mnist, text; ",
+            "data.name is an unknown name 'digit': known are cifar10, cifar100, digits, fashion_captions, fashion_mnist, text; ",
         ),
         ("--model=gtp", "model is an unknown name 'gtp': known are gpt, wide_resnet; did you mean 'gpt'?"),
         (
