@@ -18,14 +18,14 @@ Method = tuple[str, str, float]
 
 _ADAMW, _SGD = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2), (0.05, 0.1, 0.2, 0.4, 0.8)
 RATES: dict[str, tuple[float, ...]] = {
-    **{"gpt": _ADAMW, "wrn": _SGD, "lstm": _ADAMW, "vit": _ADAMW},
+    **{"gpt": _ADAMW, "wrn": _SGD, "lstm": (*_ADAMW, 4.8e-2), "vit": _ADAMW},
     **{"captions": (7.5e-4, *_ADAMW), "digits": (3.75e-4, 7.5e-4, *_ADAMW)},
 }
 KINDS = ("dense", "equal", "shared")
 CONTROLS = ("tied", "hashed", "hashed-global", "lowrank")
 """Kinds that are controls at the budget of "shared"; docs/search.md says what each is."""
 CONTROL_RATES: dict[str, tuple[float, ...]] = {
-    task: grid if task == "wrn" else (*grid, 4.8e-2) for task, grid in RATES.items()
+    task: grid if task == "wrn" else (*grid, 2 * grid[-1]) for task, grid in RATES.items()
 }
 """One rate more for Adam, which nothing raises for a control as `parameter_groups` does for a bank."""
 LOW = 0.02

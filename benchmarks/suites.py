@@ -107,10 +107,10 @@ def curve() -> Iterator[Cell]:
         tried = {best[task, "shared"], best[task, "dense"]}
         tried |= {2 * lr for lr in tried} if len(tried) == 1 else set()
         for budget, lr in itertools.product(CURVE, sorted(tried)):
-            yield _on_curve(task, budget, lr, seed=0)
+            yield on_curve(task, budget, lr, seed=0)
 
 
-def _on_curve(task: str, budget: float, lr: float, seed: int) -> Cell:
+def on_curve(task: str, budget: float, lr: float, seed: int) -> Cell:
     morph = DEFAULT if budget < 1 else "auto"
     return cell(task, "shared", lr, seed, {"share.morph": morph, **seeded("shared", seed)}, budget)
 
@@ -125,7 +125,7 @@ def curve_confirm() -> Iterator[Cell]:
             best[key] = one
     for (task, budget), one in best.items():
         for seed in seeds_of(task)[1:]:
-            yield _on_curve(task, budget, one["overrides"]["optimizer.lr"], seed)
+            yield on_curve(task, budget, one["overrides"]["optimizer.lr"], seed)
 
 
 HIDDEN = {"gpt": ["blocks.?"], "digits": ["[246]"]}
@@ -149,7 +149,7 @@ def distill() -> Iterator[Cell]:
             hidden = {"distill.hidden": HIDDEN[task]} if "hidden" in name and task in HIDDEN else {}
             if hidden or "hidden" not in name:
                 more = {**TEACHERS[name], **hidden, **seeded("shared", seed)}
-                yield cell(task, "shared", best[task, "shared"], seed, more, budget)
+                yield {**cell(task, "shared", best[task, "shared"], seed, more, budget), "way": name}
 
 
 def wider() -> Iterator[Cell]:
@@ -170,21 +170,29 @@ def wider() -> Iterator[Cell]:
             yield cell(task, "shared", factor * best[task, "shared"], seed, more)
 
 
-LONGER: tuple[tuple[str, float, tuple[float, ...]], ...] = (
-    ("dense", 0.1, (3e-3, 6e-3)),
-    ("shared", 0.1, (1.5e-3, 3e-3, 6e-3)),
-    ("equal", 0.1, (6e-3, 1.2e-2)),
-    ("shared", 0.25, (3e-3, 6e-3)),
-    ("shared", 0.5, (3e-3, 6e-3)),
-)
-"""kind, budget, rates: about the best ones of the usual run, and half of them."""
+LONGER: dict[str, tuple[tuple[str, float, tuple[float, ...]], ...]] = {
+    "gpt": (
+        ("dense", 0.1, (3e-3, 6e-3)),
+        ("shared", 0.1, (1.5e-3, 3e-3, 6e-3)),
+        ("equal", 0.1, (6e-3, 1.2e-2)),
+        ("shared", 0.25, (3e-3, 6e-3)),
+        ("shared", 0.5, (3e-3, 6e-3)),
+    ),
+    "lstm": (
+        ("dense", 0.1, (3e-3, 6e-3, 1.2e-2)),
+        ("equal", 0.1, (6e-3, 1.2e-2, 2.4e-2)),
+        *(("shared", budget, (3e-3, 6e-3, 1.2e-2)) for budget in (0.1, 0.25, 0.5)),
+    ),
+}
+"""task → kind, budget, rates: about the best ones of the usual run."""
 
 
 def longer() -> Iterator[Cell]:
-    """The GPT with four times the steps."""
-    for kind, budget, rates in LONGER:
-        for lr in rates:
-            yield cell("gpt", kind, lr, more={"steps": 2000}, budget=budget)
+    """Four times the steps, one seed."""
+    for task, sides in LONGER.items():
+        for kind, budget, rates in sides:
+            for lr in rates:
+                yield cell(task, kind, lr, more={"steps": 4 * TASKS[task]["steps"]}, budget=budget)
 
 
 PRUNED: dict[str, tuple[str, float, dict[str, Any]]] = {
@@ -203,10 +211,11 @@ def prune() -> Iterator[Cell]:
     """Models that are pruned while they train, beside banks that are as small from the start; each kind's best rate."""
     best = best_rates(ResultFile("quality").lines())
     for task in ("digits", "lstm", "gpt"):
-        for seed, (kind, budget, settings) in itertools.product(seeds_of(task), PRUNED.values()):
+        for seed, (name, (kind, budget, settings)) in itertools.product(seeds_of(task), PRUNED.items()):
             if (task, kind) in best:
                 end = {"prune.end": TASKS[task]["steps"] * 3 // 4} if "prune.final" in settings else {}
-                yield cell(task, kind, best[task, kind], seed, {**settings, **end, **seeded(kind, seed)}, budget)
+                more = {**settings, **end, **seeded(kind, seed)}
+                yield {**cell(task, kind, best[task, kind], seed, more, budget), "way": name}
 
 
 Side = str | float

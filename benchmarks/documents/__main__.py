@@ -15,11 +15,17 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import costs, quality, runs
+from . import costs, quality, runs, sizes, ways
 from .figures import FIGURES
 
 ROOT = Path(__file__).parents[2]
-TABLES: dict[str, Callable[[], str]] = {**quality.TABLES, **runs.TABLES, **costs.TABLES}
+TABLES: dict[str, Callable[[], str]] = {
+    **quality.TABLES,
+    **sizes.TABLES,
+    **ways.TABLES,
+    **runs.TABLES,
+    **costs.TABLES,
+}
 _MARKED = re.compile(r"(<!-- results: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 

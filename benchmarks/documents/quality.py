@@ -1,4 +1,4 @@
-"""Tables of quality, from the lines of `benchmarks.quality`."""
+"""Tables of quality by rate, morph and length, and of `transformers`' models."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import architectures
-from ..cells import DEFAULT, SEEDS, at_best, best_rates, cell, identity
+from ..cells import DEFAULT, SEEDS, best_rates, cell, identity
 from ..results import lines_of
 from ..suites import MORPHS, TARGETS
 from ..target_runs import all_runs, losses_of, side_of
 from ..tasks import TASKS
 from .markdown import bold_least, each, grid, short
+from .sizes import MODELS
 
 Line = dict[str, Any]
-NAMES = {"dense": "dense", "shared": "**10 % bank**", "equal": "dense, as small as that"}
-MODELS = {"gpt": "GPT, 4 layers of width 128", "wrn": "Wide ResNet 16-2"}
 MORPH_NAMES = {
     DEFAULT: "**offset, chunks of 16 (default)**",
     **{f"offset:chunk={n}": f"offset, chunks of {n}" for n in (8, 9, 64)},
@@ -29,39 +28,6 @@ MORPH_NAMES = {
 
 def _by_identity() -> dict[str, Line]:
     return {identity(line): line for line in lines_of("quality")}
-
-
-def against_equal(task: str) -> str:
-    """Dense, 10 % and equal-parameter dense at their best rates: losses, and accuracies where there are any."""
-    rows = []
-    for kind, name in NAMES.items():
-        rate, runs = at_best(lines_of("quality"), task, kind)
-        losses = [run["validation_loss"] for run in runs]
-        row = [name, f"{runs[0]['parameters']:,}", short(rate), f"{statistics.mean(losses):.3f}", each(losses)]
-        if "validation_accuracy" in runs[0]:
-            accuracies = [100 * run["validation_accuracy"] for run in runs]
-            row += [f"{statistics.mean(accuracies):.2f}", each(accuracies, ".2f")]
-        rows.append(row)
-    headings = ["", "parameters", "best rate", "validation loss, mean", "seed by seed"]
-    return grid([*headings, "accuracy in %, mean", "seed by seed"][: len(rows[0])], rows)
-
-
-def in_short() -> str:
-    """Both tasks, for README."""
-    rows = []
-    for task, model in MODELS.items():
-        for kind, name in NAMES.items():
-            _, runs = at_best(lines_of("quality"), task, kind)
-            if "validation_accuracy" in runs[0]:
-                values = [100 * run["validation_accuracy"] for run in runs]
-                quality = f"accuracy {statistics.mean(values):.1f} % ({each(values, '.1f')})"
-            else:
-                values = [run["validation_loss"] for run in runs]
-                quality = f"loss {statistics.mean(values):.3f} ({each(values)})"
-            numbers = runs[0]["parameters"]
-            named = f"{model}: {name}" if kind == "dense" else name
-            rows.append([named, f"{numbers:,}", f"{4e-6 * numbers:.2f} MB", quality])
-    return grid(("", "trainable", "sent per step", "quality, mean (seed by seed)"), rows)
 
 
 def lengths(task: str) -> str:
@@ -138,10 +104,8 @@ def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, C
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "quality-in-short": in_short,
     **_of(lengths, list(TARGETS)),
-    **_of(against_equal, list(MODELS)),
-    **_of(morphs, list(MODELS)),
+    **_of(morphs, list(MORPHS)),
     **_of(budgets, ["adamw", "sgd"]),
     "architectures": four_architectures,
 }

@@ -1,0 +1,166 @@
+"""Tables of quality at a size: banks and whatever else has as many parameters, beside the dense model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..cells import CONTROLS, LOW, LOW_TASKS, RATES, at_best, best_rates, identity, seeds_of
+from ..results import lines_of
+from ..suites import CURVE, on_curve
+from .markdown import each, grid, short
+
+Line = dict[str, Any]
+MODELS = {
+    "gpt": "GPT, 4 layers of width 128",
+    "wrn": "Wide ResNet 16-2",
+    "lstm": "LSTM, 2 layers of width 128",
+    "vit": "ViT, 4 layers of width 64",
+    "captions": "image and text encoder, 2 layers each",
+    "digits": "MLP, 3 layers of width 256",
+}
+KINDS = {
+    "dense": "dense",
+    "shared": "**bank**",
+    "equal": "dense, narrower",
+    "shallow": "dense, shallower",
+    "tied": "tied",
+    "hashed": "hashed, per weight",
+    "hashed-global": "hashed, over all weights",
+    "lowrank": "low rank",
+}
+
+
+def quality(runs: Sequence[Line]) -> str:
+    """The accuracy where there is one, else the loss: mean, and each seed (of many: their standard deviation)."""
+    if "validation_accuracy" in runs[0]:
+        return spread([100 * run["validation_accuracy"] for run in runs], ".1f", " %")
+    return losses(runs)
+
+
+def losses(runs: Sequence[Line]) -> str:
+    return spread([run["validation_loss"] for run in runs])
+
+
+def spread(values: Sequence[float], shown: str = ".3f", unit: str = "") -> str:
+    mean = f"{statistics.mean(values):{shown}}"
+    if len(values) > 3:
+        return f"{mean} ± {statistics.stdev(values):{shown}}{unit}"
+    return f"{mean}{unit} ({each(values, shown)})"
+
+
+def mean_of(runs: Iterable[Line], what: str = "validation_loss") -> float:
+    return statistics.mean(run[what] for run in runs)
+
+
+def methods(task: str, budget: float) -> dict[str, tuple[float, list[Line]]]:
+    """kind → its best rate and its runs there, of the kinds that were measured at this budget with all seeds."""
+    lines = lines_of("quality")
+    known = best_rates(lines, budget)
+    found = {kind: at_best(lines, task, kind, budget) for kind in KINDS if (task, kind) in known}
+    if budget == LOW:
+        found = {"dense": at_best(lines, task, "dense"), **found}
+    return {kind: (rate, runs) for kind, (rate, runs) in found.items() if len(runs) == len(seeds_of(task))}
+
+
+def at(budget: float, task: str) -> str:
+    """Each kind at its best rate: losses, and accuracies where there are any; best mean loss first."""
+    rows = []
+    for kind, (rate, runs) in sorted(methods(task, budget).items(), key=lambda item: mean_of(item[1][1])):
+        row = [KINDS[kind], f"{runs[0]['parameters']:,}", short(rate), losses(runs)]
+        if "validation_accuracy" in runs[0]:
+            row.append(spread([100 * run["validation_accuracy"] for run in runs], ".2f"))
+        rows.append(row)
+    headings = [f"{MODELS[task]}, {budget:.0%}", "parameters", "best rate", "validation loss", "accuracy in %"]
+    return grid(headings[: len(rows[0])], rows)
+
+
+def in_short() -> str:
+    """The two larger tasks, for README."""
+    names = {"dense": "dense", "shared": "**10 % bank**", "equal": "dense, as small as that"}
+    rows = []
+    for task in ("gpt", "wrn"):
+        found = methods(task, 0.1)
+        for kind, name in names.items():
+            _, runs = found[kind]
+            what = "accuracy" if "validation_accuracy" in runs[0] else "loss"
+            numbers = runs[0]["parameters"]
+            named = f"{MODELS[task]}: {name}" if kind == "dense" else name
+            rows.append([named, f"{numbers:,}", f"{4e-6 * numbers:.2f} MB", f"{what} {quality(runs)}"])
+    return grid(("", "trainable", "sent per step", "quality, mean (seed by seed)"), rows)
+
+
+def goals() -> str:
+    """Per task: how far the 10 % bank is from dense, and from the best of whatever else is as small."""
+    rows = []
+    for task in MODELS:
+        found = {kind: runs for kind, (_, runs) in methods(task, 0.1).items()}
+        if not {"dense", "shared"} <= found.keys():
+            continue
+        dense, bank = (mean_of(found[kind]) for kind in ("dense", "shared"))
+        others = {kind: mean_of(runs) for kind, runs in found.items() if kind not in ("dense", "shared")}
+        best = min(others, key=lambda kind: others[kind])
+        apart = ""
+        if "validation_accuracy" in found["dense"][0]:
+            points = [100 * mean_of(found[kind], "validation_accuracy") for kind in ("shared", "dense", best)]
+            apart = f"{points[0] - points[1]:+.2f} (it: {points[2] - points[1]:+.2f})"
+        controls = sum(kind in others for kind in ("equal", "shallow", *CONTROLS))
+        rows.append(
+            [
+                *(MODELS[task], f"{dense:.3f}", f"{bank:.3f}", f"{bank / dense - 1:+.1%}", apart),
+                f"{KINDS[best]}, {others[best]:.3f}",
+                f"{controls}, {'none better' if bank <= others[best] else 'the best one is better'}",
+            ]
+        )
+    headings = ("", "dense", "10 % bank", "from dense", "in points", "best of its size", "kinds tried at that size")
+    return grid(headings, rows)
+
+
+def on_curves(task: str) -> dict[float, list[Line]]:
+    """budget → its runs at the better of the rates tried: where all seeds were measured at one, there."""
+    known = {identity(line): line for line in lines_of("quality")}
+    found = {}
+    for budget in CURVE:
+        seeds = seeds_of(task)
+        tried = [[known.get(identity(on_curve(task, budget, lr, seed))) for seed in seeds] for lr in RATES[task]]
+        runs = [[run for run in there if run is not None] for there in tried]
+        if most := max((len(there) for there in runs), default=0):
+            found[budget] = min((there for there in runs if len(there) == most), key=mean_of)
+    return found
+
+
+def curve() -> str:
+    """Quality by budget, a column per task, means of all seeds (in brackets how many, where it is not all)."""
+    tasks = [task for task in MODELS if set(on_curves(task)) >= {0.005, 8.0}]
+    curves = {task: on_curves(task) for task in tasks}
+    dense = {task: at_best(lines_of("quality"), task, "dense")[1] for task in tasks}
+    rows = [["dense", *(_in_curve(dense[task], task) for task in tasks)]]
+    for budget in CURVE:
+        texts = []
+        for task in tasks:
+            runs = curves[task].get(budget, [])
+            text = _in_curve(runs, task) if runs else ""
+            level = runs and len(runs) == len(seeds_of(task)) and mean_of(runs) <= mean_of(dense[task])
+            texts.append(f"**{text}**" if level else text)
+        rows.append([f"{100 * budget:g} %", *texts])
+    return grid(["budget", *(MODELS[task] for task in tasks)], rows)
+
+
+def _in_curve(runs: Sequence[Line], task: str) -> str:
+    accuracy = f", {100 * mean_of(runs, 'validation_accuracy'):.1f} %" if "validation_accuracy" in runs[0] else ""
+    count = "" if len(runs) == len(seeds_of(task)) else f" ({len(runs)})"
+    return f"{mean_of(runs):.3f}{accuracy}{count}"
+
+
+def _of(budget: float, tasks: Iterable[str]) -> dict[str, Callable[[], str]]:
+    return {f"at-{100 * budget:g}-{task}": lambda task=task: at(budget, task) for task in tasks}
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality-in-short": in_short,
+    "goals": goals,
+    "curve": curve,
+    **_of(0.1, MODELS),
+    **_of(LOW, LOW_TASKS),
+}

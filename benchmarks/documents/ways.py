@@ -1,0 +1,116 @@
+"""Tables of quality by other ways: longer runs, wider models, a teacher, pruning, found plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from .. import searches
+from ..cells import at_best, cell, identity, seeds_of
+from ..results import lines_of
+from ..suites import LONGER, distill, prune, wider
+from ..tasks import TASKS
+from .markdown import grid, short
+from .sizes import MODELS, losses, mean_of, methods, spread
+
+Line = dict[str, Any]
+WAYS = ("digits", "lstm", "gpt")
+
+
+def _measured(cells: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
+    """Cells of a suite that were measured, and their lines."""
+    known = {identity(line): line for line in lines_of("quality")}
+    return ((one, known[identity(one)]) for one in cells if identity(one) in known)
+
+
+def _columns(runs: list[Line]) -> list[str]:
+    """How many seeds, losses, and accuracies where there are any."""
+    accuracy = [100 * run["validation_accuracy"] for run in runs if "validation_accuracy" in run]
+    return [str(len(runs)), losses(runs), *([spread(accuracy, ".2f")] if accuracy else [])]
+
+
+_HEADINGS = ("seeds", "validation loss", "accuracy in %")
+
+
+def longer(task: str) -> str:
+    """A row per kind and budget, each at the best of its rates: as long as usual, and four times as long."""
+    lines, steps = lines_of("quality"), 4 * TASKS[task]["steps"]
+    known = {identity(line): line for line in lines}
+    best: dict[tuple[str, float], Line] = {}
+    for kind, budget, rates in LONGER[task]:
+        runs = [known.get(identity(cell(task, kind, lr, more={"steps": steps}, budget=budget))) for lr in rates]
+        if found := [run for run in runs if run is not None]:
+            best[kind, budget] = min(found, key=lambda run: run["validation_loss"])
+    rows = []
+    for kind, budget, rates in LONGER[task]:
+        if (kind, budget) in best:
+            run, dense = best[kind, budget], best["dense", 0.1]
+            usual = f"{mean_of(at_best(lines, task, kind)[1]):.3f}" if budget == 0.1 else ""
+            apart = "" if kind == "dense" else f"{run['validation_loss'] / dense['validation_loss'] - 1:+.1%}"
+            rate = f"{short(run['overrides']['optimizer.lr'])} of {', '.join(map(short, rates))}"
+            name = {"dense": "dense", "equal": "dense, as small as 10 %"}.get(kind, f"{budget:.0%} bank")
+            rows.append([name, f"{run['parameters']:,}", usual, f"{run['validation_loss']:.3f}", apart, rate])
+    headings = ("parameters", f"{steps // 4:,} steps", f"{steps:,} steps", "from dense", "rate of the longer run")
+    return grid((MODELS[task], *headings), rows)
+
+
+def teacher(task: str) -> str:
+    """A row per budget and way to teach."""
+    found: dict[tuple[float, str], list[Line]] = {}
+    for one, line in _measured(one for one in distill() if one["task"] == task):
+        found.setdefault((one["overrides"]["share.budget"], one["way"]), []).append(line)
+    rows = [[f"{budget:.0%} bank", way, *_columns(runs)] for (budget, way), runs in found.items()]
+    return grid((MODELS[task], "the teacher's part", *_HEADINGS)[: len(rows[0])], rows)
+
+
+def pruned(task: str) -> str:
+    """A row per way to prune, beside what is as small from the start."""
+    found: dict[str, list[Line]] = {}
+    for one, line in _measured(one for one in prune() if one["task"] == task):
+        found.setdefault(one["way"], []).append(line)
+    rows = []
+    for way, runs in found.items():
+        sent, kept = runs[0]["parameters"], runs[0].get("kept_numbers")
+        rows.append([way, f"{sent:,}", "" if kept is None else f"{kept:,}", *_columns(runs)])
+    return grid((MODELS[task], "sent", "left of what is pruned", *_HEADINGS)[: len(rows[0])], rows)
+
+
+def wide() -> str:
+    """A row per task: the usual bank, and a wider model from as small a bank, at the better of its rates."""
+    rows = []
+    for task in MODELS:
+        found: dict[float, list[Line]] = {}
+        for _, line in _measured(one for one in wider() if one["task"] == task):
+            found.setdefault(line["overrides"]["optimizer.lr"], []).append(line)
+        whole = [runs for runs in found.values() if len(runs) == len(seeds_of(task))]
+        if whole:
+            runs, (_, usual), (_, dense) = (
+                min(whole, key=mean_of),
+                *(methods(task, 0.1)[k] for k in ("shared", "dense")),
+            )
+            size, time = (f"{run['parameters']:,}" for run in (usual[0], runs[0])), _times(runs) / _times(usual)
+            rows.append([MODELS[task], *size, losses(dense), losses(usual), losses(runs), f"{time:.1f} ×"])
+    headings = ("parameters", "wider: parameters", "dense", "10 % bank", "wider, same bytes", "its step takes")
+    return grid(("", *headings), rows)
+
+
+def _times(runs: list[Line]) -> float:
+    return sorted(run["ms_per_step"] for run in runs)[len(runs) // 2]
+
+
+def search(task: str) -> str:
+    """Plain and found mappings after full training, best first."""
+    return grid(searches.HEADINGS, list(map(list, searches.rows(lines_of("searches"), task))))
+
+
+def _of(name: str, function: Callable[[str], str], tasks: Iterable[str]) -> dict[str, Callable[[], str]]:
+    return {f"{name}-{task}": lambda task=task: function(task) for task in tasks}
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **_of("longer", longer, LONGER),
+    **_of("teacher", teacher, WAYS),
+    **_of("pruned", pruned, WAYS),
+    "wider": wide,
+    **_of("search", search, searches.TASKS),
+}
