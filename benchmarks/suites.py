@@ -175,8 +175,14 @@ LONGER: dict[str, tuple[tuple[str, float, tuple[float, ...]], ...]] = {
         ("dense", 0.1, (3e-3, 6e-3)),
         ("shared", 0.1, (1.5e-3, 3e-3, 6e-3)),
         ("equal", 0.1, (6e-3, 1.2e-2)),
-        ("shared", 0.25, (3e-3, 6e-3)),
-        ("shared", 0.5, (3e-3, 6e-3)),
+        ("shared", 0.25, (3e-3,)),
+        ("shared", 0.5, (3e-3,)),
+    ),
+    "gpt-python": (
+        ("dense", 0.1, (3e-3, 6e-3)),
+        ("shared", 0.1, (3e-3, 6e-3)),
+        ("equal", 0.1, (1.2e-2,)),
+        ("shared", 0.25, (3e-3,)),
     ),
     "lstm": (
         ("dense", 0.1, (3e-3, 6e-3, 1.2e-2)),

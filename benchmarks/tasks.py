@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 Settings = dict[str, Any]
@@ -56,6 +58,15 @@ TASKS: dict[str, Settings] = {
         "model": "benchmarks.models.mlp",
         "model_args": {"layers": 3, "width": 256},
     },
+    # 4.7 MB of text, the modules of this Python's standard library: a run of 2,000 steps reads about as many bytes.
+    "gpt-python": {
+        **_TEXT,
+        **_ADAMW,
+        "data.path": str(Path(sysconfig.get_path("stdlib")) / "*.py"),
+        "model": "gpt",
+        "model_args": {"layers": 4, "width": 128, "heads": 4, "context": 128},
+        "evaluate_batches": 20,
+    },
     # So few tokens per step that on a slow network a step is all waiting.
     "gpt-wide": {
         **_TEXT,
@@ -80,6 +91,7 @@ TASKS: dict[str, Settings] = {
 EQUAL: dict[float, dict[str, Settings]] = {
     0.1: {
         "gpt": {"layers": 4, "width": 40, "heads": 4, "context": 128},
+        "gpt-python": {"layers": 4, "width": 40, "heads": 4, "context": 128},
         "gpt-wide": {"layers": 4, "width": 80, "heads": 4, "context": 64},
         "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
         "lstm": {"layers": 2, "width": 33, "context": 64},

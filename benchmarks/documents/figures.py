@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from dist_ssn.report import plot_loss_against_bytes
 
 from ..results import latest, lines_of
+from . import sizes
 from .quality import losses_by_budget
 
 
@@ -40,6 +41,30 @@ def budgets(path: Path) -> None:
     save(figure, path)
 
 
+def curves(path: Path) -> None:
+    """A plot per task: loss against budget, mean and each seed, beside dense."""
+    tasks = [task for task in sizes.MODELS if len(sizes.on_curves(task)) > 2]
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
+    for axes, task in zip(figure.subplots(rows, columns, squeeze=False).flat, tasks, strict=False):
+        shared = sizes.on_curves(task)
+        for budget, runs in shared.items():
+            axes.plot([budget] * len(runs), [run["validation_loss"] for run in runs], ".", color="C0", alpha=0.4)
+        axes.plot(list(shared), [sizes.mean_of(runs) for runs in shared.values()], marker="o", label="bank")
+        dense = sizes.methods(task, 0.1)["dense"][1]
+        axes.axhline(sizes.mean_of(dense), color="C1", linestyle="--", label="dense")
+        axes.set_xscale("log")
+        ticks = (0.005, 0.02, 0.1, 0.5, 2, 8)
+        axes.set_xticks(ticks, labels=[f"{100 * tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(sizes.MODELS[task], fontsize=9)
+        axes.legend(fontsize=8, frameon=False)
+    figure.supxlabel("budget, % of the weights", fontsize=9)
+    figure.supylabel("validation loss", fontsize=9)
+    save(figure, path)
+
+
 def quickstart(path: Path) -> None:
     """The newest run of each side of `make train`."""
     plot_loss_against_bytes(list(latest(lines_of("quickstart"), ("name",)).values()), path)
@@ -47,6 +72,7 @@ def quickstart(path: Path) -> None:
 
 FIGURES: dict[str, Callable[[Path], None]] = {
     "quality_by_budget.png": budgets,
+    "quality_curves.png": curves,
     "loss_against_bytes.png": quickstart,
 }
 """File in docs/ → how to draw it."""

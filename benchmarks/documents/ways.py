@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .. import searches
-from ..cells import at_best, cell, identity, seeds_of
+from ..cells import RATES, at_best, cell, identity, seeds_of
 from ..results import lines_of
 from ..suites import LONGER, distill, prune, wider
 from ..tasks import TASKS
@@ -45,13 +45,13 @@ def longer(task: str) -> str:
     for kind, budget, rates in LONGER[task]:
         if (kind, budget) in best:
             run, dense = best[kind, budget], best["dense", 0.1]
-            usual = f"{mean_of(at_best(lines, task, kind)[1]):.3f}" if budget == 0.1 else ""
+            usual = f"{mean_of(at_best(lines, task, kind)[1]):.3f}" if budget == 0.1 and task in RATES else ""
             apart = "" if kind == "dense" else f"{run['validation_loss'] / dense['validation_loss'] - 1:+.1%}"
             rate = f"{short(run['overrides']['optimizer.lr'])} of {', '.join(map(short, rates))}"
             name = {"dense": "dense", "equal": "dense, as small as 10 %"}.get(kind, f"{budget:.0%} bank")
             rows.append([name, f"{run['parameters']:,}", usual, f"{run['validation_loss']:.3f}", apart, rate])
     headings = ("parameters", f"{steps // 4:,} steps", f"{steps:,} steps", "from dense", "rate of the longer run")
-    return grid((MODELS[task], *headings), rows)
+    return grid((f"{task}, one seed", *headings), rows)
 
 
 def teacher(task: str) -> str:
