@@ -45,9 +45,9 @@ FULL = (
     "faults",
     "fuzz",
     "delay",
-    "quality rates controls confirm budgets morphs longer distill prune wider target target-confirm",
+    "quality rates controls low confirm curve curve-confirm budgets morphs longer distill prune wider target target-confirm",
     "architectures rates seeds",
-    "searches --tasks gpt-small",
+    "searches --tasks gpt-small lstm digits",
     "time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
 )
 PROFILES = {"short": SHORT, "full": FULL}

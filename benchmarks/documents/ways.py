@@ -8,13 +8,12 @@ from typing import Any
 from .. import searches
 from ..cells import RATES, at_best, cell, identity, seeds_of
 from ..results import lines_of
-from ..suites import LONGER, distill, prune, wider
+from ..suites import LONGER, WAYS, distill, prune, wider
 from ..tasks import TASKS
 from .markdown import grid, short
 from .sizes import MODELS, losses, mean_of, methods, spread
 
 Line = dict[str, Any]
-WAYS = ("digits", "lstm", "gpt")
 
 
 def _measured(cells: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
