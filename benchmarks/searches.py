@@ -4,8 +4,8 @@
     python -m benchmarks.searches --table
 
 Tasks are those of `benchmarks.quality`, at 10 % and the default's best rate there, three seeds (of weights, data and mapping
-together). A search's cost is its seconds on one thread, and its training steps, each of which sends a bank as every other step
-does. Writes results/searches/.
+together), or all folds. A search's cost is its seconds on one thread, and its training steps, each of which sends a bank as every
+other step does. Writes results/searches/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.table import Table
 import dist_ssn
 from dist_ssn.search.methods import STEPS
 
-from .cells import SEEDS, Cell, best_rates, cell, recipe_of, seeded
+from .cells import Cell, best_rates, cell, recipe_of, seeded, seeds_of
 from .documents.markdown import mean
 from .quality import run
 from .results import ResultFile, latest, lines_of
@@ -46,7 +46,7 @@ def cells(tasks: Iterable[str]) -> Iterator[Cell]:
     best = {task: rate for (task, kind), rate in best_rates(lines_of("quality")).items() if kind == "shared"}
     for task in tasks:
         rate = {"gpt-small": 8e-3, **best}[task]  # the small GPT's is the best of `quality budgets`
-        for seed in SEEDS:
+        for seed in seeds_of(task):
             for mapping in (*PLAIN, *METHODS):
                 more = {"share.morph": "auto", "share.mapping": PLAIN.get(mapping, "auto"), **seeded("shared", seed)}
                 yield {**cell(task, "shared", rate, seed, more), "mapping": mapping}
@@ -80,16 +80,21 @@ def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
     known = latest((line for line in lines if line["task"] == task), KEYS)
     found = []
     for mapping in (*PLAIN, *METHODS):
-        runs = [known[task, mapping, seed] for seed in SEEDS if (task, mapping, seed) in known]
+        runs = [known[task, mapping, seed] for seed in seeds_of(task) if (task, mapping, seed) in known]
         if runs:
             losses = [one["validation_loss"] for one in runs]
-            cost = ("", "", "", "")
+            cost = ("",) * 4
             if mapping in METHODS:
                 seconds, steps = (
                     statistics.median(one[f"search_{key}"] for one in runs) for key in ("seconds", "steps")
                 )
-                banks = ", ".join(str(one["banks"]) for one in runs)
-                cost = (banks, f"{seconds:.0f}", f"{steps:.0f}", f"{4e-6 * steps * runs[0]['parameters']:.1f}")
+                banks = sorted({one["banks"] for one in runs})
+                cost = (
+                    " or ".join(map(str, banks)),
+                    f"{seconds:.0f}",
+                    f"{steps:.0f}",
+                    f"{4e-6 * steps * runs[0]['parameters']:.1f}",
+                )
             found.append((statistics.mean(losses), (mapping, mean(losses), *cost)))
     return [row for _, row in sorted(found)]
 

@@ -25,9 +25,12 @@ def middle(values: Sequence[float], shown: str = ".0f") -> str:
     return f"{statistics.median(values):{shown}} ({min(values):{shown}}-{max(values):{shown}})"
 
 
-def mean(values: Sequence[float], shown: str = ".3f") -> str:
-    """mean (one by one)"""
-    return f"{statistics.mean(values):{shown}} ({each(values, shown)})"
+def mean(values: Sequence[float], shown: str = ".3f", unit: str = "") -> str:
+    """mean (one by one), or, of more than three values, mean ± standard deviation."""
+    middle = f"{statistics.mean(values):{shown}}"
+    if len(values) > 3:
+        return f"{middle} ± {statistics.stdev(values):{shown}}{unit}"
+    return f"{middle}{unit} ({each(values, shown)})"
 
 
 def each(values: Iterable[float], shown: str = ".3f") -> str:

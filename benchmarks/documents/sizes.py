@@ -9,7 +9,7 @@ from typing import Any
 from ..cells import CONTROLS, LOW, LOW_TASKS, RATES, at_best, best_rates, identity, seeds_of
 from ..results import lines_of
 from ..suites import CURVE, on_curve
-from .markdown import each, grid, short
+from .markdown import grid, mean, short
 
 Line = dict[str, Any]
 MODELS = {
@@ -35,19 +35,12 @@ KINDS = {
 def quality(runs: Sequence[Line]) -> str:
     """The accuracy where there is one, else the loss: mean, and each seed (of many: their standard deviation)."""
     if "validation_accuracy" in runs[0]:
-        return spread([100 * run["validation_accuracy"] for run in runs], ".1f", " %")
+        return mean([100 * run["validation_accuracy"] for run in runs], ".1f", " %")
     return losses(runs)
 
 
 def losses(runs: Sequence[Line]) -> str:
-    return spread([run["validation_loss"] for run in runs])
-
-
-def spread(values: Sequence[float], shown: str = ".3f", unit: str = "") -> str:
-    mean = f"{statistics.mean(values):{shown}}"
-    if len(values) > 3:
-        return f"{mean} ± {statistics.stdev(values):{shown}}{unit}"
-    return f"{mean}{unit} ({each(values, shown)})"
+    return mean([run["validation_loss"] for run in runs])
 
 
 def mean_of(runs: Iterable[Line], what: str = "validation_loss") -> float:
@@ -70,7 +63,7 @@ def at(budget: float, task: str) -> str:
     for kind, (rate, runs) in sorted(methods(task, budget).items(), key=lambda item: mean_of(item[1][1])):
         row = [KINDS[kind], f"{runs[0]['parameters']:,}", short(rate), losses(runs)]
         if "validation_accuracy" in runs[0]:
-            row.append(spread([100 * run["validation_accuracy"] for run in runs], ".2f"))
+            row.append(mean([100 * run["validation_accuracy"] for run in runs], ".2f"))
         rows.append(row)
     headings = [f"{MODELS[task]}, {budget:.0%}", "parameters", "best rate", "validation loss", "accuracy in %"]
     return grid(headings[: len(rows[0])], rows)

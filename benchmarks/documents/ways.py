@@ -10,8 +10,8 @@ from ..cells import RATES, at_best, cell, identity, seeds_of
 from ..results import lines_of
 from ..suites import LONGER, WAYS, distill, prune, wider
 from ..tasks import TASKS
-from .markdown import grid, short
-from .sizes import MODELS, losses, mean_of, methods, spread
+from .markdown import grid, mean, short
+from .sizes import MODELS, losses, mean_of, methods
 
 Line = dict[str, Any]
 
@@ -25,7 +25,7 @@ def _measured(cells: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
 def _columns(runs: list[Line]) -> list[str]:
     """How many seeds, losses, and accuracies where there are any."""
     accuracy = [100 * run["validation_accuracy"] for run in runs if "validation_accuracy" in run]
-    return [str(len(runs)), losses(runs), *([spread(accuracy, ".2f")] if accuracy else [])]
+    return [str(len(runs)), losses(runs), *([mean(accuracy, ".2f")] if accuracy else [])]
 
 
 _HEADINGS = ("seeds", "validation loss", "accuracy in %")
