@@ -33,6 +33,8 @@ LOW_TASKS = tuple(EQUAL[LOW])
 DEFAULT = "offset:chunk=16"
 """What "auto" chooses below a budget of 1 (gains where a weight is a matrix), named so that a line says what it measured."""
 SEEDS = (0, 1, 2)
+TWIN = "dense at "
+"""Before a rate, as `distill.teacher`: a dense run of the task at that rate, with the seed of the cell."""
 FOLDS = {"digits": 10}
 """Tasks without a test set of their own, which are cross-validated: a seed is a fold, too."""
 

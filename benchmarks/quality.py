@@ -18,17 +18,22 @@ from rich.table import Table
 
 from dist_ssn.train.loop import train
 
-from .cells import Cell, identity, recipe_of
+from .cells import TWIN, Cell, cell, identity, recipe_of
 from .results import ResultFile, chosen, provenance
 from .suites import SUITES
 from .tasks import TASKS
 
 
 def run(wanted: Cell) -> Cell:
-    """Trains one cell in this process; returns it with its measurements."""
+    """Trains one cell in this process, its teacher first where it has one; returns it with its measurements."""
     commit = provenance()["commit"]
     with tempfile.TemporaryDirectory() as folder:
-        row = train(recipe_of(wanted, folder), progress=False).row
+        made = wanted
+        if (teacher := wanted["overrides"].get("distill.teacher", "")).startswith(TWIN):
+            twin = cell(wanted["task"], "dense", float(teacher.removeprefix(TWIN)), wanted["seed"], {"name": "teacher"})
+            train(recipe_of(twin, folder), progress=False)
+            made = {**wanted, "overrides": {**wanted["overrides"], "distill.teacher": f"{folder}/teacher"}}
+        row = train(recipe_of(made, folder), progress=False).row
     row.pop("name")
     history = [{key: point[key] for key in ("step", "validation_loss")} for point in row.pop("history")]
     return {**wanted, **row, "history": history, "commit": commit}

@@ -21,6 +21,7 @@ from .cells import (
     LOW_TASKS,
     RATES,
     SEEDS,
+    TWIN,
     Cell,
     best_rates,
     cell,
@@ -134,23 +135,24 @@ HIDDEN = {"digits": ["[246]"]}
 """Tasks in which hidden states are taught, too, and whose: after each hidden layer."""
 TEACHERS: dict[str, dict[str, Any]] = {
     "none": {},
-    "half": {"distill.teacher": "dense", "distill.weight": 0.5},
-    "most": {"distill.teacher": "dense", "distill.weight": 0.9},
-    "half, hidden": {"distill.teacher": "dense", "distill.weight": 0.5},
+    "half": {"distill.weight": 0.5},
+    "most": {"distill.weight": 0.9},
+    "half, hidden": {"distill.weight": 0.5},
 }
 """What a dense twin teaches: a part of the loss, and hidden states."""
 
 
 def distill() -> Iterator[Cell]:
-    """Banks with and without their dense twin as a teacher, at the default's best rate."""
+    """Banks with and without their dense twin as a teacher, at the default's best rate; the twin trains at its own."""
     best = best_rates(ResultFile("quality").lines())
     for task in WAYS:
-        if (task, "shared") not in best:
+        if not {(task, "shared"), (task, "dense")} <= best.keys():
             continue
         for seed, budget, name in itertools.product(seeds_of(task), (0.1, 0.02), TEACHERS):
             hidden = {"distill.hidden": HIDDEN[task]} if "hidden" in name and task in HIDDEN else {}
             if hidden or "hidden" not in name:
-                more = {**TEACHERS[name], **hidden, **seeded("shared", seed)}
+                twin = {"distill.teacher": f"{TWIN}{best[task, 'dense']}"} if name != "none" else {}
+                more = {**twin, **TEACHERS[name], **hidden, **seeded("shared", seed)}
                 yield {**cell(task, "shared", best[task, "shared"], seed, more, budget), "way": name}
 
 

@@ -9,10 +9,11 @@ import torch
 
 from benchmarks import searches
 from benchmarks.bench import AS_ROOT, PROFILES
-from benchmarks.cells import cell, recipe_of
+from benchmarks.cells import TWIN, cell, recipe_of
 from benchmarks.generation import nanoseconds, stack
 from benchmarks.memory import allocations, measure
 from benchmarks.memory import table as memory_table
+from benchmarks.quality import run
 from benchmarks.scaling import CLUSTERS, WORKERS
 from benchmarks.scaling import tables as scaling_tables
 from benchmarks.suites import SUITES
@@ -138,5 +139,17 @@ def test_every_suite_names_runs_that_can_be_made() -> None:
     for name, suite in SUITES.items():
         cells = list(suite())
         assert cells, name
-        for recipe in {one["task"]: recipe_of(one, "runs") for one in cells}.values():
-            validate(recipe, world_size=1)
+        for one in {one["task"]: one for one in cells}.values():
+            told = {"distill.teacher": "dense"} if "distill.teacher" in one["overrides"] else {}  # it has no folder yet
+            validate(recipe_of({**one, "overrides": {**one["overrides"], **told}}, "runs"), world_size=1)
+
+
+def test_a_teacher_trains_first_at_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {"model_args": {"layers": 1, "width": 16}, "steps": 4, "evaluate_every": 4, "schedule.warmup": 0}
+    monkeypatch.setitem(TASKS, "digits", {**TASKS["digits"], **short})
+    taught = [
+        run(cell("digits", "shared", 1e-3, more={"distill.teacher": f"{TWIN}{rate}", "distill.weight": 1.0}))
+        for rate in (1e-3, 1e-1)
+    ]
+    assert taught[0]["overrides"]["distill.teacher"] == "dense at 0.001"
+    assert taught[0]["validation_loss"] != taught[1]["validation_loss"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -54,12 +55,20 @@ def longer(task: str) -> str:
 
 
 def teacher(task: str) -> str:
-    """A row per budget and way to teach."""
-    found: dict[tuple[float, str], list[Line]] = {}
+    """A row per budget and way to teach, and the mean difference that a teacher makes, seed by seed, with its standard error."""
+    found: dict[tuple[float, str], dict[int, Line]] = {}
     for one, line in _measured(one for one in distill() if one["task"] == task):
-        found.setdefault((one["overrides"]["share.budget"], one["way"]), []).append(line)
-    rows = [[f"{budget:.0%} bank", way, *_columns(runs)] for (budget, way), runs in found.items()]
-    return grid((MODELS[task], "the teacher's part", *_HEADINGS)[: len(rows[0])], rows)
+        found.setdefault((one["overrides"]["share.budget"], one["way"]), {})[one["seed"]] = line
+    rows = []
+    for (budget, way), runs in found.items():
+        alone = found[budget, "none"]
+        apart = [runs[seed]["validation_loss"] - alone[seed]["validation_loss"] for seed in runs.keys() & alone.keys()]
+        error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
+        difference = "" if way == "none" else f"{statistics.mean(apart):+.3f} ± {error:.3f}"
+        seeds, loss, *accuracy = _columns(list(runs.values()))
+        rows.append([f"{budget:.0%} bank", way, seeds, loss, difference, *accuracy])
+    headings = ("the teacher's part", "seeds", "validation loss", "from none", "accuracy in %")
+    return grid((MODELS[task], *headings)[: len(rows[0])], rows)
 
 
 def pruned(task: str) -> str:
