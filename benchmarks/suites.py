@@ -88,11 +88,14 @@ def budgets() -> Iterator[Cell]:
     for optimizer, rates in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.05, 0.1, 0.2, 0.4, 0.8)}.items():
         for budget in (None, 0.02, 0.1, 0.5, 1.0):
             shared = {"share.budget": budget, "share.morph": "auto"} if budget else {}
+            shared |= HIGH if budget == 1.0 else {}
             for lr in (*rates, 6.4e-2) if (optimizer, budget) == ("adamw", 0.02) else rates:
                 for seed in SEEDS:
                     yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})
 
 
+HIGH = {"share.mapping": "scale"}
+"""What a line must say from a budget of 1 on: those without it are older, and have a bank per shape."""
 CURVE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -111,9 +114,10 @@ def curve() -> Iterator[Cell]:
             yield on_curve(task, budget, lr, seed=0)
 
 
-def on_curve(task: str, budget: float, lr: float, seed: int) -> Cell:
-    morph = DEFAULT if budget < 1 else "auto"
-    return cell(task, "shared", lr, seed, {"share.morph": morph, **seeded("shared", seed)}, budget)
+def on_curve(task: str, budget: float, lr: float, seed: int, shape: bool = False) -> Cell:
+    """A cell of the curve; `shape`: with a bank per shape, which was the default from a budget of 1 on."""
+    more = {"share.morph": DEFAULT} if budget < 1 else {"share.morph": "auto", **({} if shape else HIGH)}
+    return cell(task, "shared", lr, seed, {**more, **seeded("shared", seed)}, budget)
 
 
 def curve_confirm() -> Iterator[Cell]:

@@ -10,6 +10,7 @@ from .. import architectures
 from ..cells import DEFAULT, SEEDS, best_rates, cell, identity
 from ..results import lines_of
 from ..suites import MORPHS, TARGETS
+from ..suites import budgets as budget_cells
 from ..target_runs import all_runs, losses_of, side_of
 from ..tasks import TASKS
 from .markdown import bold_least, each, grid, short
@@ -51,9 +52,10 @@ def lengths(task: str) -> str:
 def losses_by_budget(optimizer: str) -> dict[float | None, dict[float, list[float]]]:
     """budget (None: dense) → rate → the loss of each seed."""
     found: dict[float | None, dict[float, list[float]]] = {}
+    wanted = {identity(one) for one in budget_cells()}
     for line in lines_of("quality"):
         overrides = line["overrides"]
-        if line["kind"] == "budgets" and overrides["optimizer.name"] == optimizer:
+        if identity(line) in wanted and overrides["optimizer.name"] == optimizer:
             rates = found.setdefault(overrides.get("share.budget"), {})
             rates.setdefault(overrides["optimizer.lr"], []).append(line["validation_loss"])
     return found

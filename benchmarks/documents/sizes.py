@@ -110,13 +110,13 @@ def goals() -> str:
     return grid(headings, rows)
 
 
-def on_curves(task: str) -> dict[float, list[Line]]:
+def on_curves(task: str, shape: bool = False) -> dict[float, list[Line]]:
     """budget → its runs at the better of the rates tried: where all seeds were measured at one, there."""
     known = {identity(line): line for line in lines_of("quality")}
     found = {}
     for budget in CURVE:
         seeds = seeds_of(task)
-        tried = [[known.get(identity(on_curve(task, budget, lr, seed))) for seed in seeds] for lr in RATES[task]]
+        tried = [[known.get(identity(on_curve(task, budget, lr, seed, shape))) for seed in seeds] for lr in RATES[task]]
         runs = [[run for run in there if run is not None] for there in tried]
         if most := max((len(there) for there in runs), default=0):
             found[budget] = min((there for there in runs if len(there) == most), key=mean_of)
@@ -129,14 +129,16 @@ def curve() -> str:
     curves = {task: on_curves(task) for task in tasks}
     dense = {task: at_best(lines_of("quality"), task, "dense")[1] for task in tasks}
     rows = [["dense", *(_in_curve(dense[task], task) for task in tasks)]]
-    for budget in CURVE:
+    of_shape = {task: on_curves(task, shape=True) for task in tasks}
+    high = [(f"{100 * budget:g} %, a bank per shape", budget, of_shape) for budget in CURVE if budget >= 1]
+    for name, budget, found in [*((f"{100 * budget:g} %", budget, curves) for budget in CURVE), *high]:
         texts = []
         for task in tasks:
-            runs = curves[task].get(budget, [])
+            runs = found[task].get(budget, [])
             text = _in_curve(runs, task) if runs else ""
             level = runs and len(runs) == len(seeds_of(task)) and mean_of(runs) <= mean_of(dense[task])
             texts.append(f"**{text}**" if level else text)
-        rows.append([f"{100 * budget:g} %", *texts])
+        rows.append([name, *texts])
     return grid(["budget", *(MODELS[task] for task in tasks)], rows)
 
 

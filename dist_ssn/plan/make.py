@@ -17,7 +17,7 @@ from .rules import Morph, parse_morph
 from .types import LARGEST, Group, Plan
 
 HIGH_BUDGET = 1.0
-"""From this fraction on, "auto" mixes templates of one shape instead of reading one bank many times."""
+"""From this fraction on, "auto" mixes several templates into a weight; below it reads one, in many passes over the bank."""
 
 
 def make_plan(
@@ -77,12 +77,11 @@ def _resolve(
     specs: Specs, allowed: int, mapping: str | Mapping[str, str], morph: Morph, seed: int
 ) -> tuple[Groups, Morph]:
     """The groups and the morph, with what "auto" stands for at this budget."""
-    high = allowed >= HIGH_BUDGET * specs.numel
     if mapping == "auto":
-        mapping = "shape" if high else "scale"
+        mapping = "scale"
     if morph.name == "auto":
         # One bank read in many ways below the model's own size; a mixture of templates above (measured: docs/quality.md).
-        morph = replace(morph, name="wavg" if high else "offset")
+        morph = replace(morph, name="wavg" if allowed >= HIGH_BUDGET * specs.numel else "offset")
     return map_weights(specs.weights, mapping, seed), morph
 
 

@@ -102,6 +102,15 @@ def test_scale_keeps_near_standard_deviations_together(stds: list[float]) -> Non
     assert all(mine[1] < others[0] for mine, others in itertools.pairwise(spans))
 
 
+@pytest.mark.parametrize("budget", [0.3, 1.0, 4.0])
+def test_the_default_parts_weights_by_scale_at_every_budget(budget: float) -> None:
+    """An embedding and a head of one shape, whose initial scales are far apart: no rate suits a bank that has both."""
+    stds = {"embedding": 1.0, "hidden": 0.05, "head": 0.04}
+    weights = tuple(LayerSpec(name, (64, 32), "Linear", 32, std) for name, std in stds.items())
+    groups = make_plan(Specs(weights), budget).groups
+    assert sorted(sorted(slot.name for slot in group.slots) for group in groups) == [["embedding"], ["head", "hidden"]]
+
+
 def test_the_order_of_a_mapping_by_hand_matters_only_where_globs_overlap() -> None:
     one = {"*.up.*": "u", "*.down.*": "d", "table.*": "t", "last.*": "t"}
     other = dict(reversed(one.items()))
