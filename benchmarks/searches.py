@@ -26,7 +26,7 @@ import dist_ssn
 from dist_ssn.search.methods import STEPS
 
 from .cells import Cell, best_rates, cell, recipe_of, seeded, seeds_of
-from .documents.markdown import mean
+from .documents.markdown import difference, mean
 from .quality import run
 from .results import ResultFile, latest, lines_of
 
@@ -72,7 +72,8 @@ def measured(wanted: Cell) -> Cell:
     return {**line, "overrides": wanted["overrides"], **found}
 
 
-HEADINGS = ("mapping", "validation loss, mean (seed by seed)", "banks", "the search: seconds", "steps", "MB sent")
+_COST = ("banks", "the search: seconds", "steps", "MB sent")
+HEADINGS = ("mapping", "validation loss, mean (seed by seed)", "from the default", *_COST)
 
 
 def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
@@ -83,7 +84,7 @@ def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
         runs = [known[task, mapping, seed] for seed in seeds_of(task) if (task, mapping, seed) in known]
         if runs:
             losses = [one["validation_loss"] for one in runs]
-            cost = ("",) * 4
+            cost = ("",) * len(_COST)
             if mapping in METHODS:
                 seconds, steps = (
                     statistics.median(one[f"search_{key}"] for one in runs) for key in ("seconds", "steps")
@@ -95,7 +96,14 @@ def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
                     f"{steps:.0f}",
                     f"{4e-6 * steps * runs[0]['parameters']:.1f}",
                 )
-            found.append((statistics.mean(losses), (mapping, mean(losses), *cost)))
+            default = [known.get((task, "default", one["seed"])) for one in runs]
+            apart = [
+                one["validation_loss"] - beside["validation_loss"]
+                for one, beside in zip(runs, default, strict=True)
+                if beside
+            ]
+            shown = difference(apart) if apart and mapping != "default" else ""
+            found.append((statistics.mean(losses), (mapping, mean(losses), shown, *cost)))
     return [row for _, row in sorted(found)]
 
 

@@ -88,7 +88,6 @@ def budgets() -> Iterator[Cell]:
     for optimizer, rates in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.05, 0.1, 0.2, 0.4, 0.8)}.items():
         for budget in (None, 0.02, 0.1, 0.5, 1.0):
             shared = {"share.budget": budget, "share.morph": "auto"} if budget else {}
-            shared |= HIGH if budget == 1.0 else {}
             for lr in (*rates, 6.4e-2) if (optimizer, budget) == ("adamw", 0.02) else rates:
                 for seed in SEEDS:
                     yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})

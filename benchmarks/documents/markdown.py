@@ -28,9 +28,17 @@ def middle(values: Sequence[float], shown: str = ".0f") -> str:
 def mean(values: Sequence[float], shown: str = ".3f", unit: str = "") -> str:
     """mean (one by one), or, of more than three values, mean ± standard deviation."""
     middle = f"{statistics.mean(values):{shown}}"
+    if len(values) == 1:
+        return f"{middle}{unit} (one seed)"
     if len(values) > 3:
         return f"{middle} ± {statistics.stdev(values):{shown}}{unit}"
     return f"{middle}{unit} ({each(values, shown)})"
+
+
+def difference(values: Sequence[float], shown: str = "+.3f") -> str:
+    """Differences seed by seed: mean ± standard error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:{shown.removeprefix('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{shown}}{error}"
 
 
 def each(values: Iterable[float], shown: str = ".3f") -> str:

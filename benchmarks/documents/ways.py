@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from ..cells import RATES, at_best, cell, identity, seeds_of
 from ..results import lines_of
 from ..suites import LONGER, WAYS, distill, prune, wider
 from ..tasks import TASKS
-from .markdown import grid, mean, short
+from .markdown import difference, grid, mean, short
 from .sizes import MODELS, losses, mean_of, methods
 
 Line = dict[str, Any]
@@ -63,10 +62,9 @@ def teacher(task: str) -> str:
     for (budget, way), runs in found.items():
         alone = found[budget, "none"]
         apart = [runs[seed]["validation_loss"] - alone[seed]["validation_loss"] for seed in runs.keys() & alone.keys()]
-        error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
-        difference = "" if way == "none" else f"{statistics.mean(apart):+.3f} ± {error:.3f}"
         seeds, loss, *accuracy = _columns(list(runs.values()))
-        rows.append([f"{budget:.0%} bank", way, seeds, loss, difference, *accuracy])
+        shown = "" if way == "none" else difference(apart)
+        rows.append([f"{budget:.0%} bank", way, seeds, loss, shown, *accuracy])
     headings = ("the teacher's part", "seeds", "validation loss", "from none", "accuracy in %")
     return grid((MODELS[task], *headings)[: len(rows[0])], rows)
 
