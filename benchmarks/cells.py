@@ -93,10 +93,9 @@ def losses_by_rate(lines: Iterable[Cell], first_seed_only: bool = False) -> dict
         task, kind, budget = method
         seeds = seeds_of(task)[: 1 if first_seed_only else None]
         for lr in rates:
-            runs = [cell(task, kind, lr, seed, seeded(kind, seed), budget) for seed in seeds]
-            losses = [measured.get(identity(run)) for run in runs]
-            if None not in losses:
-                found.setdefault(method, {})[lr] = statistics.mean(losses)  # type: ignore[type-var]
+            names = [identity(cell(task, kind, lr, seed, seeded(kind, seed), budget)) for seed in seeds]
+            if measured.keys() >= set(names):
+                found.setdefault(method, {})[lr] = statistics.mean(measured[name] for name in names)
     return found
 
 

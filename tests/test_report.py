@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import itertools
 import json
@@ -214,5 +215,16 @@ def test_coefficients_of_a_damaged_checkpoint(tmp_path: Path) -> None:
         (checkpoint / "plan.json").write_text(plan)
         with pytest.raises(UserError, match=r"the coefficients in .*step-00000003 cannot be read"):
             read_coefficients(folder)
+    stream = io.StringIO()
+    assert report([folder], console=Console(file=stream, width=200)) == []
+    assert "left out: the coefficients in" in stream.getvalue() and "run" in stream.getvalue()
     (checkpoint / "plan.json").write_text("null")
     assert read_coefficients(folder) == {}
+
+
+def test_coefficients_of_two_runs_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [written(tmp_path / number / "a", row("a", 400)) for number in ("1", "2")]
+    module = importlib.import_module("dist_ssn.report.report")  # its package's attribute of that name is the function
+    monkeypatch.setattr(module, "read_coefficients", lambda folder: {"w": np.ones(3)})
+    files = report(folders, tmp_path / "page", Console(file=io.StringIO()))
+    assert {path.name for path in files if "coef" in path.name} == {"coefficients_a.png", "coefficients_a-2.png"}

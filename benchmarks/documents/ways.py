@@ -1,4 +1,4 @@
-"""Tables of quality by other ways: longer runs, wider models, a teacher, pruning, found plans."""
+"""Tables of quality by other ways: longer runs, a teacher, pruning, found plans."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .. import searches
-from ..cells import RATES, at_best, cell, identity, seeds_of
+from ..cells import RATES, at_best, cell, identity
 from ..results import lines_of
-from ..suites import LONGER, WAYS, distill, prune, wider
+from ..suites import LONGER, WAYS, distill, prune
 from ..tasks import TASKS
 from .markdown import difference, grid, mean, short
-from .sizes import MODELS, losses, mean_of, methods
+from .sizes import MODELS, losses, mean_of
 
 Line = dict[str, Any]
 
@@ -81,29 +81,6 @@ def pruned(task: str) -> str:
     return grid((MODELS[task], "sent", "left of what is pruned", *_HEADINGS)[: len(rows[0])], rows)
 
 
-def wide() -> str:
-    """A row per task: the usual bank, and a wider model from as small a bank, at the better of its rates."""
-    rows = []
-    for task in MODELS:
-        found: dict[float, list[Line]] = {}
-        for _, line in _measured(one for one in wider() if one["task"] == task):
-            found.setdefault(line["overrides"]["optimizer.lr"], []).append(line)
-        whole = [runs for runs in found.values() if len(runs) == len(seeds_of(task))]
-        if whole:
-            runs, (_, usual), (_, dense) = (
-                min(whole, key=mean_of),
-                *(methods(task, 0.1)[k] for k in ("shared", "dense")),
-            )
-            size, time = (f"{run['parameters']:,}" for run in (usual[0], runs[0])), _times(runs) / _times(usual)
-            rows.append([MODELS[task], *size, losses(dense), losses(usual), losses(runs), f"{time:.1f} ×"])
-    headings = ("parameters", "wider: parameters", "dense", "10 % bank", "wider, same bytes", "its step takes")
-    return grid(("", *headings), rows)
-
-
-def _times(runs: list[Line]) -> float:
-    return sorted(run["ms_per_step"] for run in runs)[len(runs) // 2]
-
-
 def search(task: str) -> str:
     """Plain and found mappings after full training, best first."""
     return grid(searches.HEADINGS, list(map(list, searches.rows(lines_of("searches"), task))))
@@ -117,6 +94,5 @@ TABLES: dict[str, Callable[[], str]] = {
     **_of("longer", longer, LONGER),
     **_of("teacher", teacher, WAYS),
     **_of("pruned", pruned, WAYS),
-    "wider": wide,
     **_of("search", search, searches.TASKS),
 }

@@ -14,7 +14,7 @@ from dist_ssn.errors import UserError
 
 from .coefficients import Coefficients, coefficients_table, draw_coefficients, read_coefficients
 from .offline import offline_files, read_offline
-from .page import Page, Picture, ledger_grid, prediction_grid, runs_grid
+from .page import Grid, Page, Picture, ledger_grid, prediction_grid, runs_grid
 from .plot import plot_loss_against_bytes, plot_loss_against_seconds, plot_loss_against_steps
 from .results import result_files, results_grid
 from .table import columns_of, human_bytes, summary_table
@@ -127,7 +127,7 @@ def report(
     results = [Path(path) for path in paths if result_files(Path(path))]
     runs = [path for path in paths if Path(path) not in results]
     rows = read_rows(runs) if runs or not results else []
-    coefficients = _coefficients(runs)
+    coefficients = _coefficients(runs, console)
     grids = [results_grid(path) for path in results]
     if rows:
         console.print(summary_table(rows))
@@ -140,22 +140,7 @@ def report(
         return []
     folder = Path(output)
     pictures = [*draw(rows, folder), *_draw_coefficients(coefficients, folder)]
-    ledgers = {str(row["name"]): row["ring_bytes_by_purpose"] for row in rows if row.get("ring_bytes_by_purpose")}
-    parts = [
-        runs_grid(columns_of(rows), rows) if rows else None,
-        *pictures,
-        ledger_grid(ledgers),
-        prediction_grid(rows),
-        *grids,
-    ]
-    names = ", ".join([*(str(row["name"]) for row in rows), *(str(path) for path in results)])
-    counts = [(len(rows), "run", "runs"), (len(results), "set of results", "sets of results")]
-    told = " and ".join(f"{count} {one if count == 1 else more}" for count, one, more in counts if count)
-    page = Page(
-        "Runs compared",
-        f"{told}, from the files that they left: {names}.",
-        [part for part in parts if part is not None],
-    )
+    page = _page(rows, pictures, results, grids)
     written = [folder / picture.file for picture in pictures]
     for name, text in (("index.html", page.html()), ("report.md", page.markdown())):
         try:
@@ -167,6 +152,28 @@ def report(
     for path in written:
         console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return written
+
+
+def _page(
+    rows: Sequence[dict[str, Any]], pictures: Sequence[Picture], results: Sequence[Path], grids: Sequence[Grid]
+) -> Page:
+    """All that is reported, in the order of the page."""
+    ledgers = {str(row["name"]): row["ring_bytes_by_purpose"] for row in rows if row.get("ring_bytes_by_purpose")}
+    parts = [
+        runs_grid(columns_of(rows), rows) if rows else None,
+        *pictures,
+        ledger_grid(ledgers),
+        prediction_grid(rows),
+        *grids,
+    ]
+    names = ", ".join([*(str(row["name"]) for row in rows), *(str(path) for path in results)])
+    counts = [(len(rows), "run", "runs"), (len(results), "set of results", "sets of results")]
+    told = " and ".join(f"{count} {one if count == 1 else more}" for count, one, more in counts if count)
+    return Page(
+        "Runs compared",
+        f"{told}, from the files that they left: {names}.",
+        [part for part in parts if part is not None],
+    )
 
 
 def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:
@@ -196,11 +203,19 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:
     return made
 
 
-def _coefficients(paths: Sequence[str | os.PathLike[str]]) -> dict[str, Coefficients]:
-    """Run's folder → what its last checkpoint has of them; runs without any are left out."""
+def _coefficients(paths: Sequence[str | os.PathLike[str]], console: Console) -> dict[str, Coefficients]:
+    """Run's folder → what its last checkpoint has of them; runs without any are left out, with a word where it is damaged."""
     files = dict.fromkeys(file for path in paths for file in _files(Path(path)))
-    found = {file.parent.name: read_coefficients(file.parent) for file in files if file.name == "summary.json"}
-    return {name: coefficients for name, coefficients in found.items() if coefficients}
+    found: dict[str, Coefficients] = {}
+    for folder in (file.resolve().parent for file in files if file.name == "summary.json"):
+        try:
+            coefficients = read_coefficients(folder)
+        except UserError as error:  # the report needs no checkpoint for all else
+            console.print(f"left out: {error}", highlight=False, markup=False, soft_wrap=True)
+            continue
+        if coefficients:
+            found[folder.name if folder.name not in found else f"{folder.name}-{len(found) + 1}"] = coefficients
+    return found
 
 
 def _draw_coefficients(coefficients: dict[str, Coefficients], folder: Path) -> list[Picture]:
