@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from dist_ssn.plan import make_plan
@@ -200,12 +201,30 @@ LONGER: dict[str, tuple[tuple[str, float, tuple[float, ...]], ...]] = {
 """task → kind, budget, rates: about the best ones of the usual run."""
 
 
-def longer() -> Iterator[Cell]:
-    """Four times the steps, one seed."""
-    for task, sides in LONGER.items():
+def longer(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
+    """Four times the steps; one seed over the rates."""
+    for (task, sides), seed in itertools.product(LONGER.items(), seeds):
         for kind, budget, rates in sides:
             for lr in rates:
-                yield cell(task, kind, lr, more={"steps": 4 * TASKS[task]["steps"]}, budget=budget)
+                yield cell(task, kind, lr, seed, {"steps": 4 * TASKS[task]["steps"], **seeded(kind, seed)}, budget)
+
+
+LARGER: dict[str, dict[str, tuple[float, ...]]] = {
+    "gpt-large": {"dense": (1.5e-3, 3e-3), "shared": (1.5e-3, 3e-3), "equal": (6e-3,), "hashed-global": (3e-3, 6e-3)},
+    "lstm-large": {
+        **{"dense": (3e-3, 6e-3, 1.2e-2), "shared": (1.5e-3, 3e-3, 6e-3)},
+        **{"equal": (1.2e-2, 2.4e-2), "hashed": (1.2e-2, 2.4e-2, 4.8e-2)},
+    },
+}
+"""task → kind → rates: the usual model's best ones, and lower ones since a wider model wants them."""
+
+
+def larger(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
+    """Ten times the weights, at 10 %; one seed over the rates."""
+    for (task, sides), seed in itertools.product(LARGER.items(), seeds):
+        for kind, rates in sides.items():
+            for lr in rates:
+                yield cell(task, kind, lr, seed, seeded(kind, seed))
 
 
 PRUNED: dict[str, tuple[str, float, dict[str, Any]]] = {
@@ -266,17 +285,17 @@ def target(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
                 yield cell(task, kind, lr, seed, more)
 
 
-def target_confirm() -> Iterator[Cell]:
-    """The other seeds of `target`, each length at the best rate of the first; none where that was not measured."""
+def further_seeds(suite: Callable[[tuple[int, ...]], Iterator[Cell]]) -> Iterator[Cell]:
+    """The other seeds of a suite, each run at the best rate of the first; none where that was not measured."""
     measured = {identity(line): line for line in ResultFile("quality").lines()}
     best: dict[str, Cell] = {}
-    for one in target():
+    for one in suite(SEEDS[:1]):
         line = measured.get(identity(one))
         name = identity({**one, "overrides": {**one["overrides"], "optimizer.lr": None}})
         if line is not None and (name not in best or line["validation_loss"] < best[name]["validation_loss"]):
             best[name] = line
     chosen = {identity(line) for line in best.values()}
-    for one in target(SEEDS[1:]):
+    for one in suite(SEEDS[1:]):
         first = {key: value for key, value in one["overrides"].items() if key != "share.seed"}
         if identity({**one, "seed": SEEDS[0], "overrides": first}) in chosen:
             yield one
@@ -294,7 +313,10 @@ SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
     "distill": distill,
     "prune": prune,
     "longer": longer,
+    "longer-confirm": partial(further_seeds, longer),
+    "larger": larger,
+    "larger-confirm": partial(further_seeds, larger),
     "wider": wider,
     "target": target,
-    "target-confirm": target_confirm,
+    "target-confirm": partial(further_seeds, target),
 }

@@ -67,6 +67,21 @@ TASKS: dict[str, Settings] = {
         "model_args": {"layers": 4, "width": 128, "heads": 4, "context": 128},
         "evaluate_batches": 20,
     },
+    # Ten times as many weights as "gpt" and "lstm", on the same data.
+    "gpt-large": {
+        **_TEXT,
+        **_ADAMW,
+        "model": "gpt",
+        "model_args": {"layers": 8, "width": 288, "heads": 8, "context": 128},
+        "evaluate_batches": 20,
+    },
+    "lstm-large": {
+        **_TEXT,
+        **_ADAMW,
+        "model": "benchmarks.models.lstm",
+        "model_args": {"layers": 2, "width": 440, "context": 64},
+        "evaluate_batches": 40,
+    },
     # So few tokens per step that on a slow network a step is all waiting.
     "gpt-wide": {
         **_TEXT,
@@ -93,8 +108,10 @@ EQUAL: dict[float, dict[str, Settings]] = {
         "gpt": {"layers": 4, "width": 40, "heads": 4, "context": 128},
         "gpt-python": {"layers": 4, "width": 40, "heads": 4, "context": 128},
         "gpt-wide": {"layers": 4, "width": 80, "heads": 4, "context": 64},
+        "gpt-large": {"layers": 4, "width": 128, "heads": 4, "context": 128},
         "wrn": {"depth": 10, "width": 1, "stem_stride": 2},
         "lstm": {"layers": 2, "width": 33, "context": 64},
+        "lstm-large": {"layers": 2, "width": 131, "context": 64},
         "vit": {"layers": 4, "width": 21, "heads": 3, "patch": 4},
         "captions": {"layers": 2, "width": 20, "text_width": 16, "heads": 2, "patch": 4},
         "digits": {"layers": 3, "width": 72},
