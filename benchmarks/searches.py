@@ -41,13 +41,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 KEYS = ("task", "mapping", "seed")
 
 
-def cells(tasks: Iterable[str]) -> Iterator[Cell]:
+def cells(tasks: Iterable[str], mappings: Iterable[str] = (*PLAIN, *METHODS)) -> Iterator[Cell]:
     """A run for each mapping and seed; all of a seed before the next one."""
     best = {task: rate for (task, kind), rate in best_rates(lines_of("quality")).items() if kind == "shared"}
     for task in tasks:
         rate = {"gpt-small": 8e-3, **best}[task]  # the small GPT's is the best of `quality budgets`
         for seed in seeds_of(task):
-            for mapping in (*PLAIN, *METHODS):
+            for mapping in mappings:
                 more = {"share.morph": "auto", "share.mapping": PLAIN.get(mapping, "auto"), **seeded("shared", seed)}
                 yield {**cell(task, "shared", rate, seed, more), "mapping": mapping}
 
@@ -110,13 +110,18 @@ def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="only these")
+    parser.add_argument(
+        "--mappings", nargs="*", default=[*PLAIN, *METHODS], choices=[*PLAIN, *METHODS], help="only these"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
     results = ResultFile("searches")
     if not arguments.table:
         done = latest(results.lines(), KEYS)
-        wanted = [one for one in cells(arguments.tasks) if tuple(one[key] for key in KEYS) not in done]
+        wanted = [
+            one for one in cells(arguments.tasks, arguments.mappings) if tuple(one[key] for key in KEYS) not in done
+        ]
         for line in results.measure(measured, wanted, arguments.jobs):
             print(f"  {line['validation_loss']:.4f}  {[line[key] for key in KEYS]}", flush=True)
     for task in arguments.tasks:
