@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -160,13 +160,14 @@ def distill() -> Iterator[Cell]:
                 yield {**cell(task, "shared", best[task, "shared"], seed, more, budget), "way": name}
 
 
-def wider() -> Iterator[Cell]:
+def wider(tasks: Iterable[str] = tuple(WIDER)) -> Iterator[Cell]:
     """Wider models with as many parameters as the usual one has at 10 %: the same bytes, and more compute.
 
     At the best rate of the usual bank and half of it, all seeds.
     """
     best = best_rates(ResultFile("quality").lines())
-    for task, sizes in WIDER.items():
+    for task in (task for task in tasks if task in WIDER):
+        sizes = WIDER[task]
         hints = data_hints(DataConfig(name=TASKS[task]["data.name"]), context=sizes.get("context"))
         usual, wide = (
             find_specs(build_model(TASKS[task]["model"], arguments, hints))

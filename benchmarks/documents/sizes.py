@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..cells import CONTROLS, LOW, LOW_TASKS, RATES, at_best, best_rates, identity, seeds_of
-from ..results import lines_of
-from ..suites import CURVE, on_curve
+from ..results import latest, lines_of
+from ..suites import CURVE, on_curve, wider
 from .markdown import grid, mean, short
 
 Line = dict[str, Any]
@@ -57,11 +57,30 @@ def methods(task: str, budget: float) -> dict[str, tuple[float, list[Line]]]:
     return found
 
 
+def found_plan(task: str) -> list[Line]:
+    """Banks of 10 % whose mapping `pretrain` has found, at the default's best rate."""
+    known = latest((line for line in lines_of("searches") if line["task"] == task), ("mapping", "seed"))
+    return [known["pretrain", seed] for seed in seeds_of(task) if ("pretrain", seed) in known]
+
+
+def of_wider(task: str) -> list[Line]:
+    """Wider models' banks, as small as the usual one's of 10 %: at the better rate with the most seeds."""
+    known = {identity(line): line for line in lines_of("quality")}
+    by_rate: dict[float, list[Line]] = {}
+    for one in wider((task,)):
+        if identity(one) in known:
+            by_rate.setdefault(one["overrides"]["optimizer.lr"], []).append(known[identity(one)])
+    return min(by_rate.values(), key=lambda runs: (-len(runs), mean_of(runs)), default=[])
+
+
 def at(budget: float, task: str) -> str:
     """Each kind at its best rate: losses, and accuracies where there are any; best mean loss first."""
+    named = [(KINDS[kind], runs) for kind, (_, runs) in methods(task, budget).items()]
+    if budget == 0.1:
+        named += [("**bank**, plan by `pretrain`", found_plan(task)), ("**bank**, wider model", of_wider(task))]
     rows = []
-    for kind, (rate, runs) in sorted(methods(task, budget).items(), key=lambda item: mean_of(item[1][1])):
-        row = [KINDS[kind], f"{runs[0]['parameters']:,}", short(rate), losses(runs)]
+    for name, runs in sorted(((name, runs) for name, runs in named if runs), key=lambda item: mean_of(item[1])):
+        row = [name, f"{runs[0]['parameters']:,}", short(runs[0]["overrides"]["optimizer.lr"]), losses(runs)]
         if "validation_accuracy" in runs[0]:
             row.append(mean([100 * run["validation_accuracy"] for run in runs], ".2f"))
         rows.append(row)
@@ -93,6 +112,7 @@ def goals() -> str:
             continue
         dense, bank = (mean_of(found[kind]) for kind in ("dense", "shared"))
         others = {kind: mean_of(runs) for kind, runs in found.items() if kind not in ("dense", "shared")}
+        by_search = f"{mean_of(runs):.3f}" if (runs := found_plan(task)) else ""
         best = min(others, key=lambda kind: others[kind])
         apart = ""
         if "validation_accuracy" in found["dense"][0]:
@@ -101,12 +121,13 @@ def goals() -> str:
         controls = sum(kind in others for kind in ("equal", "shallow", *CONTROLS))
         rows.append(
             [
-                *(MODELS[task], f"{dense:.3f}", f"{bank:.3f}", f"{bank / dense - 1:+.1%}", apart),
+                *(MODELS[task], f"{dense:.3f}", f"{bank:.3f}", f"{bank / dense - 1:+.1%}", apart, by_search),
                 f"{KINDS[best]}, {others[best]:.3f}",
                 f"{controls}, {_beside(found['shared'], found[best])}",
             ]
         )
-    headings = ("", "dense", "10 % bank", "from dense", "in points", "best of its size", "kinds tried at that size")
+    apart = ("from dense", "in points", "plan by `pretrain`")
+    headings = ("", "dense", "10 % bank", *apart, "best of its size", "kinds tried at that size")
     return grid(headings, rows)
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .. import searches
-from ..cells import RATES, at_best, cell, identity
+from .. import searches, suites
+from ..cells import RATES, SEEDS, at_best, identity
 from ..results import lines_of
-from ..suites import LONGER, WAYS, distill, prune
+from ..suites import WAYS, distill, prune
 from ..tasks import TASKS
 from .markdown import difference, grid, mean, short
-from .sizes import MODELS, losses, mean_of
+from .sizes import KINDS, MODELS, losses, mean_of
 
 Line = dict[str, Any]
+LONGER_NAMES = {
+    "gpt": MODELS["gpt"],
+    "gpt-python": "the same GPT, 4.7 MB of Python",
+    "lstm": MODELS["lstm"],
+}
+LARGER_NAMES = {"gpt-large": "GPT, 8 layers of width 288", "lstm-large": "LSTM, 2 layers of width 440"}
 
 
 def _measured(cells: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
@@ -31,26 +37,43 @@ def _columns(runs: list[Line]) -> list[str]:
 _HEADINGS = ("seeds", "validation loss", "accuracy in %")
 
 
+def _best_of(cells: Iterable[Line]) -> dict[tuple[str, float], list[Line]]:
+    """(kind, budget) → the runs at the best of its rates: the one with the most seeds, of these the least mean loss."""
+    by_rate: dict[tuple[str, float], dict[float, list[Line]]] = {}
+    for one, line in _measured(cells):
+        method = one["kind"], one["overrides"].get("share.budget", 0.1)
+        by_rate.setdefault(method, {}).setdefault(one["overrides"]["optimizer.lr"], []).append(line)
+    return {
+        method: min(rates.values(), key=lambda runs: (-len(runs), mean_of(runs))) for method, rates in by_rate.items()
+    }
+
+
+def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[tuple[str, list[str], list[str], str]]:
+    """For each kind and budget its name, [parameters], [losses, distance from dense] and rate."""
+    names = {**KINDS, "equal": "dense, as small as 10 %"}
+    for (kind, budget), runs in best.items():
+        apart = "" if kind == "dense" else f"{mean_of(runs) / mean_of(best['dense', 0.1]) - 1:+.1%}"
+        name = f"{budget:.0%} bank" if kind == "shared" else names[kind]
+        yield name, [f"{runs[0]['parameters']:,}"], [losses(runs), apart], short(runs[0]["overrides"]["optimizer.lr"])
+
+
 def longer(task: str) -> str:
     """A row per kind and budget, each at the best of its rates: as long as usual, and four times as long."""
     lines, steps = lines_of("quality"), 4 * TASKS[task]["steps"]
-    known = {identity(line): line for line in lines}
-    best: dict[tuple[str, float], Line] = {}
-    for kind, budget, rates in LONGER[task]:
-        runs = [known.get(identity(cell(task, kind, lr, more={"steps": steps}, budget=budget))) for lr in rates]
-        if found := [run for run in runs if run is not None]:
-            best[kind, budget] = min(found, key=lambda run: run["validation_loss"])
+    best = _best_of(one for one in suites.longer(SEEDS) if one["task"] == task)
     rows = []
-    for kind, budget, rates in LONGER[task]:
-        if (kind, budget) in best:
-            run, dense = best[kind, budget], best["dense", 0.1]
-            usual = f"{mean_of(at_best(lines, task, kind)[1]):.3f}" if budget == 0.1 and task in RATES else ""
-            apart = "" if kind == "dense" else f"{run['validation_loss'] / dense['validation_loss'] - 1:+.1%}"
-            rate = f"{short(run['overrides']['optimizer.lr'])} of {', '.join(map(short, rates))}"
-            name = {"dense": "dense", "equal": "dense, as small as 10 %"}.get(kind, f"{budget:.0%} bank")
-            rows.append([name, f"{run['parameters']:,}", usual, f"{run['validation_loss']:.3f}", apart, rate])
+    for (kind, budget), (name, size, quality, rate) in zip(best, _sides(best), strict=True):
+        usual = f"{mean_of(at_best(lines, task, kind, budget)[1]):.3f}" if budget == 0.1 and task in RATES else ""
+        rows.append([name, *size, usual, *quality, rate])
     headings = ("parameters", f"{steps // 4:,} steps", f"{steps:,} steps", "from dense", "rate of the longer run")
-    return grid((f"{task}, one seed", *headings), rows)
+    return grid((LONGER_NAMES[task], *headings), rows)
+
+
+def larger(task: str) -> str:
+    """A model of ten times the weights: a row per kind, each at the best of its rates."""
+    best = _best_of(one for one in suites.larger(SEEDS) if one["task"] == task)
+    rows = [[name, *size, *quality, rate] for name, size, quality, rate in _sides(best)]
+    return grid((LARGER_NAMES[task], "parameters", "validation loss", "from dense", "best rate"), rows)
 
 
 def teacher(task: str) -> str:
@@ -91,7 +114,8 @@ def _of(name: str, function: Callable[[str], str], tasks: Iterable[str]) -> dict
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **_of("longer", longer, LONGER),
+    **_of("longer", longer, LONGER_NAMES),
+    **_of("larger", larger, LARGER_NAMES),
     **_of("teacher", teacher, WAYS),
     **_of("pruned", pruned, WAYS),
     **_of("search", search, searches.TASKS),
