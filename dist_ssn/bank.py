@@ -2,11 +2,7 @@
 
 The fast path keeps no generated weight and does work of O(K·n) for a weight of n numbers, whatever the bank's size:
 
-- A read joins the graph through an *anchor*, an empty tensor that depends on the bank's parameters, and remembers only which
-  weight was read. The weight's backward adds its part in place to one sum per parameter; the anchor's backward, which
-  autograd runs after the last of them, hands the sums to the parameters as ordinary gradients. So hooks, DDP's reducer,
-  `autograd.grad` and accumulation see exactly what they would see without us. (Slicing a flat parameter instead costs a
-  bank-sized tensor of zeros per read in backward.)
+- A read joins the graph through an anchor (`anchor.py`), and saves no tensor.
 - `layers.py` has whatever saved the weight for backward keep a recipe instead, and asks here for the weight again.
 
 The pure path is `mix` and `finish` under plain autograd. It is the twin that tests hold the fast path against, and what
@@ -16,14 +12,14 @@ The pure path is `mix` and `finish` under plain autograd. It is the twin that te
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .anchor import Anchored, Generate, Values, Watcher
 from .errors import ShareError
 from .fused import fast_path
 from .morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
@@ -35,58 +31,6 @@ PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
 """Names of a bank's flat parameters; those that the plan has no numbers for are None."""
 _OWN = ("coefficients", "gains", "differences")
 """Those of them in which each slot has a stretch of its own, under the name of the slot's count."""
-
-
-class Values(NamedTuple):
-    """The parameters that a weight was read from, and how often each had been written to by then.
-
-    They travel with the read, so that its backward sees the same tensors (`functional_call` swaps them), and the same
-    numbers or an error.
-    """
-
-    tensors: Mapping[str, Tensor | None]
-    versions: tuple[int, ...]
-
-    @staticmethod
-    def of(parameters: Mapping[str, Tensor | None]) -> Values:
-        return Values(dict(parameters), _versions(parameters))
-
-    def checked(self, weight: str) -> Mapping[str, Tensor | None]:
-        """The tensors.
-
-        Raises:
-            RuntimeError: one of them was written to after the read.
-        """
-        if _versions(self.tensors) != self.versions:
-            raise RuntimeError(
-                f"the bank of {weight} was modified in place between forward and backward, by an optimizer step perhaps: "
-                "its gradient would be wrong; call backward() first"
-            )
-        return self.tensors
-
-
-class Watcher(Protocol):
-    """Who follows the growth of a bank's gradient, to send it before it is complete. Every backward pass has `sums` of its own."""
-
-    def read(self, index: int) -> None:
-        """Slot `index` was read outside of a backward, by an operation that will have one."""
-        ...
-
-    def begin(self, sums: dict[str, Tensor]) -> None:
-        """A backward pass has come to the first of its readers; `sums` are zero."""
-        ...
-
-    def grown(self, index: int, sums: dict[str, Tensor]) -> None:
-        """The gradient of slot `index` was added to `sums`."""
-        ...
-
-    def collect(self, sums: dict[str, Tensor]) -> None:
-        """Nothing more comes in this pass. What is taken out of `sums` does not reach its parameter."""
-        ...
-
-
-def _versions(parameters: Mapping[str, Tensor | None]) -> tuple[int, ...]:
-    return tuple(p._version for p in parameters.values() if p is not None and not p.is_inference())
 
 
 class Bank(nn.Module):
@@ -126,7 +70,7 @@ class Bank(nn.Module):
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._fused = [fast_path(slot, seed, group.size) for slot in group.slots]
         self.watcher: Watcher | None = None
-        self._anchored: _Anchored | None = None
+        self.anchored: Anchored | None = None
         self._warned = False  # of ZeRO-3, which would take it away after each use
         self._prepare()
 
@@ -152,7 +96,7 @@ class Bank(nn.Module):
             values: make it, without a graph, from what an earlier read was made from.
         """
         if values is not None:
-            return self._fast(index, rows, dtype, values.checked(self.group.slots[index].name))
+            return self.fast(index, rows, dtype, values.checked(self.group.slots[index].name))
         if hasattr(self.bank, "device_mesh"):
             raise ShareError(
                 f"the bank of {self.group.slots[index].name} is in parts here, by FSDP2: give it to the root's group, "
@@ -161,14 +105,14 @@ class Bank(nn.Module):
         if self.pure or is_tracing():
             return self._make(index, rows, self._parameters, dtype)
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
-            return self._fast(index, rows, dtype, self._parameters)
+            return self.fast(index, rows, dtype, self._parameters)
         anchored = self._anchor()
         if self.watcher is not None and graph_task_id() == -1:
             self.watcher.read(index)
-        return _Generate.apply(anchored.tensor, anchored.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
+        return Generate.apply(anchored.tensor, anchored.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _fast(
+    def fast(
         self, index: int, rows: Tensor | None, dtype: torch.dtype | None, values: Mapping[str, Tensor | None]
     ) -> Tensor:
         """A weight without a graph, with as few passes over its numbers as its morph allows."""
@@ -226,12 +170,13 @@ class Bank(nn.Module):
             base = base.view(slot.rows, slot.columns)[rows]
         return finish(slot, base, own["gains"], own["differences"], rows)
 
-    def _own(self, values: Tensor | None, index: int, name: str) -> Tensor:
+    def own(self, values: Tensor | None, index: int, name: str) -> Tensor:
+        """The stretch of slot `index` in `values`, which are as long as the parameter `name` is."""
         start, length = self._ranges[index][name]
         return values[start : start + length] if values is not None else self.bank.new_empty(0)
 
     def _own_numbers(self, index: int, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        return {name: self._own(values[name], index, name) for name in _OWN}
+        return {name: self.own(values[name], index, name) for name in _OWN}
 
     def _projection(self, values: Tensor | None, index: int) -> Tensor | None:
         slot = self.group.slots[index]
@@ -247,7 +192,7 @@ class Bank(nn.Module):
         return start, start + EMBEDDING_SIZE * templates
 
     @torch.no_grad()
-    def _pull_back(
+    def pull_back(
         self,
         gradient: Tensor,
         index: int,
@@ -262,11 +207,11 @@ class Bank(nn.Module):
         slot, bank, own = self.group.slots[index], values["bank"], self._own_numbers(index, values)
         assert bank is not None
         if self.thresholds is not None:
-            gradient = gradient * (self._fast(index, rows, None, values) != 0)
+            gradient = gradient * (self.fast(index, rows, None, values) != 0)
         with _exact(bank.device.type):
             path = self._fused[index]
             if rows is None and path is not None:
-                mine = {name: self._own(sums[name], index, name) for name in own if name in sums and own[name].numel()}
+                mine = {name: self.own(sums[name], index, name) for name in own if name in sums and own[name].numel()}
                 path.pull_back(gradient.to(bank.dtype), bank, own, sums.get("bank"), mine)
                 return
             elements = self._elements(index, rows)
@@ -309,10 +254,10 @@ class Bank(nn.Module):
             start, length = self._ranges[index][name]
             sums[name][start : start + length] += parts[name]
 
-    def _anchor(self) -> _Anchored:
+    def _anchor(self) -> Anchored:
         """The anchor of the present forward; a new one when a backward has used it or the parameters are not the same."""
         parameters = tuple((name, p) for name, p in self._parameters.items() if p is not None and p.requires_grad)
-        anchored = self._anchored
+        anchored = self.anchored
         if getattr(self.bank, "ds_persist", True) is False and not self._warned:
             self._warned = True
             warnings.warn(
@@ -321,11 +266,11 @@ class Bank(nn.Module):
                 stacklevel=2,
             )
         if anchored is None or not anchored.holds(parameters):
-            anchored = self._anchored = _Anchored(self, parameters)
+            anchored = self.anchored = Anchored(self, parameters)
         return anchored
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
-        self._anchored = None  # its node knows the parameters' former dtype and device
+        self.anchored = None  # its node knows the parameters' former dtype and device
         super()._apply(fn, recurse)
         self._prepare()
         return self
@@ -333,7 +278,7 @@ class Bank(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
-            "_anchored": None,
+            "anchored": None,
             "watcher": None,
         }  # a graph is neither copied nor pickled, nor an engine
 
@@ -344,88 +289,3 @@ class Bank(nn.Module):
 def _exact(device: str) -> AbstractContextManager[object]:
     """Weights are generated in the bank's own precision, also under autocast."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-class _Sums:
-    """One sum per parameter for each backward pass that is under way.
-
-    Passes are told apart by autograd's own number, since a reentrant checkpoint runs one inside another, and a pass that
-    died with an exception must leave nothing behind for the next.
-    """
-
-    def __init__(self, bank: Bank, parameters: tuple[tuple[str, Tensor], ...]):
-        self.bank = weakref.ref(bank)
-        self.parameters = parameters
-        self.passes: dict[int, dict[str, Tensor]] = {}
-
-    def here(self) -> dict[str, Tensor]:
-        number = graph_task_id()
-        if number not in self.passes:
-            self.passes[number] = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters}
-            if (watcher := self.watcher()) is not None:
-                watcher.begin(self.passes[number])
-        return self.passes[number]
-
-    def watcher(self) -> Watcher | None:
-        bank = self.bank()
-        return None if bank is None else bank.watcher
-
-    def collect(self) -> tuple[Tensor | None, ...]:
-        sums = self.passes.pop(graph_task_id(), {})
-        if (watcher := self.watcher()) is not None:
-            watcher.collect(sums)
-        bank = self.bank()
-        if bank is not None and bank._anchored is not None and bank._anchored.sums is self:
-            bank._anchored = None
-        return tuple(sums.get(name) for name, _ in self.parameters)
-
-
-class _Anchored:
-    """An anchor, and what belongs to it."""
-
-    def __init__(self, bank: Bank, parameters: tuple[tuple[str, Tensor], ...]):
-        self.sums = _Sums(bank, parameters)
-        with torch.inference_mode(False):
-            self.tensor: Tensor = _Anchor.apply(self.sums, *(p for _, p in parameters))  # type: ignore[assignment]
-
-    def holds(self, parameters: tuple[tuple[str, Tensor], ...]) -> bool:
-        """Whether it hangs on exactly these tensors."""
-        mine = self.sums.parameters
-        return len(mine) == len(parameters) and all(a[1] is b[1] for a, b in zip(mine, parameters, strict=True))
-
-
-class _Anchor(torch.autograd.Function):
-    """parameters → an empty tensor; backward hands out the sums that the weights' backwards have made."""
-
-    @staticmethod
-    def forward(ctx: Any, sums: _Sums, *parameters: Tensor) -> Tensor:
-        ctx.sums = sums
-        return parameters[0].new_empty(0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.sums.collect()
-
-
-class _Generate(torch.autograd.Function):
-    """anchor → one weight; saves no tensor but the rows that were asked for."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, sums: _Sums, bank: Bank, index: int, rows: Tensor | None, dtype: torch.dtype | None
-    ) -> Tensor:
-        ctx.sums, ctx.bank, ctx.index, ctx.values = sums, bank, index, bank.values()
-        ctx.save_for_backward(rows)
-        return bank._fast(index, rows, dtype, bank._parameters)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        values = ctx.values.checked(ctx.bank.group.slots[ctx.index].name)
-        sums = ctx.sums.here()
-        ctx.bank._pull_back(gradient, ctx.index, rows, values, sums)
-        if ctx.bank.watcher is not None:
-            ctx.bank.watcher.grown(ctx.index, sums)
-        return gradient.new_empty(0, dtype=values["bank"].dtype), None, None, None, None, None

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bank import Bank, Values
+from .anchor import Values
+from .bank import Bank
 from .errors import ShareError
 from .guard import guarded, no_write
 from .private import Hooks, assert_soon, is_tracing, saved_tensor_hooks

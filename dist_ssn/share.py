@@ -274,7 +274,7 @@ def initialize(bank: Bank) -> None:
         bank.projections[start:end].copy_(torch.from_numpy(projection.reshape(-1).copy()))
     for index, slot in enumerate(group.slots):
         for name in ("coefficients", "gains", "differences"):
-            target = bank._own(getattr(bank, name), index, name)
+            target = bank.own(getattr(bank, name), index, name)
             if not target.numel():
                 continue
             if name == "gains":

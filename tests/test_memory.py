@@ -68,7 +68,7 @@ class Watch(TorchDispatchMode):
 def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, StorageWeakRef]]]:
     """The weights that banks generate from now on: layer, bytes and memory of each, whole or some rows of it."""
     made: list[tuple[str, int, StorageWeakRef]] = []
-    plain = Bank._fast
+    plain = Bank.fast
 
     def fast(bank: Bank, index: int, *args: Any, **kwargs: Any) -> Tensor:
         weight = plain(bank, index, *args, **kwargs)
@@ -77,7 +77,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, 
         return weight
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bank, "_fast", fast)
+        patch.setattr(Bank, "fast", fast)
         yield made
 
 

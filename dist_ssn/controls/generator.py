@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..bank import Values
+from ..anchor import Values
 from ..errors import PlanError
 from ..specs import LayerSpec
 
