@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
-import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,9 +17,10 @@ from torch import Tensor, nn
 from .bank import Bank
 from .budget import Budget
 from .errors import PlanError, ShareError
+from .initial import initialize
 from .layers import share_layer, unshare_layer
-from .plan import Morph, Plan, Slot, make_plan
-from .plan.rules import EMBEDDING_SIZE
+from .plan import Morph, Plan, make_plan
+from .plan.compare import check_plan, plan_difference
 from .specs import Selector, Specs, find_specs
 
 _ATTRIBUTE = "dist_ssn"
@@ -74,7 +72,7 @@ def share(
                 f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model"
             )
         specs = find_specs(model, include=names)
-        _check_plan(plan, specs)
+        check_plan(plan, specs)
     check_order(model, specs)
     _warn_of_seeds(specs)
     _attach(model, plan, specs)
@@ -116,49 +114,6 @@ class BankSet(nn.Module):
             raise PlanError(
                 f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)"
             )
-
-
-def plan_difference(mine: Plan, other: Plan) -> str | None:
-    """The first difference between two plans in words, None where they are equal."""
-    if mine == other:
-        return None
-    banks, theirs = ({group.name: group for group in plan.groups} for plan in (mine, other))
-    if set(banks) != set(theirs):
-        return f"it has banks {', '.join(theirs)}, the model has {', '.join(banks)}"
-    for name, group in banks.items():
-        if group.size != theirs[name].size:
-            return f"its bank {name!r} has {theirs[name].size} numbers, the model's has {group.size}"
-    slots, their_slots = ({slot.name: (group.name, slot) for group, slot in plan.slots()} for plan in (mine, other))
-    for name in sorted(set(slots) ^ set(their_slots)):
-        return f"weight {name!r} is shared only in {'the model' if name in slots else 'it'}"
-    for name, (bank, slot) in slots.items():
-        their_bank, their_slot = their_slots[name]
-        if bank != their_bank:
-            return f"its weight {name!r} reads bank {their_bank!r}, the model's reads {bank!r}"
-        for field in Slot.__dataclass_fields__:
-            if getattr(slot, field) != getattr(their_slot, field):
-                return f"{field} of its weight {name!r} is {getattr(their_slot, field)!r}, the model's {getattr(slot, field)!r}"
-    return f"budget or seed differ ({other.budget}, {other.seed}; the model has {mine.budget}, {mine.seed})"
-
-
-def _check_plan(plan: Plan, specs: Specs) -> None:
-    weights = {weight.name: weight for weight in specs.weights}
-    ties = {name: weight.name for weight in specs.weights for name in weight.aliases}
-    reasons = dict(specs.left_out)
-    problems = []
-    for _, slot in plan.slots():
-        weight = weights.get(slot.name)
-        if slot.name in ties:
-            problems.append(f"{slot.name} is tied to {ties[slot.name]} in the model")
-        elif weight is None:
-            problems.append(f"{slot.name} cannot be shared in the model ({reasons.get(slot.name, 'not a weight')})")
-        elif weight.shape != slot.shape:
-            problems.append(f"{slot.name} is {list(slot.shape)} in the plan and {list(weight.shape)} in the model")
-        elif set(weight.aliases) != set(slot.aliases):
-            differ = ", ".join(sorted(set(weight.aliases) ^ set(slot.aliases)))
-            problems.append(f"{slot.name} is tied to {differ} only in {'the model' if weight.aliases else 'the plan'}")
-    if problems:
-        raise PlanError("the plan belongs to another model: " + "; ".join(problems[:5]))
 
 
 def check_order(model: nn.Module, specs: Specs) -> None:
@@ -247,70 +202,6 @@ def owner_of(model: nn.Module, first: str) -> nn.Module:
     while path and isinstance(model.get_submodule(path), _CONTAINERS):
         path = path.rpartition(".")[0]
     return model.get_submodule(path)
-
-
-@torch.no_grad()
-def initialize(bank: Bank) -> None:
-    """Gives a bank its starting values, the same on every rank and machine: they depend on the plan alone.
-
-    The bank is normal with exactly the group's standard deviation. Coefficients of weights that mix the same number of
-    templates are orthogonal with unit rows, signed templates are mixed in equal parts, gains start at 1, and of a
-    difference U·V, U has variance 1/rank and V is zero: its first step moves the weight as far as a dense step would.
-    """
-    group, seed = bank.group, bank.seed
-    draw = np.random.RandomState(_seed_of(seed, group.name))
-    values = torch.from_numpy(draw.standard_normal(group.size))
-    if group.size > 1:
-        values = values / values.square().mean().sqrt()
-    bank.bank.copy_(values * group.init_std)
-    rows = {
-        k: orthogonal_rows(sum(_mixes(s) == k for s in group.slots), k, draw) for k in {_mixes(s) for s in group.slots}
-    }
-    used = dict.fromkeys(rows, 0)
-    projections = {k: orthogonal_rows(k, EMBEDDING_SIZE, draw).T for k in group.projections}
-    for k, projection in projections.items():
-        start, end = bank.projection_range(k)
-        assert bank.projections is not None
-        bank.projections[start:end].copy_(torch.from_numpy(projection.reshape(-1).copy()))
-    for index, slot in enumerate(group.slots):
-        for name in ("coefficients", "gains", "differences"):
-            target = bank.own(getattr(bank, name), index, name)
-            if not target.numel():
-                continue
-            if name == "gains":
-                start = np.ones(slot.gains)
-            elif name == "differences":
-                left = draw.standard_normal(slot.rows * slot.rank) / math.sqrt(slot.rank)
-                start = np.concatenate([left, np.zeros(slot.columns * slot.rank)])
-            elif slot.morph in ("offset", "hash"):
-                start = np.full(slot.templates, slot.templates**-0.5)
-            elif slot.morph == "mask":
-                start = draw.randint(0, 2, slot.coefficients) * 2.0 - 1.0
-            elif slot.morph == "wavg-up":
-                start = orthogonal_rows(slot.template_shape[0], slot.templates, draw).reshape(-1)
-            else:
-                start = rows[slot.templates][used[slot.templates]]
-                used[slot.templates] += 1
-                if slot.morph == "emb":
-                    start = projections[slot.templates] @ start
-            target.copy_(torch.from_numpy(np.ascontiguousarray(start)))
-
-
-def _mixes(slot: Slot) -> int:
-    """K of a slot whose coefficients start orthogonal to those of the others with the same K, else 0."""
-    return slot.templates if slot.coefficients and slot.morph in ("wavg", "emb", "inter") else 0
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"bank/{seed}/{name}".encode()).digest()[:4], "little")
-
-
-def orthogonal_rows(count: int, size: int, draw: np.random.RandomState) -> np.ndarray:
-    """[count, size] with unit rows, orthogonal within each block of `size` rows."""
-    if not count or not size:
-        return np.zeros((count, size))
-    blocks = [np.linalg.qr(draw.standard_normal((size, size)))[0] for _ in range(-(-count // size))]
-    return np.concatenate(blocks)[:count]
 
 
 def _bank_sets(model: nn.Module) -> list[BankSet]:

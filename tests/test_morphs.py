@@ -20,10 +20,10 @@ from torch import nn
 from dist_ssn import Morph, Plan, make_plan, share
 from dist_ssn.bank import PARAMETERS, Bank
 from dist_ssn.errors import BudgetError
+from dist_ssn.initial import initialize
 from dist_ssn.morphs import ELEMENTWISE, MORPHS, Chunks, Stretch, readings
 from dist_ssn.plan import Group, Slot
 from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
-from dist_ssn.share import initialize
 from tests.layer_kinds import banks_of, relative_error, shake
 
 BUDGETS = (0.02, 0.1, 0.5, 1.0, 2.0)

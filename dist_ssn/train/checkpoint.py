@@ -27,7 +27,7 @@ from dist_ssn.engines.delay import without_delay
 from dist_ssn.engines.protocol import Engine, OptimizerState
 from dist_ssn.errors import CheckpointError
 from dist_ssn.plan import Plan
-from dist_ssn.share import plan_difference
+from dist_ssn.plan.compare import plan_difference
 from dist_ssn.train.bounded import parse_json, read_json, read_tensors, read_text
 from dist_ssn.train.folder import checkpoints, fingerprint, latest, name_of
 from dist_ssn.train.snapshot import FORMAT, Entries, NotFinite, entries_of, take, write

@@ -6,21 +6,19 @@ import dataclasses
 import glob
 import gzip
 import importlib.util
-import io
 import os
-import pickle
-import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dist_ssn.errors import DataError, unknown_choice
 from dist_ssn.train.data.captions import CAPTIONS, caption_numbers
-from dist_ssn.train.data.tasks import ClassificationTask, Hints, LanguageTask, Task
+from dist_ssn.train.data.cifar import read_cifar
+from dist_ssn.train.data.tasks import ClassificationTask, Hints, Images, LanguageTask, Task
 
 if TYPE_CHECKING:
     from dist_ssn.train.recipe import DataConfig
@@ -30,8 +28,6 @@ FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_COMMAND = "apt-get install dataset-fashion-mnist"
 # Digits have no test set. Which are held out does not depend on the run's seed, so that runs can be compared.
 _SPLIT_SEED = 0
-
-Images = tuple[np.ndarray, np.ndarray]  # uint8 (N, C, H, W), int64 (N,)
 
 
 @dataclass(frozen=True)
@@ -236,137 +232,9 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 
 
-# --------------------------------------------------------------------------------------------------------------- CIFAR
-
-
-@dataclass(frozen=True)
-class _Cifar:
-    """The official archives' files: both versions have the same bytes, as pickles or as plain records.
-
-    Source: https://www.cs.toronto.edu/~kriz/cifar.html
-
-    Args:
-        train, test: names of the files, without the ".bin" of the binary version.
-        labels: bytes of labels before an image in the binary version; the last one is the (fine) class.
-        key: the labels' key in the pickled version.
-        folders: where the archives unpack to.
-    """
-
-    train: tuple[str, ...]
-    test: tuple[str, ...]
-    labels: int
-    key: bytes
-    folders: tuple[str, str]
-
-
-_CIFAR = {
-    "cifar10": _Cifar(
-        train=tuple(f"data_batch_{number}" for number in range(1, 6)),
-        test=("test_batch",),
-        labels=1,
-        key=b"labels",
-        folders=("cifar-10-batches-bin", "cifar-10-batches-py"),
-    ),
-    "cifar100": _Cifar(
-        train=("train",),
-        test=("test",),
-        labels=2,
-        key=b"fine_labels",
-        folders=("cifar-100-binary", "cifar-100-python"),
-    ),
-}
-_PIXELS = 3 * 32 * 32
-
-
 def _load_cifar(config: DataConfig, context: int, seed: int) -> Task:
-    layout = _CIFAR[config.name]
-    files = _cifar_files(config, layout)
-
-    def part(names: tuple[str, ...]) -> Images:
-        pieces = [
-            _cifar_records(files[f"{name}.bin"], f"{name}.bin", layout)
-            if f"{name}.bin" in files
-            else _cifar_pickle(files[name], name, layout)
-            for name in names
-        ]
-        pixels, labels = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-        return pixels.reshape(-1, 3, 32, 32), labels
-
-    hints = DATA[config.name].hints
-    return _images_task(config, seed, part(layout.train), part(layout.test), hints, shift=4, flip=True)
-
-
-def _cifar_files(config: DataConfig, layout: _Cifar) -> dict[str, bytes]:
-    """File name → content, of a folder or of the packed archive itself; of all names in one of the two versions."""
-    plain = [*layout.train, *layout.test]
-    wanted = {*plain, *(f"{name}.bin" for name in plain)}
-    files: dict[str, bytes] = {}
-    where = Path(config.path or ".").expanduser()
-    try:
-        if where.is_file():
-            with tarfile.open(where) as archive:
-                for member in archive:
-                    name = Path(member.name).name
-                    if name in wanted and member.isfile() and (stream := archive.extractfile(member)):
-                        files[name] = stream.read()
-        else:
-            for folder in (where, *(where / name for name in layout.folders)):
-                for name in sorted(wanted - set(files)):
-                    if (folder / name).is_file():
-                        files[name] = (folder / name).read_bytes()
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{config.name}: {where} cannot be read ({reason}): get the archive anew") from None
-    for name in plain:
-        if name not in files and f"{name}.bin" not in files:
-            raise DataError(
-                f"{config.name}: there is no {name}.bin or {name} in {where}: set data.path to the official archive "
-                "(.tar.gz), or to the folder that it unpacks to"
-            )
-    return files
-
-
-def _cifar_records(content: bytes, name: str, layout: _Cifar) -> Images:
-    record = layout.labels + _PIXELS
-    if not content or len(content) % record:
-        raise DataError(f"{name} has {len(content)} bytes, not a multiple of {record}: the file is not whole")
-    records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
-    return records[:, layout.labels :], records[:, layout.labels - 1].astype(np.int64)
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that can make nothing but plain containers, text, numbers and numpy arrays.
-
-    A pickle runs code through the functions that it names. These three, which only make arrays, are all that it may
-    name.
-    """
-
-    ALLOWED: ClassVar[dict[str, Any]] = {
-        "ndarray": np.ndarray,
-        "dtype": np.dtype,
-        "_reconstruct": np.empty(0).__reduce__()[0],
-    }
-    MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if module_name in self.MODULES and global_name in self.ALLOWED:
-            return self.ALLOWED[global_name]
-        raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
-
-
-def _cifar_pickle(content: bytes, name: str, layout: _Cifar) -> Images:
-    try:
-        # The files were written by Python 2: its text arrives as bytes.
-        batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        pixels = batch[b"data"]
-        labels = np.asarray(batch[layout.key], dtype=np.int64)
-    except pickle.UnpicklingError as error:
-        raise DataError(f"{name} is not an official CIFAR file: a pickle of arrays was expected, but {error}") from None
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise DataError(f"{name} is not a whole CIFAR file ({type(error).__name__}: {error})") from None
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS):
-        raise DataError(f"{name}: data must be bytes of shape ({len(labels)}, {_PIXELS}), one row for each label")
-    return pixels, labels
+    train, held_out = read_cifar(config.name, config.path)
+    return _images_task(config, seed, train, held_out, DATA[config.name].hints, shift=4, flip=True)
 
 
 DATA: dict[str, Source] = {

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from dist_ssn.errors import DataError
 
+Images = tuple[np.ndarray, np.ndarray]
+"""uint8 (N, C, H, W), and labels int64 (N,)."""
+
 # The first number of every generator's seed says what it is for, so that no two purposes draw the same numbers.
 _ORDER, _AUGMENT, _WINDOWS = 1, 2, 3
 
