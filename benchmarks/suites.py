@@ -228,6 +228,23 @@ def larger(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
                 yield cell(task, kind, lr, seed, seeded(kind, seed))
 
 
+DECAYED = ("dense", "shared", "hashed", "hashed-global", "shallow")
+"""Kinds that are the best of their size somewhere, and dense."""
+DECAYS = (0.4, 1.6)
+"""Weight decays beside the usual 0.1, four and sixteen times as strong."""
+
+
+def decay() -> Iterator[Cell]:
+    """Whether a method gains by a stronger weight decay, which the rate it is given multiplies; best rates, all seeds."""
+    lines = ResultFile("quality").lines()
+    for budget, kinds in ((0.1, DECAYED), (LOW, ("shared", "hashed"))):
+        best = best_rates(lines, budget)
+        for task, kind, value in itertools.product(WAYS, kinds, DECAYS):
+            for seed in seeds_of(task) if (task, kind) in best else ():
+                more = {"optimizer.weight_decay": value, **seeded(kind, seed)}
+                yield cell(task, kind, best[task, kind], seed, more, budget)
+
+
 PRUNED: dict[str, tuple[str, float, dict[str, Any]]] = {
     "10 %": ("shared", 0.1, {}),
     "20 %, half of its bank": ("shared", 0.2, {"prune.final": 0.5}),
@@ -313,6 +330,7 @@ SUITES: dict[str, Callable[[], Iterator[Cell]]] = {
     "budgets": budgets,
     "distill": distill,
     "prune": prune,
+    "decay": decay,
     "longer": longer,
     "longer-confirm": partial(further_seeds, longer),
     "larger": larger,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .. import searches, suites
-from ..cells import RATES, SEEDS, at_best, identity
+from ..cells import LOW, RATES, SEEDS, at_best, identity
 from ..results import lines_of
 from ..suites import WAYS, distill, prune
 from ..tasks import TASKS
-from .markdown import difference, grid, mean, short
+from .markdown import bold_least, difference, grid, mean, short
 from .sizes import KINDS, MODELS, losses, mean_of
 
 Line = dict[str, Any]
@@ -92,6 +92,26 @@ def teacher(task: str) -> str:
     return grid((MODELS[task], *headings)[: len(rows[0])], rows)
 
 
+def decays(task: str, budget: float) -> str:
+    """A row per kind, a column per weight decay, at the kind's best rate under the usual one; mean losses, best in bold."""
+    usual = TASKS[task]["optimizer.weight_decay"]
+    found: dict[str, dict[float, list[Line]]] = {}
+    for one, line in _measured(one for one in suites.decay() if one["task"] == task):
+        if one["overrides"].get("share.budget", 0.1) == budget:
+            found.setdefault(one["kind"], {}).setdefault(one["overrides"]["optimizer.weight_decay"], []).append(line)
+    rows = []
+    for kind, by_decay in found.items():
+        rate, at_usual = at_best(lines_of("quality"), task, kind, budget)
+        columns = {usual: at_usual, **by_decay}
+        texts = dict(
+            zip(columns, bold_least([mean_of(runs) for runs in columns.values()], "{:.3f}".format), strict=True)
+        )
+        rows.append([KINDS[kind], short(rate), *(texts.get(value, "") for value in (usual, *suites.DECAYS))])
+    return grid(
+        (f"{MODELS[task]}, {budget:.0%}", "rate", *(f"decay {value:g}" for value in (usual, *suites.DECAYS))), rows
+    )
+
+
 def pruned(task: str) -> str:
     """A row per way to prune, beside what is as small from the start."""
     found: dict[str, list[Line]] = {}
@@ -116,6 +136,8 @@ def _of(name: str, function: Callable[[str], str], tasks: Iterable[str]) -> dict
 TABLES: dict[str, Callable[[], str]] = {
     **_of("longer", longer, LONGER_NAMES),
     **_of("larger", larger, LARGER_NAMES),
+    **_of("decay", lambda task: decays(task, 0.1), WAYS),
+    "decay-lstm-2": lambda: decays("lstm", LOW),
     **_of("teacher", teacher, WAYS),
     **_of("pruned", pruned, WAYS),
     **_of("search", search, searches.TASKS),
