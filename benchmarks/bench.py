@@ -45,9 +45,11 @@ FULL = (
     "faults",
     "fuzz",
     "delay",
-    "quality rates controls low confirm curve curve-confirm budgets morphs longer distill prune wider target target-confirm",
+    "quality rates controls low confirm curve curve-confirm budgets morphs",
+    "quality longer larger longer-confirm larger-confirm distill prune decay wider target target-confirm",
     "architectures rates seeds",
-    "searches --tasks gpt-small lstm digits",
+    "searches --tasks gpt-small lstm digits captions",
+    "searches --tasks gpt --mappings default shape pretrain",
     "time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
 )
 PROFILES = {"short": SHORT, "full": FULL}

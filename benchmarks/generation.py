@@ -71,7 +71,9 @@ def nanoseconds(banks: list[Bank], repetitions: int) -> dict[str, list[float]]:
     numbers = sum(gradient.numel() for *_, gradient in slots)
     ways: dict[str, Callable[[Bank, int, Tensor], Any]] = {
         "make_ns": lambda bank, index, _: bank(index),
-        "back_ns": lambda bank, index, gradient: bank.pull_back(gradient, index, None, bank._parameters, sums[bank]),
+        "back_ns": lambda bank, index, gradient: bank.pull_back(
+            gradient, index, None, bank.values().tensors, sums[bank]
+        ),
     }
     taken: dict[str, list[float]] = {way: [] for way in ways}
     with torch.no_grad():

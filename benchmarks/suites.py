@@ -211,13 +211,16 @@ def longer(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
 
 
 LARGER: dict[str, dict[str, tuple[float, ...]]] = {
-    "gpt-large": {"dense": (1.5e-3, 3e-3), "shared": (1.5e-3, 3e-3), "equal": (6e-3,), "hashed-global": (3e-3, 6e-3)},
+    "gpt-large": {
+        **{"dense": (1.5e-3, 3e-3, 6e-3), "shared": (1.5e-3, 3e-3)},
+        **{"equal": (6e-3, 1.2e-2), "hashed-global": (3e-3, 6e-3, 1.2e-2)},
+    },
     "lstm-large": {
-        **{"dense": (3e-3, 6e-3, 1.2e-2), "shared": (1.5e-3, 3e-3, 6e-3)},
-        **{"equal": (1.2e-2, 2.4e-2), "hashed": (1.2e-2, 2.4e-2, 4.8e-2)},
+        **{"dense": (3e-3, 6e-3, 1.2e-2, 2.4e-2), "shared": (1.5e-3, 3e-3, 6e-3)},
+        **{"equal": (1.2e-2, 2.4e-2, 4.8e-2), "hashed": (1.2e-2, 2.4e-2, 4.8e-2)},
     },
 }
-"""task → kind → rates: the usual model's best ones, and lower ones since a wider model wants them."""
+"""task → kind → rates: from about the usual model's best one down, since a wider model wants lower ones."""
 
 
 def larger(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
@@ -230,16 +233,16 @@ def larger(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
 
 DECAYED = ("dense", "shared", "hashed", "hashed-global", "shallow")
 """Kinds that are the best of their size somewhere, and dense."""
-DECAYS = (0.4, 1.6)
-"""Weight decays beside the usual 0.1, four and sixteen times as strong."""
+DECAYS = (0.025, 0.4, 1.6)
+"""Weight decays beside the usual 0.1."""
 
 
 def decay() -> Iterator[Cell]:
-    """Whether a method gains by a stronger weight decay, which the rate it is given multiplies; best rates, all seeds."""
+    """Whether a method gains by another weight decay, which its rate multiplies; best rates, all seeds."""
     lines = ResultFile("quality").lines()
-    for budget, kinds in ((0.1, DECAYED), (LOW, ("shared", "hashed"))):
+    for budget, tasks, kinds in ((0.1, WAYS, DECAYED), (LOW, ("lstm",), ("shared", "hashed"))):
         best = best_rates(lines, budget)
-        for task, kind, value in itertools.product(WAYS, kinds, DECAYS):
+        for task, kind, value in itertools.product(tasks, kinds, DECAYS):
             for seed in seeds_of(task) if (task, kind) in best else ():
                 more = {"optimizer.weight_decay": value, **seeded(kind, seed)}
                 yield cell(task, kind, best[task, kind], seed, more, budget)

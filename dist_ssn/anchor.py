@@ -144,7 +144,7 @@ class Generate(torch.autograd.Function):
     ) -> Tensor:
         ctx.sums, ctx.bank, ctx.index, ctx.values = sums, bank, index, bank.values()
         ctx.save_for_backward(rows)
-        return bank.fast(index, rows, dtype, bank._parameters)
+        return bank.fast(index, rows, dtype, ctx.values.tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

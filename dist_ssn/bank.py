@@ -2,7 +2,7 @@
 
 The fast path keeps no generated weight and does work of O(K·n) for a weight of n numbers, whatever the bank's size:
 
-- A read joins the graph through an anchor (`anchor.py`), and saves no tensor.
+- A read joins the graph through an anchor (`anchor.py`), and saves no tensor but the rows asked for.
 - `layers.py` has whatever saved the weight for backward keep a recipe instead, and asks here for the weight again.
 
 The pure path is `mix` and `finish` under plain autograd. It is the twin that tests hold the fast path against, and what

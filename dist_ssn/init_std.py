@@ -1,6 +1,6 @@
 """With which standard deviation a weight was initialized: the usual formulas, recognized by a sample's root mean square.
 
-So a plan does not depend on the random seed, and ranks that seeded differently agree.
+Where one is recognized, a plan does not depend on the random seed, and ranks that seeded differently agree.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from .initial import initialize
 from .layers import share_layer, unshare_layer
 from .plan import Morph, Plan, make_plan
 from .plan.compare import check_plan, plan_difference
-from .specs import Selector, Specs, find_specs
+from .selectors import Selector
+from .specs import Specs, find_specs
 
 _ATTRIBUTE = "dist_ssn"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import dist_ssn
 from dist_ssn.errors import ShareError
 from dist_ssn.plan import make_plan
-from dist_ssn.specs import Selector, find_specs
+from dist_ssn.selectors import Selector
+from dist_ssn.specs import find_specs
 from dist_ssn.train.models.gpt import build_gpt
 
 

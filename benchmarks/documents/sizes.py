@@ -83,7 +83,7 @@ def of_wider(task: str) -> list[Line]:
 
 
 def at(budget: float, task: str) -> str:
-    """Each kind at its best rate: losses, and accuracies where there are any; best mean loss first."""
+    """Each kind at its best rate, best mean loss first; other mappings at the default's, wider models at the better of two."""
     named = [(KINDS[kind], runs) for kind, (_, runs) in methods(task, budget).items()]
     if budget == 0.1:
         mapped = by_mapping(task)
@@ -134,13 +134,13 @@ def goals() -> str:
         rows.append(
             [
                 *(MODELS[task], f"{dense:.3f}", f"{bank:.3f}", f"{bank / dense - 1:+.1%}", apart),
-                f"{mapping}, {mapped[mapping]:.3f}" if mapping else "",
+                f"{mapping}, {mapped[mapping]:.3f} (of {len(mapped)})" if mapping else "",
                 f"{KINDS[best]}, {others[best]:.3f}",
                 f"{controls}, {_beside(found['shared'], found[best])}",
             ]
         )
-    apart = ("from dense", "in points", "best other mapping")
-    headings = ("", "dense", "10 % bank", *apart, "best else of its size", "kinds tried, and the bank beside them")
+    middle = ("from dense", "in points", "best other mapping")
+    headings = ("", "dense", "10 % bank", *middle, "best else of its size", "kinds tried, and the bank beside them")
     return grid(headings, rows)
 
 

@@ -1,4 +1,4 @@
-"""Tables of quality by other ways: longer runs, a teacher, pruning, found plans."""
+"""Tables of quality by other ways: longer runs, larger models, weight decay, a teacher, pruning, found plans."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[tuple[str, lis
     """For each kind and budget its name, [parameters], [losses, distance from dense] and rate."""
     names = {**KINDS, "equal": "dense, as small as 10 %"}
     for (kind, budget), runs in best.items():
-        apart = "" if kind == "dense" else f"{mean_of(runs) / mean_of(best['dense', 0.1]) - 1:+.1%}"
+        dense = best.get(("dense", 0.1), [])
+        alike = kind != "dense" and [run["seed"] for run in runs] == [run["seed"] for run in dense]
+        apart = f"{mean_of(runs) / mean_of(dense) - 1:+.1%}" if alike else ""
         name = f"{budget:.0%} bank" if kind == "shared" else names[kind]
         yield name, [f"{runs[0]['parameters']:,}"], [losses(runs), apart], short(runs[0]["overrides"]["optimizer.lr"])
 
@@ -102,7 +104,7 @@ def decays(task: str, budget: float) -> str:
     rows = []
     for kind, by_decay in found.items():
         rate, at_usual = at_best(lines_of("quality"), task, kind, budget)
-        columns = {usual: at_usual, **by_decay}
+        columns = {usual: at_usual, **{value: runs for value, runs in by_decay.items() if len(runs) == len(at_usual)}}
         texts = dict(
             zip(columns, bold_least([mean_of(runs) for runs in columns.values()], "{:.3f}".format), strict=True)
         )

@@ -9,8 +9,9 @@ from torch import nn
 
 from ..budget import Budget, resolve_budget
 from ..errors import BudgetError, ShareError, unknown_choice
+from ..selectors import Selector
 from ..share import check_order, install
-from ..specs import Selector, Specs, find_specs
+from ..specs import Specs, find_specs
 from .factors import lowrank, tied
 from .generator import Generator
 from .hashed import hashed, hashed_global

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..budget import Budget, resolve_budget
 from ..errors import BudgetError, PlanError
-from ..specs import Selector, Specs, find_specs
+from ..selectors import Selector
+from ..specs import Specs, find_specs
 from .allocate import Demand, Infeasible, allocate, least
 from .mapping import Groups, map_weights
 from .rules import Morph, parse_morph
