@@ -101,17 +101,15 @@ def decays(task: str, budget: float) -> str:
     for one, line in _measured(one for one in suites.decay() if one["task"] == task):
         if one["overrides"].get("share.budget", 0.1) == budget:
             found.setdefault(one["kind"], {}).setdefault(one["overrides"]["optimizer.weight_decay"], []).append(line)
+    shown = sorted((usual, *suites.DECAYS))
     rows = []
     for kind, by_decay in found.items():
         rate, at_usual = at_best(lines_of("quality"), task, kind, budget)
         columns = {usual: at_usual, **{value: runs for value, runs in by_decay.items() if len(runs) == len(at_usual)}}
-        texts = dict(
-            zip(columns, bold_least([mean_of(runs) for runs in columns.values()], "{:.3f}".format), strict=True)
-        )
-        rows.append([KINDS[kind], short(rate), *(texts.get(value, "") for value in (usual, *suites.DECAYS))])
-    return grid(
-        (f"{MODELS[task]}, {budget:.0%}", "rate", *(f"decay {value:g}" for value in (usual, *suites.DECAYS))), rows
-    )
+        means = bold_least([mean_of(runs) for runs in columns.values()], "{:.3f}".format)
+        texts = dict(zip(columns, means, strict=True))
+        rows.append([KINDS[kind], short(rate), *(texts.get(value, "") for value in shown)])
+    return grid((f"{MODELS[task]}, {budget:.0%}", "rate", *(f"decay {value:g}" for value in shown)), rows)
 
 
 def pruned(task: str) -> str:
