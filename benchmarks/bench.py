@@ -46,7 +46,7 @@ FULL = (
     "fuzz",
     "delay",
     "quality rates controls low confirm curve curve-confirm budgets morphs",
-    "quality longer larger longer-confirm larger-confirm distill prune decay wider target target-confirm",
+    "quality longer larger larger-confirm distill prune decay wider target target-confirm",
     "architectures rates seeds",
     "searches --tasks gpt-small lstm digits captions",
     "searches --tasks gpt --mappings default shape pretrain",

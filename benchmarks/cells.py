@@ -25,9 +25,9 @@ KINDS = ("dense", "equal", "shared")
 CONTROLS = ("tied", "hashed", "hashed-global", "lowrank")
 """Kinds that are controls at the budget of "shared"; docs/search.md says what each is."""
 CONTROL_RATES: dict[str, tuple[float, ...]] = {
-    task: grid if task == "wrn" else (*grid, 2 * grid[-1]) for task, grid in RATES.items()
+    task: grid[1:4] if task == "wrn" else (*grid, 2 * grid[-1]) for task, grid in RATES.items()
 }
-"""One rate more for Adam, which nothing raises for a control as `parameter_groups` does for a bank."""
+"""One rate more for Adam, which nothing raises for a control as `parameter_groups` does for a bank; three for the slowest task."""
 LOW = 0.02
 LOW_TASKS = tuple(EQUAL[LOW])
 DEFAULT = "offset:chunk=16"

@@ -62,7 +62,7 @@ def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[tuple[str, lis
 def longer(task: str) -> str:
     """A row per kind and budget, each at the best of its rates: as long as usual, and four times as long."""
     lines, steps = lines_of("quality"), 4 * TASKS[task]["steps"]
-    best = _best_of(one for one in suites.longer(SEEDS) if one["task"] == task)
+    best = _best_of(one for one in suites.longer() if one["task"] == task)
     rows = []
     for (kind, budget), (name, size, quality, rate) in zip(best, _sides(best), strict=True):
         usual = f"{mean_of(at_best(lines, task, kind, budget)[1]):.3f}" if budget == 0.1 and task in RATES else ""
