@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from dist_ssn.errors import RecipeError
 from dist_ssn.train.bounded import parse_json
@@ -67,67 +67,75 @@ def parse_recipe(
     Raises:
         RecipeError: one sentence that names every mistake with its file, key and value.
     """
-    problems: list[str] = []
-    origin: dict[str, str] = {}  # key → where it was set
-    files: list[str] = []
-    options: list[str] = []
-    given: set[str] = set()
-    model_args: dict[str, Any] = {}
-    model_arg: dict[str, Any] = {}  # those that are set one by one
-    parser = checker()
+    settings, given, parser = _Settings(), set(), checker()
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
+        key, equals, value = argument.removeprefix("--").partition("=")
         if argument in flags:
             given.add(argument)
-            continue
-        if argument in ("-h", "--help") or argument.partition("=")[0] == "--print_config":
+        elif argument in ("-h", "--help") or argument.partition("=")[0] == "--print_config":
             parser = recipe_parser(prog, description, flags)
-            options.append(argument)
-            continue
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--"):
-            problems.append(f"command line: unexpected {argument!r}: options are written --key=value")
-            continue
-        if key != "config" and (problem := key_problem(key, ["config", *(flag.strip("-") for flag in flags)])):
-            problems.append(f"command line: {problem}")
-            continue
-        if not equals:
-            if not remaining or remaining[0].startswith("--"):
-                problems.append(f"command line: --{key} needs a value, as in --{key}=value")
-                continue
-            value = remaining.pop(0)
+            settings.options.append(argument)
+        elif not argument.startswith("--"):
+            settings.problems.append(f"command line: unexpected {argument!r}: options are written --key=value")
+        elif key != "config" and (problem := key_problem(key, ["config", *(flag.strip("-") for flag in flags)])):
+            settings.problems.append(f"command line: {problem}")
+        elif not equals and (not remaining or remaining[0].startswith("--")):
+            settings.problems.append(f"command line: --{key} needs a value, as in --{key}=value")
+        else:
+            settings.add(key, value if equals else remaining.pop(0))
+    raise_all(settings.problems)
+    recipe = _recipe(settings.parsed(parser))
+    processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's; a malformed one is reported where processes meet
+    found = recipe_problems(recipe, int(processes) if processes.isdigit() else 1)
+    raise_all([f"{settings.where(key)}: {problem}" for key, problem in found.items()])
+    return recipe, given
+
+
+class _Settings:
+    """What files and the command line have said so far, where each key was set, and every mistake in it."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.files: list[str] = []
+        self.options: list[str] = []
+        self._origin: dict[str, str] = {}
+        self._model_args: dict[str, Any] = {}
+        self._one_by_one: dict[str, Any] = {}  # those of the model's arguments that were set as model_args.NAME
+
+    def add(self, key: str, value: str) -> None:
+        """`--key=value` of the command line; `config` reads a file."""
         if key == "config":
             path = _find(value)
-            files.append(f"--config={path}")
-            leaves = dict(_leaves(read_yaml(path), str(path), problems))
+            self.files.append(str(path))
+            leaves = dict(_leaves(read_yaml(path), str(path), self.problems))
+            self._origin |= dict.fromkeys(leaves, str(path))
+            self._model_args = leaves.get("model_args", self._model_args)
             found = type_problems(leaves)
-            origin |= dict.fromkeys(leaves, str(path))
-            model_args = leaves.get("model_args", model_args)
         elif key.startswith("model_args."):
-            model_arg[key.removeprefix("model_args.")] = yaml_value(value)
-            origin["model_args"] = "command line"
+            self._one_by_one[key.removeprefix("model_args.")] = yaml_value(value)
+            self._origin["model_args"] = "command line"
             found = {}
         else:
             value = _unquoted(value)
-            options.append(f"--{key}={value}")
+            self.options.append(f"--{key}={value}")
+            self._origin[key] = "command line"
+            self._model_args = yaml_value(value) if key == "model_args" else self._model_args
             found = option_problem(key, value)
-            origin[key] = "command line"
-            model_args = yaml_value(value) if key == "model_args" else model_args
-        problems += [f"{origin[key]}: {problem}" for key, problem in found.items()]
-    raise_all(problems)
-    if model_arg:
-        options.append(f"--model_args={json.dumps(model_args | model_arg, default=str)}")
-    try:
-        namespace = parser.parse_args(files + options)
-    except ArgumentError as error:
-        raise RecipeError(f"the recipe cannot be read: {' '.join(str(error).split())}") from None
-    recipe = _recipe(namespace)
-    somewhere = files[-1].partition("=")[2] if files else "command line"
-    processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's; a malformed one is reported where processes meet
-    found = recipe_problems(recipe, int(processes) if processes.isdigit() else 1)
-    raise_all([f"{origin.get(key, somewhere)}: {problem}" for key, problem in found.items()])
-    return recipe, given
+        self.problems += [f"{self._origin[key]}: {problem}" for key, problem in found.items()]
+
+    def parsed(self, parser: ArgumentParser) -> Namespace:
+        options = [*(f"--config={path}" for path in self.files), *self.options]
+        if self._one_by_one:
+            options.append(f"--model_args={json.dumps(self._model_args | self._one_by_one, default=str)}")
+        try:
+            return parser.parse_args(options)
+        except ArgumentError as error:
+            raise RecipeError(f"the recipe cannot be read: {' '.join(str(error).split())}") from None
+
+    def where(self, key: str) -> str:
+        return self._origin.get(key, self.files[-1] if self.files else "command line")
 
 
 def _unquoted(value: str) -> str:
