@@ -49,7 +49,7 @@ FULL = (
     "quality longer larger larger-confirm distill prune decay wider target target-confirm",
     "architectures rates seeds",
     "searches --tasks gpt-small lstm digits captions",
-    "searches --tasks gpt --mappings default shape pretrain",
+    "searches --tasks gpt vit --mappings default shape pretrain",
     "time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
 )
 PROFILES = {"short": SHORT, "full": FULL}

@@ -30,7 +30,7 @@ from .documents.markdown import difference, mean
 from .quality import run
 from .results import ResultFile, latest, lines_of
 
-TASKS = ("digits", "lstm", "gpt-small", "captions", "gpt", "wrn")
+TASKS = ("digits", "lstm", "gpt-small", "captions", "gpt", "vit", "wrn")
 PLAIN = {"default": "auto", "single": "single", "shape": "shape", "depth:4": "depth:4"}
 """mapping that nobody searches for → what the recipe says"""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
