@@ -215,9 +215,7 @@ def longer() -> Iterator[Cell]:
 
 
 LARGER: dict[str, dict[str, tuple[float, ...]]] = {
-    "gpt-large": {
-        **{"dense": (1.5e-3, 3e-3, 6e-3), "shared": (1.5e-3, 3e-3), "equal": (6e-3, 1.2e-2)},
-    },
+    "gpt-large": {"dense": (1.5e-3, 3e-3, 6e-3), "shared": (1.5e-3, 3e-3), "equal": (6e-3, 1.2e-2)},
     "lstm-large": {
         **{"dense": (3e-3, 6e-3, 1.2e-2, 2.4e-2), "shared": (1.5e-3, 3e-3, 6e-3)},
         **{"equal": (1.2e-2, 2.4e-2, 4.8e-2), "hashed": (1.2e-2, 2.4e-2, 4.8e-2)},

@@ -13,15 +13,23 @@ _IMAGES: Settings = {
     **{"data.name": "fashion_mnist", "data.limit": 10_000, "batch_size": 128, "steps": 312, "schedule.warmup": 20},
     **{"evaluate_every": 312, "evaluate_batches": 78},
 }
+_GPT: Settings = {
+    **_TEXT,
+    **_ADAMW,
+    "model": "gpt",
+    "model_args": {"layers": 4, "width": 128, "heads": 4, "context": 128},
+    "evaluate_batches": 20,
+}
+_LSTM: Settings = {
+    **_TEXT,
+    **_ADAMW,
+    "model": "benchmarks.models.lstm",
+    "model_args": {"layers": 2, "width": 128, "context": 64},
+    "evaluate_batches": 40,
+}
 
 TASKS: dict[str, Settings] = {
-    "gpt": {
-        **_TEXT,
-        **_ADAMW,
-        "model": "gpt",
-        "model_args": {"layers": 4, "width": 128, "heads": 4, "context": 128},
-        "evaluate_batches": 20,
-    },
+    "gpt": _GPT,
     "wrn": {
         **_IMAGES,
         "model": "wide_resnet",
@@ -30,13 +38,7 @@ TASKS: dict[str, Settings] = {
         "optimizer.weight_decay": 5e-4,
         "clip_norm": None,
     },
-    "lstm": {
-        **_TEXT,
-        **_ADAMW,
-        "model": "benchmarks.models.lstm",
-        "model_args": {"layers": 2, "width": 128, "context": 64},
-        "evaluate_batches": 40,
-    },
+    "lstm": _LSTM,
     "vit": {
         **_IMAGES,
         **_ADAMW,
@@ -59,29 +61,10 @@ TASKS: dict[str, Settings] = {
         "model_args": {"layers": 3, "width": 256},
     },
     # 4.7 MB of text, the modules of this Python's standard library: a run of 2,000 steps reads about as many bytes.
-    "gpt-python": {
-        **_TEXT,
-        **_ADAMW,
-        "data.path": str(Path(sysconfig.get_path("stdlib")) / "*.py"),
-        "model": "gpt",
-        "model_args": {"layers": 4, "width": 128, "heads": 4, "context": 128},
-        "evaluate_batches": 20,
-    },
+    "gpt-python": {**_GPT, "data.path": str(Path(sysconfig.get_path("stdlib")) / "*.py")},
     # Ten times as many weights as "gpt" and "lstm", on the same data.
-    "gpt-large": {
-        **_TEXT,
-        **_ADAMW,
-        "model": "gpt",
-        "model_args": {"layers": 8, "width": 288, "heads": 8, "context": 128},
-        "evaluate_batches": 20,
-    },
-    "lstm-large": {
-        **_TEXT,
-        **_ADAMW,
-        "model": "benchmarks.models.lstm",
-        "model_args": {"layers": 2, "width": 440, "context": 64},
-        "evaluate_batches": 40,
-    },
+    "gpt-large": {**_GPT, "model_args": {"layers": 8, "width": 288, "heads": 8, "context": 128}},
+    "lstm-large": {**_LSTM, "model_args": {"layers": 2, "width": 440, "context": 64}},
     # So few tokens per step that on a slow network a step is all waiting.
     "gpt-wide": {
         **_TEXT,

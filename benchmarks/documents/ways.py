@@ -48,15 +48,15 @@ def _best_of(cells: Iterable[Line]) -> dict[tuple[str, float], list[Line]]:
     }
 
 
-def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[tuple[str, list[str], list[str], str]]:
-    """For each kind and budget its name, [parameters], [losses, distance from dense] and rate."""
+def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[list[str]]:
+    """For each kind and budget: its name, parameters, losses, their distance from dense's of the same seeds, and its rate."""
     names = {**KINDS, "equal": "dense, as small as 10 %"}
     for (kind, budget), runs in best.items():
         dense = best.get(("dense", 0.1), [])
         alike = kind != "dense" and [run["seed"] for run in runs] == [run["seed"] for run in dense]
         apart = f"{mean_of(runs) / mean_of(dense) - 1:+.1%}" if alike else ""
         name = f"{budget:.0%} bank" if kind == "shared" else names[kind]
-        yield name, [f"{runs[0]['parameters']:,}"], [losses(runs), apart], short(runs[0]["overrides"]["optimizer.lr"])
+        yield [name, f"{runs[0]['parameters']:,}", losses(runs), apart, short(runs[0]["overrides"]["optimizer.lr"])]
 
 
 def longer(task: str) -> str:
@@ -64,9 +64,9 @@ def longer(task: str) -> str:
     lines, steps = lines_of("quality"), 4 * TASKS[task]["steps"]
     best = _best_of(one for one in suites.longer() if one["task"] == task)
     rows = []
-    for (kind, budget), (name, size, quality, rate) in zip(best, _sides(best), strict=True):
+    for (kind, budget), (name, size, *longer_run) in zip(best, _sides(best), strict=True):
         usual = f"{mean_of(at_best(lines, task, kind, budget)[1]):.3f}" if budget == 0.1 and task in RATES else ""
-        rows.append([name, *size, usual, *quality, rate])
+        rows.append([name, size, usual, *longer_run])
     headings = ("parameters", f"{steps // 4:,} steps", f"{steps:,} steps", "from dense", "rate of the longer run")
     return grid((LONGER_NAMES[task], *headings), rows)
 
@@ -74,8 +74,8 @@ def longer(task: str) -> str:
 def larger(task: str) -> str:
     """A model of ten times the weights: a row per kind, each at the best of its rates."""
     best = _best_of(one for one in suites.larger(SEEDS) if one["task"] == task)
-    rows = [[name, *size, *quality, rate] for name, size, quality, rate in _sides(best)]
-    return grid((LARGER_NAMES[task], "parameters", "validation loss", "from dense", "best rate"), rows)
+    headings = ("parameters", "validation loss", "from dense", "best rate")
+    return grid((LARGER_NAMES[task], *headings), list(_sides(best)))
 
 
 def teacher(task: str) -> str:

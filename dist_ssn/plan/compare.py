@@ -31,8 +31,10 @@ def plan_difference(mine: Plan, other: Plan) -> str | None:
 
 
 def check_plan(plan: Plan, specs: Specs) -> None:
-    """Raises:
-    PlanError: the plan is not of the model that has these specs.
+    """Refuses a plan that is not of the model with these specs.
+
+    Raises:
+        PlanError: names up to five weights that differ.
     """
     weights = {weight.name: weight for weight in specs.weights}
     ties = {name: weight.name for weight in specs.weights for name in weight.aliases}
