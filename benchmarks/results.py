@@ -31,6 +31,9 @@ def provenance() -> dict[str, Any]:
     )
     cpu = Path("/proc/cpuinfo")
     models = [line for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
+    hardware = f"{len(models)} × {models[0].split(':')[1].strip()}" if models else platform.processor()
+    if torch.cuda.is_available():
+        hardware += f", {torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
     return {
         "command": " ".join(["python", "-m", *sys.orig_argv[2:]]) if "-m" in sys.orig_argv else " ".join(sys.orig_argv),
         "commit": commit.stdout.strip() or "unknown",
@@ -38,7 +41,7 @@ def provenance() -> dict[str, Any]:
         "time": datetime.datetime.now().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "hardware": f"{len(models)} × {models[0].split(':')[1].strip()}" if models else platform.processor(),
+        "hardware": hardware,
     }
 
 

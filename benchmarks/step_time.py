@@ -1,6 +1,6 @@
 """Step time of a shared model relative to its dense twin: one thread, the two sides in turn, medians.
 
-python -m benchmarks.step_time [--budget 0.1] [--morph auto] [--repetitions 7]
+python -m benchmarks.step_time [--budget 0.1] [--morph auto] [--repetitions 7] [--device cuda]
 """
 
 from __future__ import annotations
@@ -41,26 +41,30 @@ MODELS = {"gpt-256": lambda: gpt(256), "gpt-512": lambda: gpt(512), "wrn-16-4": 
 
 
 def stepper(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], float]:
-    """A function that trains one step and returns its seconds."""
+    """A function that trains one step and returns its seconds, those of a GPU's last kernel among them."""
+    wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
     optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(model), lr=1e-3)
 
     def step() -> float:
+        wait()
         start = time.perf_counter()
         outputs = model(inputs)
         F.cross_entropy(outputs.flatten(0, -2), targets.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
+        wait()
         return time.perf_counter() - start
 
     return step
 
 
-def measure(name: str, budget: float, morph: str, repetitions: int) -> dict[str, object]:
+def measure(name: str, budget: float, morph: str, repetitions: int, device: str) -> dict[str, object]:
     """Both sides' step times in ms, and their ratio by medians and by the fastest steps."""
     torch.manual_seed(0)
-    build, inputs, targets = MODELS[name]()
-    dense = stepper(build(), inputs, targets)
-    shared = stepper(dist_ssn.share(build(), budget, morph=morph), inputs, targets)
+    build, *samples = MODELS[name]()
+    inputs, targets = (sample.to(device) for sample in samples)
+    dense = stepper(build().to(device), inputs, targets)
+    shared = stepper(dist_ssn.share(build(), budget, morph=morph).to(device), inputs, targets)
     seconds: list[tuple[float, float]] = [(dense(), shared()) for _ in range(WARM_UP + repetitions)][WARM_UP:]
     ours, theirs = [s for _, s in seconds], [d for d, _ in seconds]
     return {
@@ -68,6 +72,7 @@ def measure(name: str, budget: float, morph: str, repetitions: int) -> dict[str,
         "budget": budget,
         "morph": morph,
         "repetitions": repetitions,
+        "device": device,
         "dense_ms": [1e3 * f(theirs) for f in (statistics.median, min, max)],
         "shared_ms": [1e3 * f(ours) for f in (statistics.median, min, max)],
         "ratio": statistics.median(ours) / statistics.median(theirs),
@@ -81,14 +86,15 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--morph", default="auto")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = ResultFile("step_time")
     table = Table("model", "morph", "dense ms: median (min-max)", "shared ms", "ratio", "ratio of minima")
     for name in arguments.models:
-        line = measure(name, arguments.budget, arguments.morph, arguments.repetitions)
+        line = measure(name, arguments.budget, arguments.morph, arguments.repetitions, arguments.device)
         results.add(line)
-        times = ["{:.0f} ({:.0f}-{:.0f})".format(*line[side]) for side in ("dense_ms", "shared_ms")]  # type: ignore[misc]
+        times = ["{:.1f} ({:.1f}-{:.1f})".format(*line[side]) for side in ("dense_ms", "shared_ms")]  # type: ignore[misc]
         table.add_row(name, arguments.morph, *times, f"{line['ratio']:.3f}", f"{line['ratio_of_minima']:.3f}")
     Console().print(table)
 

@@ -54,7 +54,20 @@ def at_random(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_scale(weights: Weights, count: int, seed: int) -> Groups:
-    """One bank for all weights whose initial standard deviations lie within a factor of eight; more where they don't."""
+    """One bank for all layers' weights whose initial standard deviations lie within a factor of eight; more where they don't.
+
+    Loose weights (learned positions, class tokens) get theirs in the same way.
+    """
+    layers, loose = (_near_scales([w for w in weights if w.is_loose == is_loose]) for is_loose in (False, True))
+    if len(layers) == 1:
+        named = {"layers" if loose else "all": layers[0]}
+    else:
+        named = {f"scale-{i}": group for i, group in enumerate(layers)}
+    return named | {f"loose-{i}": group for i, group in enumerate(loose)}
+
+
+def _near_scales(weights: Weights) -> list[list[LayerSpec]]:
+    """Groups of near initial standard deviations, in the model's order."""
     groups: list[list[LayerSpec]] = []
     for weight in sorted(weights, key=lambda weight: weight.init_std):
         if groups and weight.init_std <= _STD_RATIO * groups[-1][0].init_std:
@@ -63,9 +76,7 @@ def by_scale(weights: Weights, count: int, seed: int) -> Groups:
             groups.append([weight])
     order = {weight.name: i for i, weight in enumerate(weights)}
     named = [sorted(group, key=lambda weight: order[weight.name]) for group in groups]
-    if len(named) == 1:
-        return {"all": named[0]}
-    return {f"scale-{i}": group for i, group in enumerate(sorted(named, key=lambda group: order[group[0].name]))}
+    return sorted(named, key=lambda group: order[group[0].name])
 
 
 MAPPINGS: dict[str, Callable[[Weights, int, int], Groups]] = {
