@@ -25,9 +25,9 @@ from .results import ResultFile
 WARM_UP = 2
 
 
-def gpt(width: int) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
-    """A GPT of 4 layers on 1,024 tokens."""
-    tokens = torch.randint(0, 256, (8, 128))
+def gpt(width: int, samples: int = 8) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
+    """A GPT of 4 layers on samples of 128 tokens."""
+    tokens = torch.randint(0, 256, (samples, 128))
     return lambda: build_gpt(layers=4, width=width, heads=4, context=128), tokens, tokens
 
 
@@ -37,7 +37,12 @@ def wide_resnet(width: int) -> tuple[Callable[[], nn.Module], Tensor, Tensor]:
     return lambda: build_wide_resnet(depth=16, width=width, channels=3), images, labels
 
 
-MODELS = {"gpt-256": lambda: gpt(256), "gpt-512": lambda: gpt(512), "wrn-16-4": lambda: wide_resnet(4)}
+MODELS = {
+    "gpt-256": lambda: gpt(256),
+    "gpt-512": lambda: gpt(512),
+    "gpt-1024": lambda: gpt(1024, samples=64),
+    "wrn-16-4": lambda: wide_resnet(4),
+}
 
 
 def stepper(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], float]:
