@@ -28,6 +28,7 @@ from .step_time import MODELS
 
 Line = dict[str, Any]
 MIB = 2**20
+USUAL = ("gpt-256", "gpt-512", "wrn-16-4")
 BUDGETS = (None, 0.02, 0.1, 0.25, 0.5)
 
 
@@ -97,7 +98,7 @@ def table(lines: Iterable[Line]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=USUAL, choices=list(MODELS))
     parser.add_argument("--budgets", nargs="*", type=float, default=[budget for budget in BUDGETS if budget])
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()

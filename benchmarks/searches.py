@@ -31,7 +31,7 @@ from .quality import run
 from .results import ResultFile, latest, lines_of
 
 TASKS = ("digits", "lstm", "gpt-small", "captions", "gpt", "vit", "wrn")
-PLAIN = {"default": "auto", "single": "single", "shape": "shape", "depth:4": "depth:4"}
+PLAIN = {"default": "auto", **{name: name for name in ("scale", "single", "shape", "depth:4")}}
 """mapping that nobody searches for → what the recipe says"""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("random", "weights-free", "pretrain", "gradients", "auto")},

@@ -33,7 +33,7 @@ from .cells import (
     seeds_of,
 )
 from .results import ResultFile
-from .tasks import TASKS, WIDER
+from .tasks import TASKS, WIDER, Settings
 
 MORPHS: dict[str, tuple[str, ...]] = {
     "gpt": (
@@ -72,13 +72,17 @@ def confirm() -> Iterator[Cell]:
                 yield cell(task, kind, lr, seed, seeded(kind, seed), budget)
 
 
+MORPHS_MAPPING: dict[str, Settings] = {"gpt": {}, "wrn": {"share.mapping": "scale"}}
+"""What the default mapping was when the morphs were compared, where it is another one now."""
+
+
 def morphs() -> Iterator[Cell]:
     """Every morph at 10 % and the default's best rate, over seeds of its mapping; the default over mappings, too."""
     best = best_rates(ResultFile("quality").lines())
-    for task, names in MORPHS.items():
+    for task, names in ((task, names) for task, names in MORPHS.items() if (task, "shared") in best):
         for seed in SEEDS[:2]:
             for morph in (DEFAULT, *names) if seed else names:  # the default at seed 0 is a cell of `rates`
-                more = {"share.morph": morph} | ({"share.seed": seed} if seed else {})
+                more = MORPHS_MAPPING[task] | {"share.morph": morph} | ({"share.seed": seed} if seed else {})
                 yield cell(task, "shared", best[task, "shared"], more=more)
         for mapping in ("shape", "depth:2"):
             yield cell(task, "shared", best[task, "shared"], more={"share.mapping": mapping})
@@ -94,8 +98,6 @@ def budgets() -> Iterator[Cell]:
                     yield cell("gpt-small", "budgets", lr, seed, {"optimizer.name": optimizer, **shared})
 
 
-HIGH = {"share.mapping": "scale"}
-"""What a line must say from a budget of 1 on: those without it are older, and have a bank per shape."""
 CURVE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 COARSE = {0.01, 0.05, 0.25, 1.0, 4.0}
 """Budgets that are left out on tasks whose runs take a minute and more."""
@@ -118,9 +120,9 @@ def curve() -> Iterator[Cell]:
             yield on_curve(task, budget, lr, seed=0)
 
 
-def on_curve(task: str, budget: float, lr: float, seed: int, shape: bool = False) -> Cell:
-    """A cell of the curve; `shape`: with a bank per shape, which was the default from a budget of 1 on."""
-    more = {"share.morph": DEFAULT} if budget < 1 else {"share.morph": "auto", **({} if shape else HIGH)}
+def on_curve(task: str, budget: float, lr: float, seed: int, mapping: str | None = None) -> Cell:
+    """A cell of the curve; lines with a mapping are those of earlier defaults."""
+    more = {"share.morph": DEFAULT if budget < 1 else "auto", **({"share.mapping": mapping} if mapping else {})}
     return cell(task, "shared", lr, seed, {**more, **seeded("shared", seed)}, budget)
 
 

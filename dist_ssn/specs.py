@@ -45,8 +45,8 @@ class LayerSpec:
     """Row that stays zero (an embedding's `padding_idx`)."""
     is_measured: bool = False
     """Whether `init_std` was measured on random values, so that another seed gives another number."""
-    is_loose: bool = False
-    """Whether it stands beside layers instead of in one: learned positions and class tokens, which are added, not multiplied."""
+    is_table: bool = False
+    """Whether an embedding holds it, whose rows are looked up."""
 
     @property
     def numel(self) -> int:
@@ -267,19 +267,8 @@ def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
         is_measured=is_measured,
         aliases=tuple(holders.values())[1:],
         zero_row=zero_row,
-        is_loose=all(_stands_beside_layers(place.module, shape) for place in places),
+        is_table=any(isinstance(place.module, EMBEDDINGS) for place in places),
     )
-
-
-def _stands_beside_layers(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a weight of this module is its own doing: of one that is made of layers, or adds the same to every sample.
-
-    Layers of torch that are made of layers (attention, say) do with their weights what layers do.
-    """
-    kinds = type(module).__mro__[: -len(nn.Module.__mro__)]
-    if any(kind.__module__.startswith("torch.nn.") for kind in kinds):
-        return False
-    return shape[0] == 1 or any(True for child in module.children() for _ in child.parameters())
 
 
 def _residual(weights: Sequence[LayerSpec]) -> list[LayerSpec]:

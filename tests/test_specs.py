@@ -205,44 +205,6 @@ def test_any_parameter_of_two_dimensions() -> None:
     assert (specs.own_parameters, specs.left_out, specs.numel) == (38, (), 600 + 60 + 42 + 18)
 
 
-class Encoder(nn.Module):
-    """Learned positions beside layers, and a table in a layer of the user's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.positions = nn.Parameter(torch.randn(6, 8))
-        self.attention = nn.MultiheadAttention(8, 2)
-        self.own = Conv1D(8, 8)
-        self.added = Added()
-
-
-class Added(nn.Module):
-    """Positions with a module to themselves; dropout is no layer that has weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(1, 6, 8))
-        self.matrix = nn.Parameter(torch.randn(8, 8))
-        self.dropout = nn.Dropout()
-
-
-def test_what_stands_beside_layers_is_loose() -> None:
-    """And what is in a layer is not, be it torch's, which is made of layers itself, or the user's own."""
-    loose = {weight.name: weight.is_loose for weight in find_specs(Encoder()).weights}
-    assert loose == {
-        "positions": True,
-        "attention.in_proj_weight": False,
-        "attention.out_proj.weight": False,
-        "own.weight": False,
-        "added.table": True,
-        "added.matrix": False,
-    }
-    assert not find_specs(nn.Linear(8, 1)).weights[0].is_loose
-    tied = Encoder()
-    tied.own.weight = tied.positions = nn.Parameter(torch.randn(8, 8))
-    assert not next(weight for weight in find_specs(tied).weights if weight.aliases).is_loose
-
-
 def test_finding_changes_nothing() -> None:
     model = Raw()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -10,19 +10,34 @@ from .markdown import from_rich, grid
 
 GENERATION = "2026-11-26T06:38"
 """Since then weights are made as they are now."""
-MODELS = {"gpt-256": "GPT, width 256", "gpt-512": "GPT, width 512", "wrn-16-4": "Wide ResNet 16-4, batch 128"}
+MODELS = {
+    "gpt-256": "GPT, width 256",
+    "gpt-512": "GPT, width 512",
+    "gpt-1024": "GPT, width 1024, 8,192 tokens",
+    "wrn-16-4": "Wide ResNet 16-4, batch 128",
+}
 
 
 def step_time() -> str:
     """Every measurement of generation as it is, model by model."""
     rows = []
     lines = [line for line in lines_of("step_time") if line.get("time", "") >= GENERATION]
-    for line in sorted(lines, key=lambda line: list(MODELS).index(line["model"])):
-        both = ("{:.0f} ({:.0f}-{:.0f})".format(*line[side]) for side in ("dense_ms", "shared_ms"))
+    for line in sorted(lines, key=lambda line: ("device" in line, list(MODELS).index(line["model"]))):
+        device = line["hardware"].split("NVIDIA ")[1] if line.get("device") == "cuda" else "one thread"
+        digits = ".0f" if device == "one thread" else ".1f"
+        both = ("{:{d}} ({:{d}}-{:{d}})".format(*line[side], d=digits) for side in ("dense_ms", "shared_ms"))
         ratios = (f"{line['ratio']:.3f}", f"{line['ratio_of_minima']:.3f}")
-        rows.append([MODELS[line["model"]], f"{line['budget']:.0%}", str(line["repetitions"]), *both, *ratios])
-    rows.append(["on a GPU", "", "", "not measured", "not measured", "", ""])
-    headings = ("model", "budget", "steps", "dense ms: median (min-max)", "shared ms", "of medians", "of the fastest")
+        rows.append([MODELS[line["model"]], device, f"{line['budget']:.0%}", str(line["repetitions"]), *both, *ratios])
+    headings = (
+        "model",
+        "on",
+        "budget",
+        "steps",
+        "dense ms: median (min-max)",
+        "shared ms",
+        "of medians",
+        "of the fastest",
+    )
     return grid(headings, rows)
 
 

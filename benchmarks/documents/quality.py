@@ -9,7 +9,7 @@ from typing import Any
 from .. import architectures
 from ..cells import DEFAULT, SEEDS, best_rates, cell, identity
 from ..results import lines_of
-from ..suites import MORPHS, TARGETS
+from ..suites import MORPHS, MORPHS_MAPPING, TARGETS
 from ..suites import budgets as budget_cells
 from ..target_runs import all_runs, losses_of, side_of
 from ..tasks import TASKS
@@ -84,7 +84,8 @@ def morphs(task: str) -> str:
     variants += [("a bank per shape", {"share.mapping": "shape"}), ("two banks by depth", {"share.mapping": "depth:2"})]
     for name, more in variants:
         wanted = [
-            cell(task, "shared", rate, more={**more, **({"share.seed": seed} if seed else {})}) for seed in SEEDS[:2]
+            cell(task, "shared", rate, more=MORPHS_MAPPING[task] | more | ({"share.seed": seed} if seed else {}))
+            for seed in SEEDS[:2]
         ]
         found.append((name, [known[identity(one)] for one in wanted if identity(one) in known]))
     what, scale, shown, sign = "validation_loss", 1.0, ".3f", 1

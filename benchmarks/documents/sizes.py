@@ -152,13 +152,15 @@ def _beside(bank: Sequence[Line], other: Sequence[Line]) -> str:
     return "level with the best" if mean_of(bank) - mean_of(other) <= max(deviations) else "the best one is better"
 
 
-def on_curves(task: str, shape: bool = False) -> dict[float, list[Line]]:
+def on_curves(task: str, mapping: str | None = None) -> dict[float, list[Line]]:
     """budget → its runs at the better of the rates tried: where all seeds were measured at one, there."""
     known = {identity(line): line for line in lines_of("quality")}
     found = {}
     for budget in CURVE:
         seeds = seeds_of(task)
-        tried = [[known.get(identity(on_curve(task, budget, lr, seed, shape))) for seed in seeds] for lr in RATES[task]]
+        tried = [
+            [known.get(identity(on_curve(task, budget, lr, seed, mapping))) for seed in seeds] for lr in RATES[task]
+        ]
         runs = [[run for run in there if run is not None] for there in tried]
         if most := max((len(there) for there in runs), default=0):
             found[budget] = min((there for there in runs if len(there) == most), key=mean_of)

@@ -79,7 +79,7 @@ def _resolve(
 ) -> tuple[Groups, Morph]:
     """The groups and the morph, with what "auto" stands for at this budget."""
     if mapping == "auto":
-        mapping = "scale"
+        mapping = "blocks"
     if morph.name == "auto":
         # One bank read in many ways below the model's own size; a mixture of templates above (measured: docs/quality.md).
         morph = replace(morph, name="wavg" if allowed >= HIGH_BUDGET * specs.numel else "offset")

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import PlanError, unknown_choice
@@ -15,7 +16,7 @@ Weights = Sequence[LayerSpec]
 Groups = dict[str, list[LayerSpec]]
 
 _STD_RATIO = 8.0
-"""Weights whose initial standard deviations differ by more get separate banks under "auto": one step of an optimizer moves
+"""Weights whose initial standard deviations differ by more get separate banks under "scale": one step of an optimizer moves
 all users of a bank in proportion to their scale, so that a bank rate can suit only weights of similar scale."""
 
 
@@ -54,20 +55,7 @@ def at_random(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_scale(weights: Weights, count: int, seed: int) -> Groups:
-    """One bank for all layers' weights whose initial standard deviations lie within a factor of eight; more where they don't.
-
-    Loose weights (learned positions, class tokens) get theirs in the same way.
-    """
-    layers, loose = (_near_scales([w for w in weights if w.is_loose == is_loose]) for is_loose in (False, True))
-    if len(layers) == 1:
-        named = {"layers" if loose else "all": layers[0]}
-    else:
-        named = {f"scale-{i}": group for i, group in enumerate(layers)}
-    return named | {f"loose-{i}": group for i, group in enumerate(loose)}
-
-
-def _near_scales(weights: Weights) -> list[list[LayerSpec]]:
-    """Groups of near initial standard deviations, in the model's order."""
+    """One bank for all weights whose initial standard deviations lie within a factor of eight; more where they don't."""
     groups: list[list[LayerSpec]] = []
     for weight in sorted(weights, key=lambda weight: weight.init_std):
         if groups and weight.init_std <= _STD_RATIO * groups[-1][0].init_std:
@@ -76,7 +64,29 @@ def _near_scales(weights: Weights) -> list[list[LayerSpec]]:
             groups.append([weight])
     order = {weight.name: i for i, weight in enumerate(weights)}
     named = [sorted(group, key=lambda weight: order[weight.name]) for group in groups]
-    return sorted(named, key=lambda group: order[group[0].name])
+    if len(named) == 1:
+        return {"all": named[0]}
+    return {f"scale-{i}": group for i, group in enumerate(sorted(named, key=lambda group: order[group[0].name]))}
+
+
+def by_blocks(weights: Weights, count: int, seed: int) -> Groups:
+    """A bank for what a model repeats and for its embeddings (as `by_scale`), and one for each layer that it has once.
+
+    What comes first and last in a model (a stem, positions, a head) gets much larger gradients than its blocks. In their bank
+    it would lead, and they would follow at random. An embedding is large, and needs more numbers than its part of the budget.
+    """
+    kinds = Counter(_without_numbers(weight.name) for weight in weights)
+    once = [weight for weight in weights if kinds[_without_numbers(weight.name)] == 1 and not weight.is_table]
+    blocks = by_scale([weight for weight in weights if weight not in once] or once, count, seed)
+    if not once or len(once) == len(weights):
+        return blocks
+    named = {"blocks" if name == "all" else name: group for name, group in blocks.items()}
+    return named | {f"once-{i}": [weight] for i, weight in enumerate(once)}
+
+
+def _without_numbers(name: str) -> str:
+    """A name that is the same for a layer of every block: "blocks.0.mlp.weight" and "blocks.1.mlp.weight"."""
+    return re.sub("[0-9]+", "#", name)
 
 
 MAPPINGS: dict[str, Callable[[Weights, int, int], Groups]] = {
@@ -85,6 +95,7 @@ MAPPINGS: dict[str, Callable[[Weights, int, int], Groups]] = {
     "depth": by_depth,
     "random": at_random,
     "scale": by_scale,
+    "blocks": by_blocks,
 }
 _DEFAULT_COUNT = 4
 GROUP_NAME = re.compile("[A-Za-z][A-Za-z0-9_-]*")

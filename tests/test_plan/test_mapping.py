@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,27 +109,6 @@ def test_the_default_parts_weights_by_scale_at_every_budget(budget: float) -> No
     weights = tuple(LayerSpec(name, (64, 32), "Linear", 32, std) for name, std in stds.items())
     groups = make_plan(Specs(weights), budget).groups
     assert sorted(sorted(slot.name for slot in group.slots) for group in groups) == [["embedding"], ["head", "hidden"]]
-
-
-@pytest.mark.parametrize("budget", [0.3, 1.0, 4.0])
-def test_the_default_keeps_loose_weights_apart_from_layers(budget: float) -> None:
-    """One bank for layers of one scale, and one more for what stands beside them, whatever its scale is."""
-    loose = replace(spec("positions", 64, 32, std=0.1), is_loose=True)
-    layers = [spec(name, 64, 32, std=0.1) for name in ("a", "b")]
-    for weights in itertools.permutations([loose, *layers]):
-        groups = {
-            group.name: sorted(slot.name for slot in group.slots) for group in make_plan(Specs(weights), budget).groups
-        }
-        assert groups == {"layers": ["a", "b"], "loose-0": ["positions"]}
-    far = replace(spec("token", 64, 32, std=2.0), is_loose=True)
-    groups = map_weights([loose, far, *layers, spec("table", 64, 32, std=1.0)], "scale", 0)
-    assert {name: [w.name for w in group] for name, group in groups.items()} == {
-        "scale-0": ["a", "b"],
-        "scale-1": ["table"],
-        "loose-0": ["positions"],
-        "loose-1": ["token"],
-    }
-    assert list(map_weights([loose], "scale", 0)) == ["loose-0"]
 
 
 def test_the_order_of_a_mapping_by_hand_matters_only_where_globs_overlap() -> None:
