@@ -235,6 +235,20 @@ def test_tied_weights_stand_once() -> None:
         assert [weight.name for weight in find_specs(Tied(), include=name).weights] == ["body.weight"]
 
 
+def test_tables_are_what_an_embedding_holds() -> None:
+    """Under any of its names."""
+    tied = nn.ModuleDict(
+        {"head": nn.Linear(8, 20, bias=False), "table": nn.Embedding(20, 8), "bag": nn.EmbeddingBag(20, 8)}
+    )
+    assert {w.name: w.is_table for w in find_specs(tied).weights} == {
+        "head.weight": False,
+        "table.weight": True,
+        "bag.weight": True,
+    }
+    tied["head"].weight = tied["table"].weight
+    assert {w.name: w.is_table for w in find_specs(tied).weights} == {"head.weight": True, "bag.weight": True}
+
+
 def test_what_is_left_out_is_listed_with_the_reason() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

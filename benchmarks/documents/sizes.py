@@ -167,15 +167,25 @@ def on_curves(task: str, mapping: str | None = None) -> dict[float, list[Line]]:
     return found
 
 
+EARLIER = {"one bank per range of scales": "scale", "a bank per shape": "shape"}
+"""Mappings that were the default when curves were measured, in words."""
+
+
 def curve() -> str:
     """Quality by budget, a column per task, means of all seeds (in brackets how many, where it is not all)."""
     tasks = [task for task in MODELS if len(on_curves(task)) > 1]
     curves = {task: on_curves(task) for task in tasks}
     dense = {task: at_best(lines_of("quality"), task, "dense")[1] for task in tasks}
     rows = [["dense", *(_in_curve(dense[task], task) for task in tasks)]]
-    of_shape = {task: on_curves(task, shape=True) for task in tasks}
-    high = [(f"{100 * budget:g} %, a bank per shape", budget, of_shape) for budget in CURVE if budget >= 1]
-    for name, budget, found in [*((f"{100 * budget:g} %", budget, curves) for budget in CURVE), *high]:
+    earlier = {mapping: {task: on_curves(task, mapping) for task in tasks} for mapping in EARLIER.values()}
+    shown = [(f"{100 * budget:g} %", budget, curves) for budget in CURVE]
+    for name, mapping in EARLIER.items():
+        shown += [
+            (f"{100 * b:g} %, {name}", b, earlier[mapping])
+            for b in CURVE
+            if any(b in found for found in earlier[mapping].values())
+        ]
+    for name, budget, found in shown:
         texts = []
         for task in tasks:
             runs = found[task].get(budget, [])

@@ -72,14 +72,16 @@ def by_scale(weights: Weights, count: int, seed: int) -> Groups:
 def by_blocks(weights: Weights, count: int, seed: int) -> Groups:
     """A bank for what a model repeats and for its embeddings (as `by_scale`), and one for each layer that it has once.
 
-    What comes first and last in a model (a stem, positions, a head) gets much larger gradients than its blocks. In their bank
-    it would lead, and they would follow at random. An embedding is large, and needs more numbers than its part of the budget.
+    What comes first and last in a model (a stem, positions, a head) gets much larger gradients than its blocks: in their bank
+    it would lead, and they would follow at random. An embedding is large, and needs more numbers than its part of the
+    budget. Where nothing is repeated, all stays together.
     """
     kinds = Counter(_without_numbers(weight.name) for weight in weights)
     once = [weight for weight in weights if kinds[_without_numbers(weight.name)] == 1 and not weight.is_table]
-    blocks = by_scale([weight for weight in weights if weight not in once] or once, count, seed)
-    if not once or len(once) == len(weights):
-        return blocks
+    if not once or max(kinds.values()) == 1:
+        return by_scale(weights, count, seed)
+    apart = {weight.name for weight in once}
+    blocks = by_scale([weight for weight in weights if weight.name not in apart], count, seed)
     named = {"blocks" if name == "all" else name: group for name, group in blocks.items()}
     return named | {f"once-{i}": [weight] for i, weight in enumerate(once)}
 

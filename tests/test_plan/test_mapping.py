@@ -15,12 +15,12 @@ from dist_ssn.plan.mapping import group_std, map_weights
 from dist_ssn.specs import LayerSpec, Specs
 
 
-def spec(name: str, *shape: int, std: float = 0.1, aliases: tuple[str, ...] = ()) -> LayerSpec:
-    return LayerSpec(name, shape, "Linear", shape[1], std, aliases)
+def spec(name: str, *shape: int, std: float = 0.1, aliases: tuple[str, ...] = (), is_table: bool = False) -> LayerSpec:
+    return LayerSpec(name, shape, "Linear", shape[1], std, aliases, is_table=is_table)
 
 
 WEIGHTS = (
-    spec("table.weight", 50, 8, std=1.0, aliases=("head.weight",)),
+    spec("table.weight", 50, 8, std=1.0, aliases=("head.weight",), is_table=True),
     spec("blocks.0.up.weight", 32, 8),
     spec("blocks.0.down.weight", 8, 32),
     spec("blocks.1.up.weight", 32, 8),
@@ -45,6 +45,7 @@ def grouped(mapping: Any, seed: int = 0) -> dict[str, list[str]]:
         ("depth:2", {"depth-0": [TABLE, UP0], "depth-1": [DOWN0, UP1, DOWN1, LAST]}),
         ("depth:1", {"depth-0": [TABLE, UP0, DOWN0, UP1, DOWN1, LAST]}),
         ("scale", {"scale-0": [TABLE], "scale-1": [UP0, DOWN0, UP1, DOWN1, LAST]}),
+        ("blocks", {"scale-0": [TABLE], "scale-1": [UP0, DOWN0, UP1, DOWN1], "once-0": [LAST]}),
         ({"*": "one"}, {"one": [TABLE, UP0, DOWN0, UP1, DOWN1, LAST]}),
         (
             {"*.up.*": "up", "blocks.*": "rest-of_blocks", "*": "Z9"},
@@ -103,12 +104,36 @@ def test_scale_keeps_near_standard_deviations_together(stds: list[float]) -> Non
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0, 4.0])
-def test_the_default_parts_weights_by_scale_at_every_budget(budget: float) -> None:
-    """An embedding and a head of one shape, whose initial scales are far apart: no rate suits a bank that has both."""
-    stds = {"embedding": 1.0, "hidden": 0.05, "head": 0.04}
-    weights = tuple(LayerSpec(name, (64, 32), "Linear", 32, std) for name, std in stds.items())
-    groups = make_plan(Specs(weights), budget).groups
-    assert sorted(sorted(slot.name for slot in group.slots) for group in groups) == [["embedding"], ["head", "hidden"]]
+def test_the_default_parts_blocks_by_scale_and_keeps_apart_what_there_is_once(budget: float) -> None:
+    """At every budget. What is repeated differs in numbers alone, wherever they stand in its name."""
+    stds = {"stem": 0.1, "0.up": 1.0, "0.down": 0.05, "1.up": 1.0, "1.down": 0.04, "head": 0.04}
+    weights = tuple(spec(name, 64, 32, std=std) for name, std in stds.items())
+    groups = {
+        group.name: sorted(slot.name for slot in group.slots) for group in make_plan(Specs(weights), budget).groups
+    }
+    assert groups == {
+        "scale-0": ["0.up", "1.up"],
+        "scale-1": ["0.down", "1.down"],
+        "once-0": ["stem"],
+        "once-1": ["head"],
+    }
+
+
+def test_embeddings_stay_with_the_blocks_and_without_blocks_all_stay_together() -> None:
+    table, up, down, head = (
+        spec("table", 50, 8, is_table=True),
+        spec("0.up", 8, 8),
+        spec("1.up", 8, 8),
+        spec("head", 8, 8),
+    )
+
+    def names(*weights: LayerSpec) -> dict[str, list[str]]:
+        return {name: [w.name for w in group] for name, group in map_weights(weights, "blocks", 0).items()}
+
+    assert names(table, up, down) == {"all": ["table", "0.up", "1.up"]}
+    assert names(table, up, down, head) == {"blocks": ["table", "0.up", "1.up"], "once-0": ["head"]}
+    assert names(table, head) == {"all": ["table", "head"]}
+    assert names(up, head) == {"all": ["0.up", "head"]}
 
 
 def test_the_order_of_a_mapping_by_hand_matters_only_where_globs_overlap() -> None:
@@ -121,7 +146,7 @@ def test_the_order_of_a_mapping_by_hand_matters_only_where_globs_overlap() -> No
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ("dept", r"unknown mapping 'dept': known are auto, depth, .*; did you mean 'depth'\?, or a dict"),
+        ("dept", r"unknown mapping 'dept': known are auto, blocks, depth, .*; did you mean 'depth'\?, or a dict"),
         ("", "unknown mapping ''"),
         ("depth:0", "mapping 'depth:0': a number of groups goes with depth and random only, as \"depth:3\""),
         ("depth:x", "a number of groups goes with depth and random only"),

@@ -30,7 +30,7 @@ MORPH_TEXTS = (
     *("offset:rank=3,gains=true", "offset:templates=2,chunk=5,gains=false", "hash:chunk=7,templates=3"),
     *("wavg:templates=6,rank=1", "inter:templates=1,gains=true", "auto:rank=2"),
 )
-MAPPING_TEXTS = ("auto", "single", "shape", "scale", "depth", "depth:3", "random", "random:2")
+MAPPING_TEXTS = ("auto", "single", "shape", "scale", "blocks", "depth", "depth:3", "random", "random:2")
 BUDGETS = st.one_of(
     st.sampled_from([0.001, 0.02, 0.1, 0.5, 0.99, 1.0, 1.01, 1.5, 2.0, 4.0, 8.0]),
     st.floats(0.001, 8.0),
