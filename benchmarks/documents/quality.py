@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import architectures
-from ..cells import DEFAULT, SEEDS, best_rates, cell, identity
+from ..cells import DEFAULT, SEEDS, cell, identity
 from ..results import lines_of
-from ..suites import MORPHS, MORPHS_MAPPING, TARGETS
+from ..suites import MORPHS, MORPHS_AT, TARGETS
 from ..suites import budgets as budget_cells
 from ..target_runs import all_runs, losses_of, side_of
 from ..tasks import TASKS
@@ -76,7 +76,7 @@ def budgets(optimizer: str) -> str:
 
 def morphs(task: str) -> str:
     """Every morph at 10 %, seeds of its mapping one by one, best mean first."""
-    rate, known = best_rates(lines_of("quality"))[task, "shared"], _by_identity()
+    rate, known = MORPHS_AT[task]["optimizer.lr"], _by_identity()
     found: list[tuple[str, list[Line]]] = []
     variants: list[tuple[str, dict[str, Any]]] = [
         (MORPH_NAMES.get(m, m), {"share.morph": m}) for m in (DEFAULT, *MORPHS[task])
@@ -84,7 +84,7 @@ def morphs(task: str) -> str:
     variants += [("a bank per shape", {"share.mapping": "shape"}), ("two banks by depth", {"share.mapping": "depth:2"})]
     for name, more in variants:
         wanted = [
-            cell(task, "shared", rate, more=MORPHS_MAPPING[task] | more | ({"share.seed": seed} if seed else {}))
+            cell(task, "shared", rate, more=MORPHS_AT[task] | more | ({"share.seed": seed} if seed else {}))
             for seed in SEEDS[:2]
         ]
         found.append((name, [known[identity(one)] for one in wanted if identity(one) in known]))

@@ -82,6 +82,23 @@ def of_wider(task: str) -> list[Line]:
     return min(by_rate.values(), key=lambda runs: (-len(runs), mean_of(runs)), default=[])
 
 
+def mappings() -> str:
+    """Banks of 10 % by the default mapping, by the one before, and one per shape."""
+    known = {identity(line): line for line in lines_of("quality")}
+    rows = []
+    for task in MODELS:
+        tried = [
+            [known.get(identity(on_curve(task, 0.1, lr, seed, "scale"))) for seed in seeds_of(task)]
+            for lr in RATES[task]
+        ]
+        complete = [[run for run in runs if run] for runs in tried if all(runs)]
+        before = losses(min(complete, key=mean_of)) if complete else "the same plan"
+        shapes = by_mapping(task).get("shape")
+        default = losses(at_best(lines_of("quality"), task, "shared")[1])
+        rows.append([MODELS[task], default, before, losses(shapes) if shapes else ""])
+    return grid(("", "blocks", "one bank per range of scales", "a bank per shape, at the rate of that"), rows)
+
+
 def at(budget: float, task: str) -> str:
     """Each kind at its best rate, best mean loss first; other mappings at the default's, wider models at the better of two."""
     named = [(KINDS[kind], runs) for kind, (_, runs) in methods(task, budget).items()]
@@ -209,6 +226,7 @@ def _of(budget: float, tasks: Iterable[str]) -> dict[str, Callable[[], str]]:
 TABLES: dict[str, Callable[[], str]] = {
     "quality-in-short": in_short,
     "goals": goals,
+    "mappings": mappings,
     "curve": curve,
     **_of(0.1, MODELS),
     **_of(LOW, LOW_TASKS),
