@@ -70,20 +70,26 @@ def by_scale(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_blocks(weights: Weights, count: int, seed: int) -> Groups:
-    """A bank for what a model repeats and for its embeddings (as `by_scale`), and one for each layer that it has once.
-
-    What comes first and last in a model (a stem, positions, a head) gets much larger gradients than its blocks: in their bank
-    it would lead, and they would follow at random. An embedding is large, and needs more numbers than its part of the
-    budget. Where nothing is repeated, all stays together.
-    """
-    kinds = Counter(_without_numbers(weight.name) for weight in weights)
-    once = [weight for weight in weights if kinds[_without_numbers(weight.name)] == 1 and not weight.is_table]
-    if not once or max(kinds.values()) == 1:
+    """A bank for what a model repeats and for its embeddings (as `by_scale`), and one for each layer that it has once."""
+    once = layers_once(weights)
+    if not once:
         return by_scale(weights, count, seed)
     apart = {weight.name for weight in once}
     blocks = by_scale([weight for weight in weights if weight.name not in apart], count, seed)
     named = {"blocks" if name == "all" else name: group for name, group in blocks.items()}
     return named | {f"once-{i}": [weight] for i, weight in enumerate(once)}
+
+
+def layers_once(weights: Weights) -> list[LayerSpec]:
+    """What comes first and last in a model: a stem, positions, a head; nothing in a model that repeats no layer.
+
+    They get much larger gradients than the blocks between them: in one bank they would lead, and the blocks would follow at
+    random. Embeddings are not among them. They are large, and need more numbers than their part of the budget.
+    """
+    kinds = Counter(_without_numbers(weight.name) for weight in weights)
+    if max(kinds.values(), default=1) == 1:
+        return []
+    return [weight for weight in weights if kinds[_without_numbers(weight.name)] == 1 and not weight.is_table]
 
 
 def _without_numbers(name: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.metrics import silhouette_score
 
-from dist_ssn.plan.mapping import by_scale
+from dist_ssn.plan.mapping import by_scale, layers_once
 from dist_ssn.specs import LayerSpec
 
 MOST_GROUPS = 8
@@ -71,12 +71,13 @@ def _best(
 def mapping_of(weights: Sequence[LayerSpec], labels: Iterable[int]) -> dict[str, str]:
     """weight → group name, numbered in the model's order.
 
-    Weights of very different initial scale are parted, whatever the labels say: no rate suits a bank that has both
-    (`plan.mapping.by_scale`).
+    Whatever the labels say, layers that the model has once stand alone, and weights of very different initial scale are parted
+    (`plan.mapping.by_blocks` says why).
     """
-    clusters: dict[int, list[LayerSpec]] = {}
+    once = {weight.name for weight in layers_once(weights)}
+    clusters: dict[int | str, list[LayerSpec]] = {}
     for weight, label in zip(weights, labels, strict=True):
-        clusters.setdefault(label, []).append(weight)
+        clusters.setdefault(weight.name if weight.name in once else label, []).append(weight)
     groups = [group for cluster in clusters.values() for group in by_scale(cluster, 0, 0).values()]
     return {weight.name: f"group-{i}" for i, group in enumerate(groups) for weight in group}
 

@@ -54,6 +54,13 @@ def test_weights_of_other_scale_are_parted() -> None:
     assert mapping_of(weights, [0, 0, 0, 1]) == {"a": "group-0", "c": "group-0", "b": "group-1", "d": "group-2"}
 
 
+def test_layers_that_a_model_has_once_stand_alone() -> None:
+    """Under any labels; the groups around them stay as they are."""
+    weights = [weight("stem"), weight("0.up"), weight("0.down"), weight("1.up"), weight("1.down"), weight("head")]
+    ups, downs = {"0.up": "group-1", "1.up": "group-1"}, {"0.down": "group-2", "1.down": "group-2"}
+    assert mapping_of(weights, [0, 0, 1, 0, 1, 1]) == {"stem": "group-0", **ups, **downs, "head": "group-3"}
+
+
 def test_features_tell_kind_depth_and_sensitivity() -> None:
     weights = [weight("a"), weight("b"), weight("c", kind="Embedding"), weight("d", shape=(80, 40))]
     found = features(weights, [1.0, 1.0, 1.0, 5.0])
