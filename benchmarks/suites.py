@@ -103,8 +103,8 @@ def budgets() -> Iterator[Cell]:
 
 CURVE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 COARSE = {0.01, 0.05, 0.25, 1.0, 4.0}
-"""Budgets that are left out on tasks whose runs take a minute and more."""
-SLOW = ("gpt", "wrn", "vit")
+"""Budgets that are left out on tasks whose runs take half a minute and more."""
+SLOW = ("gpt", "wrn", "vit", "captions")
 
 
 def curve() -> Iterator[Cell]:

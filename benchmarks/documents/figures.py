@@ -42,8 +42,8 @@ def budgets(path: Path) -> None:
 
 
 def curves(path: Path) -> None:
-    """A plot per task: loss against budget, mean and each seed, beside dense."""
-    tasks = [task for task in sizes.MODELS if len(sizes.on_curves(task)) > 2]
+    """A plot per task: loss against budget, mean and each seed, beside dense and the mapping that was the default before."""
+    tasks = [task for task in sizes.MODELS if max(len(sizes.on_curves(task, name)) for name in (None, "scale")) > 2]
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
@@ -52,6 +52,9 @@ def curves(path: Path) -> None:
         for budget, runs in shared.items():
             axes.plot([budget] * len(runs), [run["validation_loss"] for run in runs], ".", color="C0", alpha=0.4)
         axes.plot(list(shared), [sizes.mean_of(runs) for runs in shared.values()], marker="o", label="bank")
+        if len(before := sizes.on_curves(task, "scale")) > 2:
+            means = [sizes.mean_of(runs) for runs in before.values()]
+            axes.plot(list(before), means, color="C0", linestyle=":", label="before: one per scale")
         dense = sizes.methods(task, 0.1)["dense"][1]
         axes.axhline(sizes.mean_of(dense), color="C1", linestyle="--", label="dense")
         axes.set_xscale("log")

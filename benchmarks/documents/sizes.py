@@ -189,31 +189,31 @@ EARLIER = {"one bank per range of scales": "scale", "a bank per shape": "shape"}
 
 
 def curve() -> str:
-    """Quality by budget, a column per task, means of all seeds (in brackets how many, where it is not all)."""
-    tasks = [task for task in MODELS if len(on_curves(task)) > 1]
-    curves = {task: on_curves(task) for task in tasks}
+    """Quality by budget, a column per task, means of all seeds (in brackets how many, where it is not all).
+
+    Earlier defaults have rows from a budget of 1 on, and elsewhere where the present one was not measured.
+    """
+    tasks = [task for task in MODELS if len(on_curves(task)) > 1 or len(on_curves(task, "scale")) > 1]
     dense = {task: at_best(lines_of("quality"), task, "dense")[1] for task in tasks}
+    now = {task: on_curves(task) for task in tasks}
     rows = [["dense", *(_in_curve(dense[task], task) for task in tasks)]]
-    earlier = {mapping: {task: on_curves(task, mapping) for task in tasks} for mapping in EARLIER.values()}
-    shown = [(f"{100 * budget:g} %", budget, curves) for budget in CURVE]
-    for name, mapping in EARLIER.items():
-        shown += [
-            (f"{100 * b:g} %, {name}", b, earlier[mapping])
-            for b in CURVE
-            if any(b in found for found in earlier[mapping].values())
-        ]
-    for name, budget, found in shown:
-        texts = []
-        for task in tasks:
-            runs = found[task].get(budget, [])
-            text = _in_curve(runs, task) if runs else ""
-            level = runs and len(runs) == len(seeds_of(task)) and mean_of(runs) <= mean_of(dense[task])
-            texts.append(f"**{text}**" if level else text)
-        rows.append([name, *texts])
+    for name, mapping in {"": None, **EARLIER}.items():
+        found = {task: on_curves(task, mapping) for task in tasks}
+        for budget in CURVE:
+            texts = []
+            for task in tasks:
+                shown = mapping is None or budget >= 1 or budget not in now[task]
+                runs = found[task].get(budget, []) if shown else []
+                level = len(runs) == len(seeds_of(task)) and mean_of(runs) <= mean_of(dense[task])
+                texts.append(f"**{_in_curve(runs, task)}**" if level else _in_curve(runs, task))
+            if any(texts):
+                rows.append([f"{100 * budget:g} %{name and ', '}{name}", *texts])
     return grid(["budget", *(MODELS[task] for task in tasks)], rows)
 
 
 def _in_curve(runs: Sequence[Line], task: str) -> str:
+    if not runs:
+        return ""
     accuracy = f", {100 * mean_of(runs, 'validation_accuracy'):.1f} %" if "validation_accuracy" in runs[0] else ""
     count = "" if len(runs) == len(seeds_of(task)) else f" ({len(runs)})"
     return f"{mean_of(runs):.3f}{accuracy}{count}"
