@@ -28,6 +28,7 @@ from .step_time import MODELS
 
 Line = dict[str, Any]
 MIB = 2**20
+# The larger GPT is for a GPU's step time.
 USUAL = ("gpt-256", "gpt-512", "wrn-16-4")
 BUDGETS = (None, 0.02, 0.1, 0.25, 0.5)
 

@@ -24,9 +24,7 @@ def initialize(bank: Bank) -> None:
     group, seed = bank.group, bank.seed
     draw = np.random.RandomState(_seed_of(seed, group.name))
     values = torch.from_numpy(draw.standard_normal(group.size))
-    if group.size > 1:
-        values = values / values.square().mean().sqrt()
-    bank.bank.copy_(values * group.init_std)
+    bank.bank.copy_(values / values.square().mean().sqrt() * group.init_std)
     rows = {
         k: orthogonal_rows(sum(_mixes(s) == k for s in group.slots), k, draw) for k in {_mixes(s) for s in group.slots}
     }

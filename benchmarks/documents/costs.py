@@ -22,7 +22,7 @@ def step_time() -> str:
     """Every measurement of generation as it is, model by model."""
     rows = []
     lines = [line for line in lines_of("step_time") if line.get("time", "") >= GENERATION]
-    for line in sorted(lines, key=lambda line: ("device" in line, list(MODELS).index(line["model"]))):
+    for line in sorted(lines, key=lambda line: (line.get("device") == "cuda", list(MODELS).index(line["model"]))):
         device = line["hardware"].split("NVIDIA ")[1] if line.get("device") == "cuda" else "one thread"
         digits = ".0f" if device == "one thread" else ".1f"
         both = ("{:{d}} ({:{d}}-{:{d}})".format(*line[side], d=digits) for side in ("dense_ms", "shared_ms"))

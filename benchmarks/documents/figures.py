@@ -47,7 +47,10 @@ def curves(path: Path) -> None:
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
-    for axes, task in zip(figure.subplots(rows, columns, squeeze=False).flat, tasks, strict=False):
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in grid[len(tasks) :]:
+        axes.set_axis_off()
+    for axes, task in zip(grid, tasks, strict=False):
         shared = sizes.on_curves(task)
         for budget, runs in shared.items():
             axes.plot([budget] * len(runs), [run["validation_loss"] for run in runs], ".", color="C0", alpha=0.4)

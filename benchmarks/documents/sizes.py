@@ -92,7 +92,7 @@ def mappings() -> str:
             for lr in RATES[task]
         ]
         complete = [[run for run in runs if run] for runs in tried if all(runs)]
-        before = losses(min(complete, key=mean_of)) if complete else "the same plan"
+        before = losses(min(complete, key=mean_of)) if complete else ""
         shapes = by_mapping(task).get("shape")
         default = losses(at_best(lines_of("quality"), task, "shared")[1])
         rows.append([MODELS[task], default, before, losses(shapes) if shapes else ""])

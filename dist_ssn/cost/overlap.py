@@ -11,7 +11,7 @@ from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.network import Sent, exposed_seconds
 from dist_ssn.cost.timeline import Timeline
 from dist_ssn.plan import Group, Plan
-from dist_ssn.plan.overlap import Overlap, bucket_bytes, pieces_of
+from dist_ssn.plan.overlap import Overlap, bucket_bytes, least_alone, pieces_of
 
 NUMBER = 4
 """Bytes of a number: gradients travel in fp32."""
@@ -58,12 +58,13 @@ def messages_of(plan: Plan | None, own: Mapping[str, int], overlap: Overlap, tim
         return [_joined([*banks, *parts])]
     apart: list[Message] = []
     if overlap.kind in ("segments", "sums"):
-        for group in reversed(groups):
+        least = least_alone([bank.payload for bank in banks])
+        for group in reversed([group for group in groups if NUMBER * group.size >= least]):
             apart += [
                 Message(NUMBER * (piece.end - piece.start), _names(group, piece.slots))
                 for piece in pieces_of(group, overlap)
             ]
-        banks = []
+        banks = [bank for bank in banks if bank.payload < least]
     limit = bucket_bytes([bank.payload for bank in banks], sum(part.payload for part in parts))
     ordered = sorted([*banks, *parts], key=lambda message: float(_ready(message, timeline).mean()))
     return apart + list(_buckets(ordered, limit))

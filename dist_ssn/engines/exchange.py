@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dist_ssn.bank import Bank
 from dist_ssn.engines.delay import Delay
 from dist_ssn.engines.pieces import PieceSender
-from dist_ssn.plan.overlap import Overlap
+from dist_ssn.plan.overlap import Overlap, least_alone
 
 
 class Sum(Protocol):
@@ -51,4 +51,6 @@ def make_exchange(model: nn.Module, overlap: Overlap, start: Start, world_size: 
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         return Delay(parameters, overlap.correction, start, world_size)
     banks = [module for module in model.modules() if isinstance(module, Bank) and module.bank.requires_grad]
-    return PieceSender(banks, overlap, start, world_size) if banks else None
+    least = least_alone([bank.bank.nbytes for bank in banks])
+    large = [bank for bank in banks if bank.bank.nbytes >= least]
+    return PieceSender(large, overlap, start, world_size) if large else None

@@ -27,7 +27,7 @@ from dist_ssn.engines.exchange import make_exchange
 from dist_ssn.engines.mpi_world import load_mpi
 from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
 from dist_ssn.errors import UserError
-from dist_ssn.plan.overlap import Overlap, parse_overlap
+from dist_ssn.plan.overlap import Overlap, least_alone, parse_overlap
 
 PIECE_BYTES = 2**30
 """A message is sent in pieces of at most this size: before MPI 4, a count had to be below 2³¹."""
@@ -238,8 +238,10 @@ class MPIEngine:
 
 
 def _messages_of(model: nn.Module, apart: set[nn.Parameter]) -> list[_Message]:
-    """One message per bank, and one of everything else, but for parameters that are averaged `apart`."""
+    """One message per bank that is worth one, and one of everything else, but for parameters that are averaged `apart`."""
     trained = [p for p in model.parameters() if p.requires_grad and p not in apart]
     of_bank = {module.bank for module in model.modules() if isinstance(module, Bank)}
-    banks, own = [p for p in trained if p in of_bank], [p for p in trained if p not in of_bank]
-    return [_Message([bank]) for bank in banks] + ([_Message(own)] if own else [])
+    least = least_alone([p.nbytes for p in trained if p in of_bank])
+    banks = [p for p in trained if p in of_bank and p.nbytes >= least]
+    rest = [p for p in trained if p not in of_bank or p.nbytes < least]
+    return [_Message([bank]) for bank in banks] + ([_Message(rest)] if rest else [])

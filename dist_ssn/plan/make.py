@@ -21,6 +21,10 @@ HIGH_BUDGET = 1.0
 """From this fraction on, "auto" mixes several templates into a weight; below it reads one, in many passes over the bank."""
 
 
+LOW_BUDGET = 0.02
+"""Below this fraction of the weights, "auto" gives layers that a model has once no banks of their own: they would be too small."""
+
+
 def make_plan(
     specs: Specs | nn.Module,
     budget: Budget,
@@ -79,7 +83,7 @@ def _resolve(
 ) -> tuple[Groups, Morph]:
     """The groups and the morph, with what "auto" stands for at this budget."""
     if mapping == "auto":
-        mapping = "blocks"
+        mapping = "blocks" if allowed >= math.floor(LOW_BUDGET * specs.numel) else "scale"
     if morph.name == "auto":
         # One bank read in many ways below the model's own size; a mixture of templates above (measured: docs/quality.md).
         morph = replace(morph, name="wavg" if allowed >= HIGH_BUDGET * specs.numel else "offset")

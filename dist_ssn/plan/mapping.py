@@ -16,7 +16,7 @@ Weights = Sequence[LayerSpec]
 Groups = dict[str, list[LayerSpec]]
 
 _STD_RATIO = 8.0
-"""Weights whose initial standard deviations differ by more get separate banks under "scale": one step of an optimizer moves
+"""Weights whose initial standard deviations differ by more get separate banks by default: one step of an optimizer moves
 all users of a bank in proportion to their scale, so that a bank rate can suit only weights of similar scale."""
 
 
@@ -83,18 +83,19 @@ def by_blocks(weights: Weights, count: int, seed: int) -> Groups:
 def layers_once(weights: Weights) -> list[LayerSpec]:
     """What comes first and last in a model: a stem, positions, a head; nothing in a model that repeats no layer.
 
-    They get much larger gradients than the blocks between them: in one bank they would lead, and the blocks would follow at
-    random. Embeddings are not among them. They are large, and need more numbers than their part of the budget.
+    That is: weights whose names, numbers aside, no other weight of the same kind of layer has. They get much larger gradients
+    than the blocks between them: in one bank they would lead, and the blocks would follow at random. Embeddings are not
+    among them. They are large, and need more numbers than their part of the budget.
     """
-    kinds = Counter(_without_numbers(weight.name) for weight in weights)
+    kinds = Counter(kind for weight in weights for kind in _kinds(weight))
     if max(kinds.values(), default=1) == 1:
         return []
-    return [weight for weight in weights if kinds[_without_numbers(weight.name)] == 1 and not weight.is_table]
+    return [w for w in weights if not w.is_table and all(kinds[kind] == 1 for kind in _kinds(w))]
 
 
-def _without_numbers(name: str) -> str:
-    """A name that is the same for a layer of every block: "blocks.0.mlp.weight" and "blocks.1.mlp.weight"."""
-    return re.sub("[0-9]+", "#", name)
+def _kinds(weight: LayerSpec) -> list[tuple[str, str]]:
+    """What a weight has in common with those of other blocks, for each of its names: "blocks.#.mlp.weight", "Linear"."""
+    return [(re.sub("[0-9]+", "#", name), weight.kind) for name in (weight.name, *weight.aliases)]
 
 
 MAPPINGS: dict[str, Callable[[Weights, int, int], Groups]] = {

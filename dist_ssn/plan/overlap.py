@@ -34,6 +34,15 @@ LEAST_BUCKET, MOST_BUCKET = 2**16, 25 * 2**20
 """Bytes that are worth a round of their own (5 ms at 100 Mbit/s), and bytes that are worth sending before backward ends."""
 
 
+RIDES_ALONG = 16
+"""A bank that many times smaller than the largest one, and below LEAST_BUCKET, has no message of its own."""
+
+
+def least_alone(banks: Sequence[int]) -> float:
+    """Bytes from which on a bank travels by itself, of banks of so many bytes: smaller ones ride with other gradients."""
+    return min(LEAST_BUCKET, max(banks, default=0) / RIDES_ALONG)
+
+
 @dataclass(frozen=True)
 class Overlap:
     """A way to send gradients: a kind of `KINDS`, pieces per bank, and the strength of a delay's correction."""
@@ -133,13 +142,14 @@ def bucket_bytes(banks: Sequence[int], own: int) -> int | None:
     - one bank: it is final at the very end of backward, and nothing is left to overlap it with. Everything goes into one bucket:
       one round per step, which is what counts on a slow network; but for many own parameters, which may go earlier.
     - several banks: each closes a bucket when it is final, so that the banks of late layers travel while the backward of early
-      layers runs. Own parameters ride along.
+      layers runs. Own parameters ride along, and so do banks below `least_alone`, which count as such.
 
     Args:
         banks: bytes of each bank; own: bytes of all other gradients.
     """
     if not banks:
         return None
-    if len(banks) == 1:
-        return MOST_BUCKET if own > MOST_BUCKET else banks[0] + own
-    return max(LEAST_BUCKET, min(banks))
+    alone = [bank for bank in banks if bank >= least_alone(banks)]
+    if len(alone) == 1:
+        return MOST_BUCKET if own > MOST_BUCKET else sum(banks) + own
+    return max(LEAST_BUCKET, min(alone))

@@ -68,16 +68,22 @@ def _best(
     return tried[best][1].tolist(), f"{best} groups by silhouette {tried[best][0]:.2f}"
 
 
+def to_group(weights: Sequence[LayerSpec]) -> list[int]:
+    """Which of the weights are grouped by a method: all but layers that the model has once."""
+    once = {weight.name for weight in layers_once(weights)}
+    return [i for i, weight in enumerate(weights) if weight.name not in once]
+
+
 def mapping_of(weights: Sequence[LayerSpec], labels: Iterable[int]) -> dict[str, str]:
     """weight → group name, numbered in the model's order.
 
-    Whatever the labels say, layers that the model has once stand alone, and weights of very different initial scale are parted
-    (`plan.mapping.by_blocks` says why).
+    Layers that the model has once stand alone (`plan.mapping.layers_once` says why). `labels` are those of the others, in
+    order; whatever they say, weights of very different initial scale are parted.
     """
-    once = {weight.name for weight in layers_once(weights)}
-    clusters: dict[int | str, list[LayerSpec]] = {}
-    for weight, label in zip(weights, labels, strict=True):
-        clusters.setdefault(weight.name if weight.name in once else label, []).append(weight)
+    grouped = dict(zip(to_group(weights), labels, strict=True))
+    clusters: dict[tuple[bool, int], list[LayerSpec]] = {}
+    for i, weight in enumerate(weights):
+        clusters.setdefault((i in grouped, grouped.get(i, i)), []).append(weight)
     groups = [group for cluster in clusters.values() for group in by_scale(cluster, 0, 0).values()]
     return {weight.name: f"group-{i}" for i, group in enumerate(groups) for weight in group}
 

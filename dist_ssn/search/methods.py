@@ -21,7 +21,7 @@ from dist_ssn.plan import Plan
 from dist_ssn.plan.mapping import map_weights
 from dist_ssn.plan.overlap import Overlap
 from dist_ssn.search.aligned import aligned_plan
-from dist_ssn.search.grouping import MOST_GROUPS, by_distance, by_kmeans, by_ward, features, mapping_of
+from dist_ssn.search.grouping import MOST_GROUPS, by_distance, by_kmeans, by_ward, features, mapping_of, to_group
 from dist_ssn.search.setting import Found, OutOfTime, Setting
 from dist_ssn.search.short import ShortRun
 
@@ -39,8 +39,9 @@ def method_steps(name: str, setting: Setting) -> int:
 
 def weights_free(setting: Setting) -> Found:
     """From shapes, depth, kind and one forward and backward at initialization; Ward's clustering. No training."""
-    labels, note = by_ward(features(setting.specs.weights, _first_gradients(setting)), setting.options.groups)
-    return Found(mapping_of(setting.specs.weights, labels), note)
+    weights = setting.specs.weights
+    labels, note = by_ward(features(weights, _first_gradients(setting))[to_group(weights)], setting.options.groups)
+    return Found(mapping_of(weights, labels), note)
 
 
 def sensitivity(setting: Setting) -> dict[str, float]:
@@ -82,10 +83,11 @@ def pretrain(setting: Setting) -> Found:
     run, bank = _aligned_run(setting, steps := method_steps("pretrain", setting))
     _train(run, steps, setting)
     assert bank.coefficients is not None
-    vectors = bank.coefficients.detach().double().cpu().view(len(setting.specs.weights), -1).numpy()
+    weights = setting.specs.weights
+    vectors = bank.coefficients.detach().double().cpu().view(len(weights), -1).numpy()
     _check_finite(vectors, "pretrain", steps)
-    labels, note = by_kmeans(vectors, setting.options.groups, setting.recipe.share.seed)
-    return Found(mapping_of(setting.specs.weights, labels), f"K = {vectors.shape[1]}, {steps} steps, {note}", steps)
+    labels, note = by_kmeans(vectors[to_group(weights)], setting.options.groups, setting.recipe.share.seed)
+    return Found(mapping_of(weights, labels), f"K = {vectors.shape[1]}, {steps} steps, {note}", steps)
 
 
 def gradients(setting: Setting) -> Found:
@@ -103,8 +105,10 @@ def gradients(setting: Setting) -> Found:
         mean /= setting.world.world_size
     matrix = mean.cpu().numpy()
     _check_finite(matrix, "gradients", steps)
-    labels, note = by_distance(distances_of(matrix), setting.options.groups)
-    return Found(mapping_of(setting.specs.weights, labels), f"{steps} steps, {note}", steps)
+    weights = setting.specs.weights
+    grouped = to_group(weights)
+    labels, note = by_distance(distances_of(matrix[np.ix_(grouped, grouped)]), setting.options.groups)
+    return Found(mapping_of(weights, labels), f"{steps} steps, {note}", steps)
 
 
 def distances_of(cosines: np.ndarray) -> np.ndarray:
@@ -211,10 +215,11 @@ def _by_depth(setting: Setting, count: int) -> dict[str, str]:
 
 
 def _named(setting: Setting, mapping: str) -> dict[str, str]:
-    """A mapping of `plan.mapping`, with its groups parted by initial scale as all found ones are."""
-    groups = map_weights(setting.specs.weights, mapping, setting.recipe.share.seed)
+    """A mapping of `plan.mapping`, with its groups parted as those of all found ones are."""
+    weights = setting.specs.weights
+    groups = map_weights(weights, mapping, setting.recipe.share.seed)
     label = {weight.name: i for i, group in enumerate(groups.values()) for weight in group}
-    return mapping_of(setting.specs.weights, [label[weight.name] for weight in setting.specs.weights])
+    return mapping_of(weights, [label[weights[i].name] for i in to_group(weights)])
 
 
 def random(setting: Setting) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from dist_ssn.errors import PlanError
 from dist_ssn.plan import MAPPINGS, Plan, make_plan
-from dist_ssn.plan.mapping import group_std, map_weights
+from dist_ssn.plan.mapping import group_std, layers_once, map_weights
 from dist_ssn.specs import LayerSpec, Specs
 
 
@@ -119,6 +120,13 @@ def test_the_default_parts_blocks_by_scale_and_keeps_apart_what_there_is_once(bu
     }
 
 
+def test_small_budgets_leave_all_together() -> None:
+    """A layer alone would have too few numbers."""
+    weights = (spec("stem", 64, 32), spec("0.up", 64, 32), spec("1.up", 64, 32), spec("head", 64, 32))
+    assert [g.name for g in make_plan(Specs(weights), "2%").groups] == ["blocks", "once-0", "once-1"]
+    assert [g.name for g in make_plan(Specs(weights), "1.9%").groups] == ["all"]
+
+
 def test_embeddings_stay_with_the_blocks_and_without_blocks_all_stay_together() -> None:
     table, up, down, head = (
         spec("table", 50, 8, is_table=True),
@@ -134,6 +142,23 @@ def test_embeddings_stay_with_the_blocks_and_without_blocks_all_stay_together() 
     assert names(table, up, down, head) == {"blocks": ["table", "0.up", "1.up"], "once-0": ["head"]}
     assert names(table, head) == {"all": ["table", "head"]}
     assert names(up, head) == {"all": ["0.up", "head"]}
+
+
+def test_what_counts_as_repeated() -> None:
+    """Numbers anywhere in a name, but of one kind of layer; and a weight that is tied over several blocks."""
+
+    def once(*weights: LayerSpec) -> list[str]:
+        return [w.name for w in layers_once(weights)]
+
+    block = [spec("1.up", 8, 8), spec("2.up", 8, 8)]
+    assert once(replace(spec("0.weight", 8, 8), kind="Conv2d"), *block, spec("3.weight", 8, 8)) == [
+        "0.weight",
+        "3.weight",
+    ]
+    assert once(spec("0.weight", 8, 8), *block, spec("3.weight", 8, 8)) == []
+    assert once(spec("fc1", 8, 8), spec("fc2", 8, 8), spec("head", 8, 8)) == ["head"]
+    assert once(spec("tied.0", 8, 8, aliases=("tied.1",)), *block, spec("head", 8, 8, aliases=("foot",))) == ["head"]
+    assert once(*block[:1], spec("head", 8, 8)) == once() == []
 
 
 def test_the_order_of_a_mapping_by_hand_matters_only_where_globs_overlap() -> None:

@@ -46,7 +46,15 @@ def some_specs(draw: st.DrawFn, most: int = 40, largest: int = 200, numbers: int
     shapes = st.lists(sizes, min_size=2, max_size=4).map(tuple).filter(lambda shape: 2 <= math.prod(shape) <= numbers)
     known = draw(st.lists(shapes, min_size=1, max_size=5))
     chosen = draw(st.lists(st.tuples(st.sampled_from(known), STDS), min_size=1, max_size=most))
-    return Specs(tuple(LayerSpec(f"layer{i}.weight", s, "Linear", s[1], std) for i, (s, std) in enumerate(chosen)))
+    once = draw(st.sets(st.integers(0, len(chosen) - 1), max_size=3))
+    tables = draw(st.sets(st.integers(0, len(chosen) - 1), max_size=2))
+    names = [f"once-{chr(97 + i)}" if i in once else f"layer{i}.weight" for i in range(len(chosen))]
+    return Specs(
+        tuple(
+            LayerSpec(name, s, "Linear", s[1], std, is_table=i in tables)
+            for i, (name, (s, std)) in enumerate(zip(names, chosen, strict=True))
+        )
+    )
 
 
 def plan_or_least(specs: Specs, budget: Any, **how: Any) -> Plan | int:
@@ -237,10 +245,10 @@ def fingerprints() -> list[str]:
     """Of plans of many kinds, for a model whose weights follow from no seed."""
     shapes = [(3 + i % 4, 5 + i % 3, 1 + i % 2) for i in range(12)]
     weights = [LayerSpec(f"w{i}", shape, "X", 5, 0.1 + i % 3, (f"v{i}", f"u{i}")) for i, shape in enumerate(shapes)]
-    specs = Specs(tuple(weights))
-    names = {f"w{i}": f"g{i % 3}" for i in range(12)}
+    specs = Specs((*weights, LayerSpec("head", (7, 11), "X", 11, 0.1)))
+    names = {f"w{i}": f"g{i % 3}" for i in range(12)} | {"head": "g0"}
     mappings = [*MAPPING_TEXTS, names]
-    pairs = [(morph, mappings[(i + shift) % 9]) for i, morph in enumerate(MORPH_TEXTS) for shift in (0, 4)]
+    pairs = [(morph, mappings[(i + shift) % len(mappings)]) for i, morph in enumerate(MORPH_TEXTS) for shift in (0, 4)]
     plans = [plan_or_least(specs, 0.6, morph=morph, mapping=mapping) for morph, mapping in pairs]
     return [plan.fingerprint if isinstance(plan, Plan) else str(plan) for plan in plans]
 
