@@ -75,7 +75,8 @@ def test_a_message_that_is_alone_waits_for_its_receivers_word() -> None:
     assert predict(alone, Overlap(), timeline(late=1.0), chosen).step == pytest.approx(1.1 + 1.252)
 
 
-WAYS = ("dense", "none", "depth:2", "segments:3", "sums:2", "delay")
+SMALL = "a small bank beside, "
+WAYS = ("dense", "none", "depth:2", "segments:3", "sums:2", "delay", f"{SMALL}none", f"{SMALL}segments:3")
 
 
 def _sent(rank: int, world_size: int, way: str) -> dict[str, Any]:
@@ -83,9 +84,10 @@ def _sent(rank: int, world_size: int, way: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model = build_gpt(vocabulary=64, layers=2, width=96, heads=4, context=16)
     by_depth = way.startswith("depth")
+    mapping = way if by_depth else {"positions.*": "small", "*": "large"} if way.startswith(SMALL) else "single"
     if way != "dense":
-        dist_ssn.share(model, 0.3, mapping=way if by_depth else "single")
-    overlap = parse_overlap("none" if by_depth or way == "dense" else way)
+        dist_ssn.share(model, 0.3, mapping=mapping)
+    overlap = parse_overlap("none" if by_depth or way == "dense" else way.removeprefix(SMALL))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     tokens = torch.randint(0, 64, (2, 16))
 

@@ -182,6 +182,9 @@ def test_bucket_choice() -> None:
     assert bucket_limit(named(own=40 * mib, a=100 * mib)) == 25 * 2**20
     assert bucket_limit(named(own=mib, a=100 * mib, b=7 * mib)) == 7 * 2**20
     assert bucket_limit(named(own=mib, a=100, b=100)) == 2**16
+    assert bucket_limit(named(own=mib, a=100 * mib, b=100)) == 101 * 2**20 + 400  # a small bank rides along
+    assert bucket_limit(named(own=mib, a=16_000, b=999)) == 2**20 + 4 * 16_999
+    assert bucket_limit(named(own=mib, a=16_000, b=1_000)) == 2**16
 
 
 def _buffers(rank: int, n: int) -> None:

@@ -16,9 +16,12 @@ from dist_ssn.bank import Bank
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import DDPEngine
 from dist_ssn.engines.delay import Delay, without_delay
+from dist_ssn.engines.exchange import make_exchange
+from dist_ssn.engines.mpi import _messages_of
 from dist_ssn.engines.pieces import PieceSender
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import parse_overlap
+from dist_ssn.train.models.wide_resnet import build_wide_resnet
 from tests.ranks import RanksFailed, run_ranks
 
 LAYERS, WIDTH = 6, 8
@@ -107,6 +110,19 @@ def test_pieces_are_the_gradient_also_after_accumulation(overlap: str, morph: st
         banks = [module.group.size for module in model.modules() if isinstance(module, Bank)]
         assert sum(numbers for _, numbers in sent) == sum(banks) * (3 if overlap == "sums:3" else 1)
         model.zero_grad()
+
+
+def test_small_banks_ride_along() -> None:
+    """They have no pieces of their own; over MPI they travel with what belongs to no bank."""
+    model = dist_ssn.share(build_wide_resnet(depth=10, width=1), 0.1)
+    banks = {name: bank for name, bank in model.dist_ssn.named_children() if isinstance(bank, Bank)}
+    assert {name: len(bank.group.slots) for name, bank in banks.items()} == {"blocks": 8, "once-0": 1, "once-1": 1}
+    exchange = make_exchange(model, parse_overlap("segments:4"), lambda _: None, 2)  # type: ignore[arg-type, return-value]
+    assert exchange is not None and exchange.parameters == {banks["blocks"].bank}
+    first, rest = _messages_of(model, set())
+    assert first.parameters == [banks["blocks"].bank]
+    assert {*first.parameters, *rest.parameters} == {*model.parameters()}
+    assert len(_messages_of(model, exchange.parameters)) == 1
 
 
 def test_pieces_start_before_backward_ends() -> None:
