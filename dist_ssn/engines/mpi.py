@@ -241,7 +241,7 @@ def _messages_of(model: nn.Module, apart: set[nn.Parameter]) -> list[_Message]:
     """One message per bank that is worth one, and one of everything else, but for parameters that are averaged `apart`."""
     trained = [p for p in model.parameters() if p.requires_grad and p not in apart]
     of_bank = {module.bank for module in model.modules() if isinstance(module, Bank)}
-    least = least_alone([p.nbytes for p in trained if p in of_bank])
+    least = least_alone([bank.nbytes for bank in of_bank])
     banks = [p for p in trained if p in of_bank and p.nbytes >= least]
     rest = [p for p in trained if p not in of_bank or p.nbytes < least]
     return [_Message([bank]) for bank in banks] + ([_Message(rest)] if rest else [])
