@@ -107,7 +107,8 @@ class DDPEngine:
             names = [name for name, p in model.named_parameters() if p in apart]
             with purpose("initialization"):
                 check_plans(model)
-                for tensor in apart if trainable else (*model.parameters(), *model.buffers()):
+                told = [p for p in model.parameters() if p in apart]  # in one order on all ranks, which a set has not
+                for tensor in told if trainable else (*model.parameters(), *model.buffers()):
                     dist.broadcast(tensor.detach(), src=0)
                 if not trainable:
                     return  # DDP refuses a model of which it has nothing to average
