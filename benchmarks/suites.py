@@ -155,10 +155,6 @@ TEACHERS: dict[str, dict[str, Any]] = {
 """What a dense twin teaches: a part of the loss, and hidden states."""
 
 
-BEFORE: dict[str, Settings] = {"lstm": {"share.mapping": "scale"}}
-"""What was the default mapping when teachers and pruning were tried, where it is another one now."""
-
-
 def distill() -> Iterator[Cell]:
     """Banks with and without their dense twin as a teacher, at the default's best rate; the twin trains at its own."""
     best = best_rates(ResultFile("quality").lines())
@@ -169,7 +165,7 @@ def distill() -> Iterator[Cell]:
             hidden = {"distill.hidden": HIDDEN[task]} if "hidden" in name and task in HIDDEN else {}
             if hidden or "hidden" not in name:
                 twin = {"distill.teacher": f"{TWIN}{best[task, 'dense']}"} if name != "none" else {}
-                more = {**twin, **TEACHERS[name], **hidden, **BEFORE.get(task, {}), **seeded("shared", seed)}
+                more = {**twin, **TEACHERS[name], **hidden, **seeded("shared", seed)}
                 yield {**cell(task, "shared", best[task, "shared"], seed, more, budget), "way": name}
 
 
@@ -277,8 +273,7 @@ def prune() -> Iterator[Cell]:
         for seed, (name, (kind, budget, settings)) in itertools.product(seeds_of(task), PRUNED.items()):
             if (task, kind) in best:
                 end = {"prune.end": TASKS[task]["steps"] * 3 // 4} if "prune.final" in settings else {}
-                mapping = BEFORE.get(task, {}) if kind == "shared" else {}
-                more = {**settings, **end, **mapping, **seeded(kind, seed)}
+                more = {**settings, **end, **seeded(kind, seed)}
                 yield {**cell(task, kind, best[task, kind], seed, more, budget), "way": name}
 
 

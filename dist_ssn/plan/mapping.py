@@ -20,6 +20,10 @@ _STD_RATIO = 8.0
 all users of a bank in proportion to their scale, so that a bank rate can suit only weights of similar scale."""
 
 
+_ONE_SCALE = 3.0
+"""Within this factor initial standard deviations count as one: 0.02 and, for a GPT's residual projections, less than half."""
+
+
 def single(weights: Weights, count: int, seed: int) -> Groups:
     """All weights in one bank."""
     return {"all": list(weights)}
@@ -70,7 +74,7 @@ def by_scale(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_blocks(weights: Weights, count: int, seed: int) -> Groups:
-    """A bank for what a model repeats and for its embeddings (as `by_scale`), and one for each layer that it has once."""
+    """A bank for what a model repeats and for its embeddings (as `by_scale`), and one for each of its `layers_once`."""
     once = layers_once(weights)
     if not once:
         return by_scale(weights, count, seed)
@@ -85,12 +89,19 @@ def layers_once(weights: Weights) -> list[LayerSpec]:
 
     That is: weights whose names, numbers aside, no other weight of the same kind of layer has. They get much larger gradients
     than the blocks between them: in one bank they would lead, and the blocks would follow at random. Embeddings are not
-    among them. They are large, and need more numbers than their part of the budget.
+    among them. They are large, and need more numbers than their part of the budget. Nor is anything among them whose bank has
+    about one initial scale (0.02 in a BERT): there all learn well together.
     """
     kinds = Counter(kind for weight in weights for kind in _kinds(weight))
     if max(kinds.values(), default=1) == 1:
         return []
-    return [w for w in weights if not w.is_table and all(kinds[kind] == 1 for kind in _kinds(w))]
+    mixed = {w.name for group in by_scale(weights, 0, 0).values() if not _is_one_scale(group) for w in group}
+    return [w for w in weights if w.name in mixed and not w.is_table and all(kinds[kind] == 1 for kind in _kinds(w))]
+
+
+def _is_one_scale(weights: Weights) -> bool:
+    stds = [weight.init_std for weight in weights]
+    return max(stds) <= _ONE_SCALE * min(stds)
 
 
 def _kinds(weight: LayerSpec) -> list[tuple[str, str]]:

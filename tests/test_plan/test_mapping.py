@@ -107,7 +107,7 @@ def test_scale_keeps_near_standard_deviations_together(stds: list[float]) -> Non
 @pytest.mark.parametrize("budget", [0.3, 1.0, 4.0])
 def test_the_default_parts_blocks_by_scale_and_keeps_apart_what_there_is_once(budget: float) -> None:
     """At every budget. What is repeated differs in numbers alone, wherever they stand in its name."""
-    stds = {"stem": 0.1, "0.up": 1.0, "0.down": 0.05, "1.up": 1.0, "1.down": 0.04, "head": 0.04}
+    stds = {"stem": 0.2, "0.up": 1.0, "0.down": 0.05, "1.up": 1.0, "1.down": 0.04, "head": 0.04}
     weights = tuple(spec(name, 64, 32, std=std) for name, std in stds.items())
     groups = {
         group.name: sorted(slot.name for slot in group.slots) for group in make_plan(Specs(weights), budget).groups
@@ -122,18 +122,14 @@ def test_the_default_parts_blocks_by_scale_and_keeps_apart_what_there_is_once(bu
 
 def test_small_budgets_leave_all_together() -> None:
     """A layer alone would have too few numbers."""
-    weights = (spec("stem", 64, 32), spec("0.up", 64, 32), spec("1.up", 64, 32), spec("head", 64, 32))
+    weights = (spec("stem", 64, 32, std=0.02), spec("0.up", 64, 32), spec("1.up", 64, 32), spec("head", 64, 32))
     assert [g.name for g in make_plan(Specs(weights), "2%").groups] == ["blocks", "once-0", "once-1"]
     assert [g.name for g in make_plan(Specs(weights), "1.9%").groups] == ["all"]
 
 
 def test_embeddings_stay_with_the_blocks_and_without_blocks_all_stay_together() -> None:
-    table, up, down, head = (
-        spec("table", 50, 8, is_table=True),
-        spec("0.up", 8, 8),
-        spec("1.up", 8, 8),
-        spec("head", 8, 8),
-    )
+    table, head = spec("table", 50, 8, is_table=True), spec("head", 8, 8)
+    up, down = spec("0.up", 8, 8), spec("1.up", 8, 8, std=0.02)
 
     def names(*weights: LayerSpec) -> dict[str, list[str]]:
         return {name: [w.name for w in group] for name, group in map_weights(weights, "blocks", 0).items()}
@@ -144,19 +140,32 @@ def test_embeddings_stay_with_the_blocks_and_without_blocks_all_stay_together() 
     assert names(up, head) == {"all": ["0.up", "head"]}
 
 
+@pytest.mark.parametrize(("std", "apart"), [(0.1, False), (0.3, False), (0.31, True), (0.04, False), (0.03, True)])
+def test_layers_of_one_initial_scale_stay_together(std: float, apart: bool) -> None:
+    """As in a BERT, whose head starts like its blocks; another bank's scales say nothing of it."""
+    weights = (
+        spec("table", 64, 32, std=5.0),
+        spec("0.up", 64, 32),
+        spec("1.up", 64, 32),
+        spec("head", 64, 32, std=std),
+    )
+    assert [w.name for w in layers_once(weights)] == ["head"] * apart
+    assert ("once-0" in map_weights(weights, "blocks", 0)) == apart
+
+
 def test_what_counts_as_repeated() -> None:
     """Numbers anywhere in a name, but of one kind of layer; and a weight that is tied over several blocks."""
 
     def once(*weights: LayerSpec) -> list[str]:
         return [w.name for w in layers_once(weights)]
 
-    block = [spec("1.up", 8, 8), spec("2.up", 8, 8)]
+    block = [spec("1.up", 8, 8), spec("2.up", 8, 8, std=0.02)]
     assert once(replace(spec("0.weight", 8, 8), kind="Conv2d"), *block, spec("3.weight", 8, 8)) == [
         "0.weight",
         "3.weight",
     ]
     assert once(spec("0.weight", 8, 8), *block, spec("3.weight", 8, 8)) == []
-    assert once(spec("fc1", 8, 8), spec("fc2", 8, 8), spec("head", 8, 8)) == ["head"]
+    assert once(spec("fc1", 8, 8), spec("fc2", 8, 8, std=0.02), spec("head", 8, 8)) == ["head"]
     assert once(spec("tied.0", 8, 8, aliases=("tied.1",)), *block, spec("head", 8, 8, aliases=("foot",))) == ["head"]
     assert once(*block[:1], spec("head", 8, 8)) == once() == []
 

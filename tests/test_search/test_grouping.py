@@ -56,7 +56,7 @@ def test_weights_of_other_scale_are_parted() -> None:
 
 def test_layers_that_a_model_has_once_stand_alone() -> None:
     """Under any labels; the groups around them stay as they are."""
-    weights = [weight("stem"), weight("0.up"), weight("0.down"), weight("1.up"), weight("1.down"), weight("head")]
+    weights = [weight("stem", 0.1), weight("0.up"), weight("0.down"), weight("1.up"), weight("1.down"), weight("head")]
     ups, downs = {"0.up": "group-1", "1.up": "group-1"}, {"0.down": "group-2", "1.down": "group-2"}
     assert to_group(weights) == [1, 2, 3, 4]
     assert mapping_of(weights, [0, 1, 0, 1]) == {"stem": "group-0", **ups, **downs, "head": "group-3"}
