@@ -104,15 +104,14 @@ class DDPEngine:
         if self.world_size > 1:
             apart = self._exchange.parameters if self._exchange is not None else set()
             trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p not in apart]
-            names = [name for name, p in model.named_parameters() if p in apart]
+            banks = {name: p for name, p in model.named_parameters() if p in apart}  # in one order on all ranks
             with purpose("initialization"):
                 check_plans(model)
-                told = [p for p in model.parameters() if p in apart]  # in one order on all ranks, which a set has not
-                for tensor in told if trainable else (*model.parameters(), *model.buffers()):
+                for tensor in banks.values() if trainable else (*model.parameters(), *model.buffers()):
                     dist.broadcast(tensor.detach(), src=0)
                 if not trainable:
                     return  # DDP refuses a model of which it has nothing to average
-                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(banks))
                 limit = bucket_limit(trainable) if bucket_mb is None else bucket_mb * MIB
                 # Buffers are broadcast before each forward only if the model has any, which is DDP's default; the
                 # argument for it changes its name between releases.

@@ -19,8 +19,6 @@ from .types import LARGEST, Group, Plan
 
 HIGH_BUDGET = 1.0
 """From this fraction on, "auto" mixes several templates into a weight; below it reads one, in many passes over the bank."""
-
-
 LOW_BUDGET = 0.02
 """Below this fraction of the weights, "auto" gives layers that a model has once no banks of their own: they would be too small."""
 

@@ -21,7 +21,7 @@ all users of a bank in proportion to their scale, so that a bank rate can suit o
 
 
 _ONE_SCALE = 3.0
-"""Within this factor initial standard deviations count as one: 0.02 and, for a GPT's residual projections, less than half."""
+"""Within this factor initial standard deviations count as one, as a GPT's, whose residual projections start lower, do."""
 
 
 def single(weights: Weights, count: int, seed: int) -> Groups:
@@ -87,10 +87,10 @@ def by_blocks(weights: Weights, count: int, seed: int) -> Groups:
 def layers_once(weights: Weights) -> list[LayerSpec]:
     """What comes first and last in a model: a stem, positions, a head; nothing in a model that repeats no layer.
 
-    That is: weights whose names, numbers aside, no other weight of the same kind of layer has. They get much larger gradients
-    than the blocks between them: in one bank they would lead, and the blocks would follow at random. Embeddings are not
-    among them. They are large, and need more numbers than their part of the budget. Nor is anything among them whose bank has
-    about one initial scale (0.02 in a BERT): there all learn well together.
+    That is: weights whose names, numbers aside, no other weight of the same kind of layer has. In the bank of the blocks they
+    made a small ViT fail. Embeddings are not among them: they are large, and need more numbers than their part of the budget.
+    Nor is anything that would share a bank of about one initial scale (0.02 in a BERT): there all learn better together.
+    Measured in docs/quality.md, "The default, and why".
     """
     kinds = Counter(kind for weight in weights for kind in _kinds(weight))
     if max(kinds.values(), default=1) == 1:

@@ -32,8 +32,6 @@ CORRECTION = 1.0
 MAX_PIECES = 1000
 LEAST_BUCKET, MOST_BUCKET = 2**16, 25 * 2**20
 """Bytes that are worth a round of their own (5 ms at 100 Mbit/s), and bytes that are worth sending before backward ends."""
-
-
 RIDES_ALONG = 16
 """A bank that many times smaller than the largest one, and below LEAST_BUCKET, has no message of its own."""
 
@@ -149,7 +147,8 @@ def bucket_bytes(banks: Sequence[int], own: int) -> int | None:
     """
     if not banks:
         return None
-    alone = [bank for bank in banks if bank >= least_alone(banks)]
+    least = least_alone(banks)
+    alone = [bank for bank in banks if bank >= least]
     if len(alone) == 1:
         return MOST_BUCKET if own > MOST_BUCKET else sum(banks) + own
     return max(LEAST_BUCKET, min(alone))
