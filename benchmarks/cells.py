@@ -25,9 +25,11 @@ KINDS = ("dense", "equal", "shared")
 CONTROLS = ("tied", "hashed", "hashed-global", "lowrank")
 """Kinds that are controls at the budget of "shared"; docs/search.md says what each is."""
 CONTROL_RATES: dict[str, tuple[float, ...]] = {
-    task: grid[1:4] if task == "wrn" else (*grid, 2 * grid[-1]) for task, grid in RATES.items()
+    **{task: (*grid, 2 * grid[-1]) for task, grid in RATES.items()},
+    **{"gpt": _ADAMW[1:], "wrn": _SGD[1:4]},
 }
-"""One rate more for Adam, which nothing raises for a control as `parameter_groups` does for a bank; three for the slowest task."""
+"""One rate more for Adam, which nothing raises for a control as `parameter_groups` does for a bank; the slowest tasks have
+fewer rates, about the best ones."""
 LOW = 0.02
 LOW_TASKS = tuple(EQUAL[LOW])
 DEFAULT = "offset:chunk=16"

@@ -169,22 +169,27 @@ def distill() -> Iterator[Cell]:
                 yield {**cell(task, "shared", best[task, "shared"], seed, more, budget), "way": name}
 
 
+def widened(task: str) -> Settings:
+    """Overrides that share a wider model so that it has as many parameters as the usual one at 10 %."""
+    sizes = WIDER[task]
+    hints = data_hints(DataConfig(name=TASKS[task]["data.name"]), context=sizes.get("context"))
+    usual, wide = (
+        find_specs(build_model(TASKS[task]["model"], arguments, hints))
+        for arguments in (TASKS[task]["model_args"], sizes)
+    )
+    budget = make_plan(usual, 0.1).parameters + usual.own_parameters - wide.own_parameters
+    return {"model_args": sizes, "share.budget": budget}
+
+
 def wider(tasks: Iterable[str] = tuple(WIDER)) -> Iterator[Cell]:
-    """Wider models with as many parameters as the usual one has at 10 %: the same bytes, and more compute.
+    """Wider models of as few parameters: the same bytes, and more compute.
 
     At the best rate of the usual bank and half of it, all seeds.
     """
     best = best_rates(ResultFile("quality").lines())
     for task in (task for task in tasks if task in WIDER):
-        sizes = WIDER[task]
-        hints = data_hints(DataConfig(name=TASKS[task]["data.name"]), context=sizes.get("context"))
-        usual, wide = (
-            find_specs(build_model(TASKS[task]["model"], arguments, hints))
-            for arguments in (TASKS[task]["model_args"], sizes)
-        )
-        budget = make_plan(usual, 0.1).parameters + usual.own_parameters - wide.own_parameters
         for factor, seed in itertools.product((0.5, 1) if (task, "shared") in best else (), seeds_of(task)):
-            more = {"model_args": sizes, "share.budget": budget, **seeded("shared", seed)}
+            more = {**widened(task), **seeded("shared", seed)}
             yield cell(task, "shared", factor * best[task, "shared"], seed, more)
 
 
@@ -195,12 +200,14 @@ LONGER: dict[str, tuple[tuple[str, float, tuple[float, ...]], ...]] = {
         ("equal", 0.1, (6e-3, 1.2e-2)),
         ("shared", 0.25, (3e-3,)),
         ("shared", 0.5, (3e-3,)),
+        ("wider", 0.1, (1.5e-3, 3e-3)),
     ),
     "gpt-python": (
         ("dense", 0.1, (3e-3, 6e-3)),
         ("shared", 0.1, (3e-3, 6e-3)),
         ("equal", 0.1, (1.2e-2,)),
         ("shared", 0.25, (3e-3,)),
+        ("wider", 0.1, (3e-3,)),
     ),
     "lstm": (
         ("dense", 0.1, (3e-3, 6e-3, 1.2e-2)),
@@ -208,15 +215,17 @@ LONGER: dict[str, tuple[tuple[str, float, tuple[float, ...]], ...]] = {
         *(("shared", budget, (3e-3, 6e-3, 1.2e-2)) for budget in (0.1, 0.25, 0.5)),
     ),
 }
-"""task → kind, budget, rates: about the best ones of the usual run."""
+"""task → kind (or "wider", a bank's), budget, rates: about the best ones of the usual run."""
 
 
 def longer() -> Iterator[Cell]:
     """Four times the steps, one seed."""
     for task, sides in LONGER.items():
         for kind, budget, rates in sides:
+            wide = widened(task) if kind == "wider" else {}
             for lr in rates:
-                yield cell(task, kind, lr, more={"steps": 4 * TASKS[task]["steps"]}, budget=budget)
+                more = {**wide, "steps": 4 * TASKS[task]["steps"]}
+                yield cell(task, "shared" if wide else kind, lr, more=more, budget=budget)
 
 
 LARGER: dict[str, dict[str, tuple[float, ...]]] = {

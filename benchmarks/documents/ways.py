@@ -11,7 +11,7 @@ from ..results import lines_of
 from ..suites import WAYS, distill, prune
 from ..tasks import TASKS
 from .markdown import bold_least, difference, grid, mean, short
-from .sizes import KINDS, MODELS, losses, mean_of
+from .sizes import KINDS, MODELS, losses, mean_of, of_wider
 
 Line = dict[str, Any]
 LONGER_NAMES = {
@@ -38,7 +38,10 @@ _HEADINGS = ("seeds", "validation loss", "accuracy in %")
 
 
 def _best_of(cells: Iterable[Line]) -> dict[tuple[str, float], list[Line]]:
-    """(kind, budget) → the runs at the best of its rates: the one with the most seeds, of these the least mean loss."""
+    """(kind, budget) → the runs at the best of its rates: the one with the most seeds, of these the least mean loss.
+
+    A wider model's budget is a number of parameters.
+    """
     by_rate: dict[tuple[str, float], dict[float, list[Line]]] = {}
     for one, line in _measured(cells):
         method = one["kind"], one["overrides"].get("share.budget", 0.1)
@@ -55,7 +58,9 @@ def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[list[str]]:
         dense = best.get(("dense", 0.1), [])
         alike = kind != "dense" and [run["seed"] for run in runs] == [run["seed"] for run in dense]
         apart = f"{mean_of(runs) / mean_of(dense) - 1:+.1%}" if alike else ""
-        name = f"{budget:.0%} bank" if kind == "shared" else names[kind]
+        name = names[kind]
+        if kind == "shared":
+            name = f"{budget:.0%} bank" if budget < 1 else "bank as small as 10 %, wider model"
         yield [name, f"{runs[0]['parameters']:,}", losses(runs), apart, short(runs[0]["overrides"]["optimizer.lr"])]
 
 
@@ -66,6 +71,8 @@ def longer(task: str) -> str:
     rows = []
     for (kind, budget), (name, size, *longer_run) in zip(best, _sides(best), strict=True):
         usual = f"{mean_of(at_best(lines, task, kind, budget)[1]):.3f}" if budget == 0.1 and task in RATES else ""
+        if budget > 1 and (runs := of_wider(task)):
+            usual = f"{mean_of(runs):.3f}"
         rows.append([name, size, usual, *longer_run])
     headings = ("parameters", f"{steps // 4:,} steps", f"{steps:,} steps", "from dense", "rate of the longer run")
     return grid((LONGER_NAMES[task], *headings), rows)
