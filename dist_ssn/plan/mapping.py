@@ -131,8 +131,30 @@ def map_weights(weights: Weights, mapping: str | Mapping[str, str], seed: int) -
     Raises:
         PlanError: unknown mapping, a weight that no glob matches, or a glob that matches nothing.
     """
+    check_mapping(mapping)
     if isinstance(mapping, Mapping):
         return _by_hand(weights, mapping)
+    name, _, number = mapping.partition(":")
+    return MAPPINGS[name](weights, int(number or _DEFAULT_COUNT), seed)
+
+
+def check_mapping(mapping: str | Mapping[str, str]) -> None:
+    """Refuses what is no mapping of any model.
+
+    Raises:
+        PlanError: unknown mapping, or by hand a glob or a group's name that can be none.
+    """
+    if isinstance(mapping, Mapping):
+        for glob, group in mapping.items():
+            if not isinstance(glob, str):
+                raise PlanError(
+                    f"the mapping's key {glob!r:.60} is of type {type(glob).__name__}: give globs over the weights' names"
+                )
+            if not isinstance(group, str) or not GROUP_NAME.fullmatch(group):
+                raise PlanError(
+                    f"group name {group!r:.60} in the mapping: use letters, digits, - and _, a letter first"
+                )
+        return
     if not isinstance(mapping, str):
         raise PlanError(
             f'mapping {mapping!r:.60} is of type {type(mapping).__name__}: give a name, or a dict {{"glob": "group"}}'
@@ -146,17 +168,9 @@ def map_weights(weights: Weights, mapping: str | Mapping[str, str], seed: int) -
         raise PlanError(unknown_choice("mapping", mapping, [*MAPPINGS, "auto"]) + ', or a dict {"glob": "group"}')
     if number and not (name in ("depth", "random") and re.fullmatch("[1-9][0-9]{0,8}", number)):
         raise PlanError(f'mapping {mapping!r}: a number of groups goes with depth and random only, as "depth:3"')
-    return MAPPINGS[name](weights, int(number or _DEFAULT_COUNT), seed)
 
 
 def _by_hand(weights: Weights, mapping: Mapping[str, str]) -> Groups:
-    for glob, name in mapping.items():
-        if not isinstance(glob, str):
-            raise PlanError(
-                f"the mapping's key {glob!r:.60} is of type {type(glob).__name__}: give globs over the weights' names"
-            )
-        if not isinstance(name, str) or not GROUP_NAME.fullmatch(name):
-            raise PlanError(f"group name {name!r:.60} in the mapping: use letters, digits, - and _, a letter first")
     groups: Groups = {}
     unused = set(mapping)
     missing = []

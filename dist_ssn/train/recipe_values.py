@@ -12,7 +12,9 @@ from typing import Any
 from dist_ssn.controls import CONTROLS
 from dist_ssn.engines import ENGINES
 from dist_ssn.errors import PlanError, unknown_choice
+from dist_ssn.plan.mapping import check_mapping
 from dist_ssn.plan.overlap import check_compress, parse_overlap
+from dist_ssn.plan.rules import parse_morph
 from dist_ssn.train.data import DATA
 from dist_ssn.train.models import MODELS
 from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
@@ -66,8 +68,7 @@ def _value_problems(values: Mapping[str, Any], world_size: int, wrong: set[str])
     yield from _engine_problems(values, given)
     yield from _name_problems(values, given)
     yield from _schedule_problems(values, given)
-    if given("share.plan") and not Path(values["share.plan"]).is_file():
-        yield "share.plan", f"must be a plan's JSON file, but {values['share.plan']!r} does not exist"
+    yield from _share_problems(values, given)
     if given("predicted"):
         yield from _prediction_problems(values)
     if given("share.control"):
@@ -182,6 +183,19 @@ def _distill_problems(values: Mapping[str, Any], given: Given) -> Iterator[Probl
         yield "distill.teacher", f"must be {DENSE} or the folder of a run, {files}, but is {teacher!r}"
     if given("distill.hidden") and values["distill.hidden"] and teacher is None:
         yield "distill.hidden", "needs a teacher: set distill.teacher too"
+
+
+def _share_problems(values: Mapping[str, Any], given: Given) -> Iterator[Problem]:
+    """What is wrong with how weights are shared, also in a recipe that shares none: it may be the twin of one that does."""
+    if given("share.plan") and not Path(values["share.plan"]).is_file():
+        yield "share.plan", f"must be a plan's JSON file, but {values['share.plan']!r} does not exist"
+    checks: dict[str, Callable[[Any], object]] = {"share.mapping": check_mapping, "share.morph": parse_morph}
+    for key, check in checks.items():
+        if given(key) and values[key] != "auto":
+            try:
+                check(values[key])
+            except PlanError as error:
+                yield key, f"is wrong: {error}"
 
 
 def _prediction_problems(values: Mapping[str, Any]) -> Iterator[Problem]:

@@ -39,8 +39,8 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=True) if self.reentrant else layer(x)  # type: ignore[assignment]
-            x = x.tanh()
+            y: Any = checkpoint(layer, x, use_reentrant=True) if self.reentrant else layer(x)
+            x = y.tanh()
             if x.requires_grad:
                 x.register_hook(self._count)
         return x
@@ -307,8 +307,19 @@ def _without_own_parameters(rank: int, world_size: int) -> None:
     assert (gradients(model) - told).norm() <= 1e-12 * told.norm()
 
 
+def _many_sizes(rank: int, world_size: int) -> None:
+    widths = range(4, 14)
+    model = nn.Sequential(*(nn.Linear(a, a + 1) for a in widths))
+    dist_ssn.share(model, 0.5, mapping="shape")
+    banks = [module.bank for module in model.modules() if isinstance(module, Bank)]
+    for i, bank in enumerate(banks):
+        nn.init.constant_(bank, i + 100 * rank)
+    DDPEngine(model, torch.optim.SGD(model.parameters(), lr=0.1), overlap="segments:2")
+    assert len(banks) == len(widths) and [float(bank.mean()) for bank in banks] == list(range(len(widths)))
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", [_compiled, _without_own_parameters])
+@pytest.mark.parametrize("case", [_compiled, _without_own_parameters, _many_sizes])
 def test_under_ddp(case: Any) -> None:
     run_ranks(case, 2)
 

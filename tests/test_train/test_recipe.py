@@ -230,6 +230,9 @@ def test_wrong_files(file: Path, text: str, wanted: str) -> None:
         ("--name=..", "name must be a plain name"),
         ("--output=", "output must not be empty"),
         ("--share.plan=nowhere.json", "share.plan must be a plan's JSON file, but 'nowhere.json' does not exist"),
+        ("--share.mapping=shpae", "share.mapping is wrong: unknown mapping 'shpae'"),
+        ('--share.mapping={"*": "a b"}', "share.mapping is wrong: group name 'a b' in the mapping"),
+        ("--share.morph=offset:chunk=0", "share.morph is wrong: morph 'offset': chunk=0 must be"),
     ],
 )
 def test_wrong_options(argument: str, wanted: str) -> None:
