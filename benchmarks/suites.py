@@ -207,7 +207,6 @@ LONGER: dict[str, tuple[tuple[str, float, tuple[float, ...]], ...]] = {
         ("shared", 0.1, (3e-3, 6e-3)),
         ("equal", 0.1, (1.2e-2,)),
         ("shared", 0.25, (3e-3,)),
-        ("wider", 0.1, (3e-3,)),
     ),
     "lstm": (
         ("dense", 0.1, (3e-3, 6e-3, 1.2e-2)),

@@ -120,7 +120,7 @@ SHALLOW: dict[float, dict[str, Settings]] = {
 }
 """The same, with the fewest layers instead."""
 WIDER: dict[str, Settings] = {
-    **{task: {"layers": 4, "width": 192, "heads": 4, "context": 128} for task in ("gpt", "gpt-python")},
+    "gpt": {"layers": 4, "width": 192, "heads": 4, "context": 128},
     "lstm": {"layers": 2, "width": 256, "context": 64},
     "vit": {"layers": 4, "width": 128, "heads": 4, "patch": 4},
     "captions": {"layers": 2, "width": 128, "text_width": 96, "heads": 4, "patch": 4},
