@@ -29,9 +29,9 @@ from rich.table import Table
 from .cells import SEEDS
 from .in_the_lab import cluster_file, in_the_lab, quietly
 from .results import ResultFile, chosen, lines_of
-from .suites import TARGETS
 from .target_runs import SMALL, Runs, all_runs, best_rate, losses_of, steps_to
 from .tasks import EQUAL, TASKS
+from .ways import TARGETS
 
 Line = dict[str, Any]
 TASK, HOSTS = "gpt-wide", 4

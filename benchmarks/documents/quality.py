@@ -9,10 +9,11 @@ from typing import Any
 from .. import architectures
 from ..cells import DEFAULT, SEEDS, cell, identity
 from ..results import lines_of
-from ..suites import MORPHS, MORPHS_AT, TARGETS
+from ..suites import MORPHS, MORPHS_AT
 from ..suites import budgets as budget_cells
 from ..target_runs import all_runs, losses_of, side_of
 from ..tasks import TASKS
+from ..ways import TARGETS
 from .markdown import bold_least, each, grid, short
 from .sizes import MODELS
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..cells import CONTROLS, LOW, LOW_TASKS, RATES, at_best, best_rates, identity, seeds_of
 from ..results import latest, lines_of
-from ..suites import CURVE, on_curve, wider
+from ..suites import CURVE, on_curve
+from ..ways import wider
 from .markdown import grid, mean, short
 
 Line = dict[str, Any]

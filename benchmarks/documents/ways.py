@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from .. import searches, suites
+from .. import searches, ways
 from ..cells import LOW, RATES, SEEDS, at_best, identity
 from ..results import lines_of
-from ..suites import WAYS, distill, prune
 from ..tasks import TASKS
 from .markdown import bold_least, difference, grid, mean, short
 from .sizes import KINDS, MODELS, losses, mean_of, of_wider
@@ -67,7 +66,7 @@ def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[list[str]]:
 def longer(task: str) -> str:
     """A row per kind and budget, each at the best of its rates: as long as usual, and four times as long."""
     lines, steps = lines_of("quality"), 4 * TASKS[task]["steps"]
-    best = _best_of(one for one in suites.longer() if one["task"] == task)
+    best = _best_of(one for one in ways.longer() if one["task"] == task)
     rows = []
     for (kind, budget), (name, size, *longer_run) in zip(best, _sides(best), strict=True):
         usual = f"{mean_of(at_best(lines, task, kind, budget)[1]):.3f}" if budget == 0.1 and task in RATES else ""
@@ -80,7 +79,7 @@ def longer(task: str) -> str:
 
 def larger(task: str) -> str:
     """A model of ten times the weights: a row per kind, each at the best of its rates."""
-    best = _best_of(one for one in suites.larger(SEEDS) if one["task"] == task)
+    best = _best_of(one for one in ways.larger(SEEDS) if one["task"] == task)
     headings = ("parameters", "validation loss", "from dense", "best rate")
     return grid((LARGER_NAMES[task], *headings), list(_sides(best)))
 
@@ -88,7 +87,7 @@ def larger(task: str) -> str:
 def teacher(task: str) -> str:
     """A row per budget and way to teach, and the mean difference that a teacher makes, seed by seed, with its standard error."""
     found: dict[tuple[float, str], dict[int, Line]] = {}
-    for one, line in _measured(one for one in distill() if one["task"] == task):
+    for one, line in _measured(one for one in ways.distill() if one["task"] == task):
         found.setdefault((one["overrides"]["share.budget"], one["way"]), {})[one["seed"]] = line
     rows = []
     for (budget, way), runs in found.items():
@@ -105,10 +104,10 @@ def decays(task: str, budget: float) -> str:
     """A row per kind, a column per weight decay, at the kind's best rate under the usual one; mean losses, best in bold."""
     usual = TASKS[task]["optimizer.weight_decay"]
     found: dict[str, dict[float, list[Line]]] = {}
-    for one, line in _measured(one for one in suites.decay() if one["task"] == task):
+    for one, line in _measured(one for one in ways.decay() if one["task"] == task):
         if one["overrides"].get("share.budget", 0.1) == budget:
             found.setdefault(one["kind"], {}).setdefault(one["overrides"]["optimizer.weight_decay"], []).append(line)
-    shown = sorted((usual, *suites.DECAYS))
+    shown = sorted((usual, *ways.DECAYS))
     rows = []
     for kind, by_decay in found.items():
         rate, at_usual = at_best(lines_of("quality"), task, kind, budget)
@@ -122,7 +121,7 @@ def decays(task: str, budget: float) -> str:
 def pruned(task: str) -> str:
     """A row per way to prune, beside what is as small from the start."""
     found: dict[str, list[Line]] = {}
-    for one, line in _measured(one for one in prune() if one["task"] == task):
+    for one, line in _measured(one for one in ways.prune() if one["task"] == task):
         found.setdefault(one["way"], []).append(line)
     rows = []
     for way, runs in found.items():
@@ -143,9 +142,9 @@ def _of(name: str, function: Callable[[str], str], tasks: Iterable[str]) -> dict
 TABLES: dict[str, Callable[[], str]] = {
     **_of("longer", longer, LONGER_NAMES),
     **_of("larger", larger, LARGER_NAMES),
-    **_of("decay", lambda task: decays(task, 0.1), WAYS),
+    **_of("decay", lambda task: decays(task, 0.1), ways.WAYS),
     "decay-lstm-2": lambda: decays("lstm", LOW),
-    **_of("teacher", teacher, WAYS),
-    **_of("pruned", pruned, WAYS),
+    **_of("teacher", teacher, ways.WAYS),
+    **_of("pruned", pruned, ways.WAYS),
     **_of("search", search, searches.TASKS),
 }
