@@ -103,14 +103,14 @@ SLOW = ("gpt", "wrn", "vit", "captions")
 def curve() -> Iterator[Cell]:
     """Quality from half a percent of the weights to eight times as many, at the rates that were best at 10 % and for dense.
 
-    Where these are the same one, at twice that rate, too.
+    Where these are the same one, at its neighbours, too.
     """
     best = best_rates(ResultFile("quality").lines())
     for task in RATES:
         if not {(task, "shared"), (task, "dense")} <= best.keys():
             continue
         tried = {best[task, "shared"], best[task, "dense"]}
-        tried |= {2 * lr for lr in tried} if len(tried) == 1 else set()
+        tried |= {factor * lr for lr in tried for factor in (0.5, 2)} if len(tried) == 1 else set()
         budgets = [budget for budget in CURVE if task not in SLOW or budget not in COARSE]
         for budget, lr in itertools.product(budgets, sorted(tried)):
             yield on_curve(task, budget, lr, seed=0)
