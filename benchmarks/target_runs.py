@@ -13,6 +13,7 @@ Runs = dict[int, dict[int, dict[float, float]]]
 """steps of the run → seed → rate → final loss"""
 Losses = dict[int, dict[int, float]]
 """steps of the run → seed → final loss at the best rate"""
+TARGET_SUITES = ("target", "target-confirm")
 SMALL = "dense, as small as 10 %"
 
 
@@ -30,7 +31,7 @@ def all_runs(task: str, quality: Iterable[Line], own: Iterable[Line]) -> dict[st
         found.setdefault(side, {}).setdefault(steps, {}).setdefault(seed, {})[rate] = loss
 
     for line in quality:
-        if line["suite"] in ("target", "target-confirm") and line["task"] == task:
+        if line["suite"] in TARGET_SUITES and line["task"] == task:
             recipe = line["overrides"]
             keep(side_of(line), recipe["steps"], line["seed"], recipe["optimizer.lr"], line["validation_loss"])
     for line in own:

@@ -11,7 +11,7 @@ from ..cells import DEFAULT, SEEDS, cell, identity
 from ..results import lines_of
 from ..suites import MORPHS, MORPHS_AT
 from ..suites import budgets as budget_cells
-from ..target_runs import all_runs, losses_of, side_of
+from ..target_runs import TARGET_SUITES, all_runs, losses_of, side_of
 from ..tasks import TASKS
 from ..ways import TARGETS
 from .markdown import bold_least, each, grid, short
@@ -35,7 +35,11 @@ def _by_identity() -> dict[str, Line]:
 def lengths(task: str) -> str:
     """Losses of `target` by side and steps, means over the seeds that are there; bold: at or below dense's."""
     losses = {side: losses_of(runs) for side, runs in all_runs(task, lines_of("quality"), []).items()}
-    sizes = {side_of(line): line["parameters"] for line in lines_of("quality") if line["task"] == task}
+    sizes = {
+        side_of(line): line["parameters"]
+        for line in lines_of("quality")
+        if line["task"] == task and line["suite"] in TARGET_SUITES
+    }
     columns = sorted({steps for runs in losses.values() for steps in runs})
     target = statistics.mean(losses["dense"][TASKS[task]["steps"]].values())
     rows = []
