@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .. import searches, ways
-from ..cells import LOW, RATES, SEEDS, at_best, identity
-from ..results import lines_of
+from ..cells import LOW, RATES, SEEDS, at_best, identity, seeds_of
+from ..results import latest, lines_of
 from ..tasks import TASKS
 from .markdown import bold_least, difference, grid, mean, short
 from .sizes import KINDS, MODELS, losses, mean_of, of_wider
@@ -18,6 +18,7 @@ LONGER_NAMES = {
     "gpt-python": "the same GPT, 4.7 MB of Python",
     "lstm": MODELS["lstm"],
 }
+SEARCHED = {**MODELS, "gpt-small": "GPT, 2 layers of width 64"}
 LARGER_NAMES = {"gpt-large": "GPT, 8 layers of width 288", "lstm-large": "LSTM, 2 layers of width 440"}
 
 
@@ -135,6 +136,22 @@ def search(task: str) -> str:
     return grid(searches.HEADINGS, list(map(list, searches.rows(lines_of("searches"), task))))
 
 
+def beside_controls() -> str:
+    """What the paper's search gains beside the two controls, task by task: mean difference seed by seed, its standard error."""
+    known = latest(lines_of("searches"), searches.KEYS)
+    rows = []
+    for task in searches.TASKS:
+        found = [known.get((task, "pretrain", seed)) for seed in seeds_of(task)]
+        texts = []
+        for control in ("random", "single"):
+            pairs = zip(found, (known.get((task, control, seed)) for seed in seeds_of(task)), strict=True)
+            apart = [one["validation_loss"] - other["validation_loss"] for one, other in pairs if one and other]
+            texts.append(difference(apart) if apart else "")
+        if all(texts):
+            rows.append([SEARCHED[task], *texts])
+    return grid(("loss of `pretrain`'s plan", "beside random groups", "beside one bank for everything"), rows)
+
+
 def _of(name: str, function: Callable[[str], str], tasks: Iterable[str]) -> dict[str, Callable[[], str]]:
     return {f"{name}-{task}": lambda task=task: function(task) for task in tasks}
 
@@ -147,4 +164,5 @@ TABLES: dict[str, Callable[[], str]] = {
     **_of("teacher", teacher, ways.WAYS),
     **_of("pruned", pruned, ways.WAYS),
     **_of("search", search, searches.TASKS),
+    "search-beside-controls": beside_controls,
 }
