@@ -85,8 +85,7 @@ LONGER: dict[str, tuple[tuple[str, float, tuple[float, ...]], ...]] = {
     "lstm": (
         ("dense", 0.1, (1.2e-2, 2.4e-2, 4.8e-2)),
         ("equal", 0.1, (1.2e-2, 2.4e-2, 4.8e-2)),
-        *(("shared", budget, (3e-3, 6e-3, 1.2e-2)) for budget in (0.1, 0.25)),
-        ("shared", 0.5, (1.5e-3, 3e-3, 6e-3)),
+        *(("shared", budget, (3e-3, 6e-3, 1.2e-2)) for budget in (0.1, 0.25, 0.5)),
     ),
 }
 """task → kind (or "wider", a bank's), budget, rates: about the best ones of the usual run."""
