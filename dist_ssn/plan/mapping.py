@@ -18,8 +18,6 @@ Groups = dict[str, list[LayerSpec]]
 _STD_RATIO = 8.0
 """Weights whose initial standard deviations differ by more get separate banks by default: one step of an optimizer moves
 all users of a bank in proportion to their scale, so that a bank rate can suit only weights of similar scale."""
-
-
 _ONE_SCALE = 3.0
 """Within this factor initial standard deviations count as one, as a GPT's, whose residual projections start lower, do."""
 
