@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +18,19 @@ settings.load_profile("dist_ssn")
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+@pytest.fixture(scope="session")
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where torch and DeepSpeed compile what they load: no lock that an earlier, killed run left is waited for."""
+    return tmp_path_factory.mktemp("extensions")
+
+
 @pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_slate(monkeypatch: pytest.MonkeyPatch, extensions: Path) -> Iterator[None]:
     """Gives each test the same start, and fails the one that leaves a process group or another default dtype."""
     for name in [name for name in os.environ if name in OF_LAUNCHERS or name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield

@@ -285,4 +285,8 @@ def _deepspeed(device: torch.device) -> Any:
     except ImportError as error:
         raise UserError(f"engine 'deepspeed' needs DeepSpeed ({error}): pip install 'dist_ssn[deepspeed]'") from None
     logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # Trap: at its start DeepSpeed compiles an op for inference, which training never calls. A job that is killed while it
+        # does leaves a lock in torch's folder of extensions, for which every later job waits for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

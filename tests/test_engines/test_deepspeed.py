@@ -148,3 +148,18 @@ def test_the_order_in_which_layers_read_a_bank_may_change(stage: int) -> None:
     """Stage 3 notes the order of the first step, to gather ahead."""
     pytest.importorskip("deepspeed", reason="pip install 'dist_ssn[deepspeed]'")
     assert max(run_ranks(_orders, 2, stage)) <= 1e-5
+
+
+def _after_a_kill(rank: int, world_size: int, folder: str) -> list[str]:
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank), TORCH_EXTENSIONS_DIR=folder)
+    model = made()
+    engine_class("deepspeed")(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return sorted(path.name for path in Path(folder).rglob("*") if path.is_file())
+
+
+@pytest.mark.distributed
+def test_a_lock_that_a_killed_job_left_is_not_waited_for(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="pip install 'dist_ssn[deepspeed]'")
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm" / "lock").touch()
+    assert run_ranks(_after_a_kill, 1, str(tmp_path)) == [["lock"]]
