@@ -31,7 +31,12 @@ CONTROL_RATES: dict[str, tuple[float, ...]] = {
 """One rate more for Adam, which nothing raises for a control as `parameter_groups` does for a bank; the slowest tasks have
 fewer rates, about the best ones."""
 LOW = 0.02
-LOW_TASKS = tuple(EQUAL[LOW])
+LOW_KINDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gpt", "lstm", "digits"), ("shared", "equal", "shallow", *CONTROLS)),
+    "wrn": ("shared", *CONTROLS),
+    **dict.fromkeys(("vit", "captions"), ("shared", "equal", "shallow", "hashed", "hashed-global")),
+}
+"""Kinds that can be made so small: no dense Wide ResNet can, and on small models the numbers are fewer than rank 1 wants."""
 DEFAULT = "offset:chunk=16"
 """What "auto" chooses below a budget of 1 (gains where a weight is a matrix), named so that a line says what it measured."""
 SEEDS = (0, 1, 2)
@@ -69,8 +74,8 @@ def grids() -> Iterator[tuple[Method, tuple[float, ...]]]:
     for task, rates in CONTROL_RATES.items():
         for kind in (*CONTROLS, *(("shallow",) if task in SHALLOW[0.1] else ())):
             yield (task, kind, 0.1), rates
-    for task in LOW_TASKS:
-        for kind in ("shared", "equal", "shallow", *CONTROLS):
+    for task, kinds in LOW_KINDS.items():
+        for kind in kinds:
             yield (task, kind, LOW), CONTROL_RATES[task]
 
 

@@ -12,7 +12,7 @@ from .cells import (
     DEFAULT,
     KINDS,
     LOW,
-    LOW_TASKS,
+    LOW_KINDS,
     RATES,
     SEEDS,
     Cell,
@@ -53,7 +53,7 @@ def controls() -> Iterator[Cell]:
 
 def low() -> Iterator[Cell]:
     """Banks of 2 % and all controls that small, as `rates` and `controls`."""
-    yield from grid((task, kind, LOW) for task in LOW_TASKS for kind in ("shared", "equal", "shallow", *CONTROLS))
+    yield from grid((task, kind, LOW) for task, kinds in LOW_KINDS.items() for kind in kinds)
 
 
 def confirm() -> Iterator[Cell]:

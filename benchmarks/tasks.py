@@ -100,7 +100,10 @@ EQUAL: dict[float, dict[str, Settings]] = {
         "digits": {"layers": 3, "width": 72},
     },
     0.02: {
+        "gpt": {"layers": 4, "width": 20, "heads": 4, "context": 128},
         "lstm": {"layers": 2, "width": 12, "context": 64},
+        "vit": {"layers": 4, "width": 12, "heads": 4, "patch": 4},
+        "captions": {"layers": 2, "width": 12, "text_width": 8, "heads": 4, "patch": 4},
         "digits": {"layers": 3, "width": 29},
     },
 }
@@ -114,7 +117,10 @@ SHALLOW: dict[float, dict[str, Settings]] = {
         "digits": {"layers": 1, "width": 211},
     },
     0.02: {
+        "gpt": {"layers": 1, "width": 32, "heads": 4, "context": 128},
         "lstm": {"layers": 1, "width": 14, "context": 64},
+        "vit": {"layers": 1, "width": 22, "heads": 2, "patch": 4},
+        "captions": {"layers": 1, "width": 14, "text_width": 10, "heads": 2, "patch": 4},
         "digits": {"layers": 1, "width": 51},
     },
 }

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..cells import CONTROLS, LOW, LOW_TASKS, RATES, at_best, best_rates, identity, seeds_of
+from ..cells import CONTROLS, LOW, LOW_KINDS, RATES, at_best, best_rates, identity, seeds_of
 from ..results import latest, lines_of
 from ..suites import CURVE, on_curve
 from ..ways import wider
@@ -230,5 +230,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "mappings": mappings,
     "curve": curve,
     **_of(0.1, MODELS),
-    **_of(LOW, LOW_TASKS),
+    **_of(LOW, LOW_KINDS),
 }
