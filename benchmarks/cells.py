@@ -37,6 +37,8 @@ LOW_KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("vit", "captions"), ("shared", "equal", "shallow", "hashed", "hashed-global")),
 }
 """Kinds that can be made so small: no dense Wide ResNet can, and on small models the numbers are fewer than rank 1 wants."""
+LOW_RATES: dict[str, tuple[float, ...]] = {**CONTROL_RATES, "gpt": (*_ADAMW[1:], 4.8e-2), "wrn": _SGD[1:]}
+"""Of controls so small, which want higher rates."""
 DEFAULT = "offset:chunk=16"
 """What "auto" chooses below a budget of 1 (gains where a weight is a matrix), named so that a line says what it measured."""
 SEEDS = (0, 1, 2)
@@ -76,7 +78,7 @@ def grids() -> Iterator[tuple[Method, tuple[float, ...]]]:
             yield (task, kind, 0.1), rates
     for task, kinds in LOW_KINDS.items():
         for kind in kinds:
-            yield (task, kind, LOW), CONTROL_RATES[task]
+            yield (task, kind, LOW), RATES[task] if kind == "shared" else LOW_RATES[task]
 
 
 def grid(methods: Iterable[Method]) -> Iterator[Cell]:
