@@ -37,8 +37,11 @@ LOW_KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("vit", "captions"), ("shared", "equal", "shallow", "hashed", "hashed-global")),
 }
 """Kinds that can be made so small: no dense Wide ResNet can, and on small models the numbers are fewer than rank 1 wants."""
-LOW_RATES: dict[str, tuple[float, ...]] = {**CONTROL_RATES, "gpt": (*_ADAMW[1:], 4.8e-2), "wrn": _SGD[1:]}
-"""Of controls so small, which want higher rates."""
+LOW_RATES: dict[tuple[str, str], tuple[float, ...]] = {
+    **{("gpt", kind): (*_ADAMW[1:], 4.8e-2) for kind in ("equal", "shallow", "hashed", "hashed-global")},
+    ("wrn", "hashed-global"): _SGD[1:],
+}
+"""Of controls so small that were the best at the last of CONTROL_RATES: one rate more."""
 DEFAULT = "offset:chunk=16"
 """What "auto" chooses below a budget of 1 (gains where a weight is a matrix), named so that a line says what it measured."""
 SEEDS = (0, 1, 2)
@@ -78,7 +81,7 @@ def grids() -> Iterator[tuple[Method, tuple[float, ...]]]:
             yield (task, kind, 0.1), rates
     for task, kinds in LOW_KINDS.items():
         for kind in kinds:
-            yield (task, kind, LOW), RATES[task] if kind == "shared" else LOW_RATES[task]
+            yield (task, kind, LOW), RATES[task] if kind == "shared" else LOW_RATES.get((task, kind), CONTROL_RATES[task])
 
 
 def grid(methods: Iterable[Method]) -> Iterator[Cell]:
