@@ -81,7 +81,8 @@ def grids() -> Iterator[tuple[Method, tuple[float, ...]]]:
             yield (task, kind, 0.1), rates
     for task, kinds in LOW_KINDS.items():
         for kind in kinds:
-            yield (task, kind, LOW), RATES[task] if kind == "shared" else LOW_RATES.get((task, kind), CONTROL_RATES[task])
+            of_controls = LOW_RATES.get((task, kind), CONTROL_RATES[task])
+            yield (task, kind, LOW), RATES[task] if kind == "shared" else of_controls
 
 
 def grid(methods: Iterable[Method]) -> Iterator[Cell]:
