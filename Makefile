@@ -24,7 +24,7 @@ $(READY): pyproject.toml scripts/setup.sh
 	@touch $@
 
 train: $(READY) ## train a shared model beside its dense twins, and compare them (about 5 minutes on 2 cores)
-	$(PY) -m benchmarks.quickstart $(ARGS)
+	$(PY) -m benchmarks.quality.quickstart $(ARGS)
 
 test: $(READY) ## run all tests (less than 15 minutes on 2 cores)
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
@@ -36,10 +36,10 @@ report: $(READY) ## make the tables and figures of README and docs from the resu
 	$(PY) -m benchmarks.documents $(ARGS)
 
 faults: $(READY) ## as root: what a run survives, on four emulated hosts (about 30 minutes on 2 cores; goes on where it was)
-	$(PY) -m benchmarks.faults $(ARGS)
+	$(PY) -m benchmarks.faults.run $(ARGS)
 
 soak: $(READY) ## as root: two hours of training on four emulated hosts, with a random fault every three minutes
-	$(PY) -m benchmarks.soak $(ARGS)
+	$(PY) -m benchmarks.faults.soak $(ARGS)
 
 lint: $(READY) ## check style, formatting and types
 	$(PY) -m ruff check .

@@ -19,41 +19,50 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from .results import ResultFile
+from benchmarks.result_files import ResultFile
 
 SHORT = (
-    "memory",
-    "generation size depth --repetitions 5",
-    "step_time --models gpt-256 gpt-512 wrn-16-4",
-    "engine_bytes --ranks 2",
-    "checkpoints --what size",
-    "prediction --models gpt-128 --mbit 50 --repetitions 1",
-    "latency --repetitions 1",
-    "probe",
-    "scaling measured modelled --hosts 4 --repetitions 1",
+    "compute.memory",
+    "compute.generation size depth --repetitions 5",
+    "compute.step_time --models gpt-256 gpt-512 wrn-16-4",
+    "network.engine_bytes --ranks 2",
+    "compute.checkpoints --what size",
+    "network.prediction --models gpt-128 --mbit 50 --repetitions 1",
+    "network.latency --repetitions 1",
+    "network.probe",
+    "network.scaling measured modelled --hosts 4 --repetitions 1",
 )
 FULL = (
     *SHORT,
-    "generation kinds",
-    "parity",
-    "checkpoints --what time ranks",
-    "prediction",
-    "latency",
-    "scaling measured",
-    "lab_bytes",
-    "elastic",
-    "faults",
-    "fuzz",
-    "delay",
-    "quality rates controls low confirm curve curve-confirm budgets morphs",
-    "quality longer larger larger-confirm distill prune decay wider target target-confirm",
-    "architectures rates seeds",
-    "searches --tasks gpt-small lstm digits captions",
-    "searches --tasks gpt vit --mappings default shape pretrain",
-    "time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
+    "compute.generation kinds",
+    "network.parity",
+    "compute.checkpoints --what time ranks",
+    "network.prediction",
+    "network.latency",
+    "network.scaling measured",
+    "network.lab_bytes",
+    "faults.elastic",
+    "faults.run",
+    "faults.fuzz",
+    "quality.delay",
+    "quality.run rates controls low confirm curve curve-confirm budgets morphs",
+    "quality.run longer larger larger-confirm distill prune decay wider target target-confirm",
+    "quality.architectures rates seeds",
+    "quality.searches --tasks gpt-small lstm digits captions",
+    "quality.searches --tasks gpt vit --mappings default shape pretrain",
+    "network.time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
 )
 PROFILES = {"short": SHORT, "full": FULL}
-AS_ROOT = ("prediction", "latency", "probe", "scaling", "lab_bytes", "elastic", "faults", "time_to_target")
+AS_ROOT = (
+    "network.prediction",
+    "network.latency",
+    "network.probe",
+    "network.scaling",
+    "network.lab_bytes",
+    "faults.elastic",
+    "faults.run",
+    "network.time_to_target",
+)
 
 
 def main() -> None:

@@ -5,11 +5,11 @@ optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(model, lr=1e-3))
 model = torch.nn.parallel.DistributedDataParallel(model)             # sends a tenth
 """
 
-from .comm.meter import CommMeter
-from .groups import parameter_groups
-from .plan import Morph, Plan, make_plan
-from .search import search
-from .share import materialize, share, shared_plan, summary
+from dist_ssn.comm.meter import CommMeter
+from dist_ssn.mapping_search import search
+from dist_ssn.plan import Morph, Plan, make_plan
+from dist_ssn.sharing.attach import materialize, share, shared_plan, summary
+from dist_ssn.sharing.optimizer_groups import parameter_groups
 
 __all__ = [
     "CommMeter",

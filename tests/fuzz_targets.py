@@ -20,10 +20,10 @@ from dist_ssn.cluster.file import cluster_from_yaml
 from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import UserError
 from dist_ssn.plan import Plan
-from dist_ssn.train import checkpoint
-from dist_ssn.train.account import Counters
-from dist_ssn.train.folder import fingerprint
-from dist_ssn.train.recipe_file import load_recipe, recipe_from_json
+from dist_ssn.train.checkpoint import store as checkpoint
+from dist_ssn.train.checkpoint.folder import fingerprint
+from dist_ssn.train.metrics.account import Counters
+from dist_ssn.train.recipe.read import load_recipe, recipe_from_json
 
 CLUSTER = b"""nodes: 4
 processes_per_node: 1

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_ssn.bank import Bank
+from dist_ssn.sharing.bank import Bank
 
 Inputs = tuple[Tensor, ...]
 

@@ -104,7 +104,7 @@ def _child(
     import torch
     import torch.distributed as dist
 
-    from dist_ssn.engines.world import end_process_group
+    from dist_ssn.engines.world.join import end_process_group
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import costs, quality, runs, sizes, ways
-from .figures import FIGURES
+from benchmarks.documents import costs, quality, runs, sizes
+from benchmarks.documents import searches as ways
+from benchmarks.documents.figures import FIGURES
 
 ROOT = Path(__file__).parents[2]
 TABLES: dict[str, Callable[[], str]] = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .. import generation, latency, memory, prediction, probe, scaling, time_to_target
-from ..results import lines_of
-from .markdown import from_rich, grid
+from benchmarks.compute import generation, memory
+from benchmarks.documents.markdown import from_rich, grid
+from benchmarks.network import latency, prediction, probe, scaling, time_to_target
+from benchmarks.result_files import lines_of
 
 GENERATION = "2026-11-26T06:38"
 """Since then weights are made as they are now."""

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.documents import sizes
+from benchmarks.documents.quality import losses_by_budget
+from benchmarks.result_files import latest, lines_of
 from dist_ssn.report import plot_loss_against_bytes
-
-from ..results import latest, lines_of
-from . import sizes
-from .quality import losses_by_budget
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -6,16 +6,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .. import architectures
-from ..cells import DEFAULT, SEEDS, cell, identity
-from ..results import lines_of
-from ..suites import MORPHS, MORPHS_AT
-from ..suites import budgets as budget_cells
-from ..target_runs import TARGET_SUITES, all_runs, losses_of, side_of
-from ..tasks import TASKS
-from ..ways import TARGETS
-from .markdown import bold_least, each, grid, short
-from .sizes import MODELS
+from benchmarks.documents.markdown import bold_least, each, grid, short
+from benchmarks.documents.sizes import MODELS
+from benchmarks.network.target_runs import TARGET_SUITES, all_runs, losses_of, side_of
+from benchmarks.quality import architectures
+from benchmarks.quality.cells import DEFAULT, SEEDS, cell, identity
+from benchmarks.quality.further_suites import TARGETS
+from benchmarks.quality.suites import MORPHS, MORPHS_AT
+from benchmarks.quality.suites import budgets as budget_cells
+from benchmarks.quality.tasks import TASKS
+from benchmarks.result_files import lines_of
 
 Line = dict[str, Any]
 MORPH_NAMES = {

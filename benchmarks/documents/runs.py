@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..faults import FAULTS
-from ..overlap import SIDES
-from ..results import latest, lines_of
-from .markdown import bold_least, each, grid, mean, middle, short
+from benchmarks.documents.markdown import bold_least, each, grid, mean, middle, short
+from benchmarks.faults.run import FAULTS
+from benchmarks.network.overlap import SIDES
+from benchmarks.result_files import latest, lines_of
 
 Line = dict[str, Any]
 

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..cells import CONTROLS, LOW, LOW_KINDS, RATES, at_best, best_rates, identity, seeds_of
-from ..results import latest, lines_of
-from ..suites import CURVE, on_curve
-from ..ways import wider
-from .markdown import grid, mean, short
+from benchmarks.documents.markdown import grid, mean, short
+from benchmarks.quality.cells import CONTROLS, LOW, LOW_KINDS, RATES, at_best, best_rates, identity, seeds_of
+from benchmarks.quality.further_suites import wider
+from benchmarks.quality.suites import CURVE, on_curve
+from benchmarks.result_files import latest, lines_of
 
 Line = dict[str, Any]
 MODELS = {

@@ -31,10 +31,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp_source
 from torch.nn.parallel import distributed as ddp_source
 
-from dist_ssn.comm import under_way
+from dist_ssn.comm import in_flight as under_way
 from dist_ssn.comm.ledger import Ledger, Row, Totals, check_purpose
 from dist_ssn.errors import UserError
-from dist_ssn.private import at_end_of_backward, graph_task_id
+from dist_ssn.torch_private import at_end_of_backward, graph_task_id
 
 # operator -> (the collective's name in the ledger, the argument that holds what this rank hands over)
 OPERATORS: dict[str, tuple[str, str | None]] = {

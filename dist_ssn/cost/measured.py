@@ -19,14 +19,14 @@ from dist_ssn.cost.overlap import Exposure, messages_of, predict
 from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.engines import World
 from dist_ssn.errors import UserError
+from dist_ssn.files import read_json
+from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan import Plan
 from dist_ssn.plan.overlap import Overlap
-from dist_ssn.share import shared_plan
-from dist_ssn.specs import Specs, find_specs
-from dist_ssn.train.bounded import read_json
+from dist_ssn.sharing.attach import shared_plan
 from dist_ssn.train.build import build
 from dist_ssn.train.optim import build_optimizer
-from dist_ssn.train.recipe import Recipe
+from dist_ssn.train.recipe.schema import Recipe
 
 FORMAT = 1
 _MODEL = ("model", "model_args", "batch_size", "accumulation", "precision")  # what compute depends on, beside the bank

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_ssn.bank import Bank
+from dist_ssn.sharing.bank import Bank
 
 WARM_UP = 3
 PROBE_NUMBERS = 2**14

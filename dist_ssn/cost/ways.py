@@ -19,7 +19,7 @@ from dist_ssn.engines import init_world
 from dist_ssn.errors import UserError
 from dist_ssn.plan import Plan, make_plan
 from dist_ssn.plan.overlap import Overlap, parse_overlap
-from dist_ssn.train.recipe import Recipe
+from dist_ssn.train.recipe.schema import Recipe
 
 WAYS = ("none", "depth:2", "depth:4", "segments:4", "sums:2", "delay")
 """Values of `engine.overlap`, and of `share.mapping` (depth:N)."""

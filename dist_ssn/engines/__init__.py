@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 
+from dist_ssn.engines.base import Engine, OptimizerState
 from dist_ssn.engines.ddp import DDPEngine
-from dist_ssn.engines.divergence import check_equal
-from dist_ssn.engines.protocol import Engine, OptimizerState
-from dist_ssn.engines.world import World, init_world
+from dist_ssn.engines.world.divergence import check_equal
+from dist_ssn.engines.world.join import World, init_world
 
 ENGINES = {
     "ddp": "dist_ssn.engines.ddp:DDPEngine",

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
-from dist_ssn.engines.delay import without_delay
-from dist_ssn.engines.divergence import check_plans
-from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
+from dist_ssn.engines.base import OptimizerState, check_optimizer, load_whole_state, whole_state
+from dist_ssn.engines.overlap.delay import without_delay
+from dist_ssn.engines.world.divergence import check_plans
 from dist_ssn.errors import UserError
 
 _REFUSED = {

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_ssn.bank import Bank
+from dist_ssn.comm.in_flight import waiting
 from dist_ssn.comm.meter import book, purpose
-from dist_ssn.comm.under_way import waiting
-from dist_ssn.engines.delay import Delay
-from dist_ssn.engines.divergence import check_plans
-from dist_ssn.engines.exchange import make_exchange
-from dist_ssn.engines.mpi_world import load_mpi
-from dist_ssn.engines.protocol import OptimizerState, check_optimizer, load_whole_state, whole_state
+from dist_ssn.engines.base import OptimizerState, check_optimizer, load_whole_state, whole_state
+from dist_ssn.engines.overlap.delay import Delay
+from dist_ssn.engines.overlap.exchange import make_exchange
+from dist_ssn.engines.world.divergence import check_plans
+from dist_ssn.engines.world.mpi import load_mpi
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import Overlap, least_alone, parse_overlap
+from dist_ssn.sharing.bank import Bank
 
 PIECE_BYTES = 2**30
 """A message is sent in pieces of at most this size: before MPI 4, a count had to be below 2³¹."""

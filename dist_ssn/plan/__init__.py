@@ -1,8 +1,8 @@
 """Specs + budget + mapping → `Plan`: pure arithmetic, frozen, JSON both ways."""
 
-from .make import make_plan
-from .mapping import MAPPINGS
-from .rules import Morph
-from .types import Group, Plan, Slot
+from dist_ssn.plan.make import make_plan
+from dist_ssn.plan.mapping import MAPPINGS
+from dist_ssn.plan.rules import Morph
+from dist_ssn.plan.types import Group, Plan, Slot
 
 __all__ = ["MAPPINGS", "Group", "Morph", "Plan", "Slot", "make_plan"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import PlanError
-from ..specs import Specs
-from .types import Plan, Slot
+from dist_ssn.errors import PlanError
+from dist_ssn.model.specs import Specs
+from dist_ssn.plan.types import Plan, Slot
 
 
 def plan_difference(mine: Plan, other: Plan) -> str | None:

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..budget import Budget, resolve_budget
-from ..errors import BudgetError, PlanError
-from ..selectors import Selector
-from ..specs import Specs, find_specs
-from .allocate import Demand, Infeasible, allocate, least
-from .mapping import Groups, map_weights
-from .rules import Morph, parse_morph
-from .types import LARGEST, Group, Plan
+from dist_ssn.errors import BudgetError, PlanError
+from dist_ssn.model.selectors import Selector
+from dist_ssn.model.specs import Specs, find_specs
+from dist_ssn.plan.allocate import Demand, Infeasible, allocate, least
+from dist_ssn.plan.budget import Budget, resolve_budget
+from dist_ssn.plan.mapping import Groups, map_weights
+from dist_ssn.plan.rules import Morph, parse_morph
+from dist_ssn.plan.types import LARGEST, Group, Plan
 
 HIGH_BUDGET = 1.0
 """From this fraction on, "auto" mixes several templates into a weight; below it reads one, in many passes over the bank."""

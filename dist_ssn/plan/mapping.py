@@ -9,8 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from ..errors import PlanError, unknown_choice
-from ..specs import LayerSpec
+from dist_ssn.errors import PlanError, unknown_choice
+from dist_ssn.model.specs import LayerSpec
 
 Weights = Sequence[LayerSpec]
 Groups = dict[str, list[LayerSpec]]

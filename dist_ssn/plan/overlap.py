@@ -20,9 +20,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import PlanError, unknown_choice
-from .rules import reach
-from .types import Group, Slot
+from dist_ssn.errors import PlanError, unknown_choice
+from dist_ssn.plan.rules import reach
+from dist_ssn.plan.types import Group, Slot
 
 KINDS = ("none", "segments", "sums", "delay")
 COMPRESSIONS = ("none", "fp16")

@@ -2,7 +2,7 @@
 
 Letters: n numbers in a weight, B numbers in its bank, K templates.
 The formulas of "avg", "wavg", "emb", "inter", "mask" and "repeat" are those of Plummer et al., arXiv 2006.10598, section 3 and
-of the code published with it; "offset" and "hash" are ours (see `dist_ssn.morphs`).
+of the code published with it; "offset" and "hash" are ours (see `dist_ssn.sharing.morphs`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import PlanError, unknown_choice
-from ..specs import LayerSpec
-from .types import Slot
+from dist_ssn.errors import PlanError, unknown_choice
+from dist_ssn.model.specs import LayerSpec
+from dist_ssn.plan.types import Slot
 
 MASK_WINDOW = 9
 """Numbers in a mask's window: a 3×3 kernel, as in the paper's code."""

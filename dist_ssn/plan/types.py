@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import PlanError
+from dist_ssn.errors import PlanError
 
 FORMAT = 1
 LARGEST = 2**53
@@ -28,7 +28,7 @@ class Slot:
     name: str
     shape: tuple[int, ...]
     morph: str
-    """A key of `dist_ssn.morphs.MORPHS`."""
+    """A key of `dist_ssn.sharing.morphs.MORPHS`."""
     start: int
     """First number of the bank that is read; reading wraps round."""
     templates: int
@@ -148,7 +148,7 @@ class Plan:
         Raises:
             PlanError: the text is no JSON, or is not a plan of this format; says which field is wrong.
         """
-        from .check import plan_from_data
+        from dist_ssn.plan.read import plan_from_data
 
         try:
             data = json.loads(text)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .plot import plot_loss_against_bytes, plot_loss_against_steps
-from .report import read_rows, report
-from .table import human_bytes, human_number, summary_table
+from dist_ssn.report.plot import plot_loss_against_bytes, plot_loss_against_steps
+from dist_ssn.report.report import read_rows, report
+from dist_ssn.report.table import human_bytes, human_number, summary_table
 
 __all__ = [
     "human_bytes",

@@ -12,9 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from dist_ssn.errors import PlanError, UserError
+from dist_ssn.files import read_tensors, read_text
 from dist_ssn.plan import Plan
-from dist_ssn.train.bounded import read_tensors, read_text
-from dist_ssn.train.folder import latest
+from dist_ssn.train.checkpoint.folder import latest
 
 _MOST_COLUMNS = 12
 

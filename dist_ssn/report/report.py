@@ -11,13 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from dist_ssn.errors import UserError
-
-from .coefficients import Coefficients, coefficients_table, draw_coefficients, read_coefficients
-from .offline import offline_files, read_offline
-from .page import Grid, Page, Picture, ledger_grid, prediction_grid, runs_grid
-from .plot import plot_loss_against_bytes, plot_loss_against_seconds, plot_loss_against_steps
-from .results import result_files, results_grid
-from .table import columns_of, human_bytes, summary_table
+from dist_ssn.report.coefficients import Coefficients, coefficients_table, draw_coefficients, read_coefficients
+from dist_ssn.report.offline import offline_files, read_offline
+from dist_ssn.report.page import Grid, Page, Picture, ledger_grid, prediction_grid, runs_grid
+from dist_ssn.report.plot import plot_loss_against_bytes, plot_loss_against_seconds, plot_loss_against_steps
+from dist_ssn.report.results import result_files, results_grid
+from dist_ssn.report.table import columns_of, human_bytes, summary_table
 
 BANDWIDTHS = (10, 100, 1000)
 """Mbit/s at which a run's time is modelled."""

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ssn.errors import UserError
-
-from .page import Grid
+from dist_ssn.report.page import Grid
 
 MOST = 64 << 20
 """Bytes of the largest file that is read."""

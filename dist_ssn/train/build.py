@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dist_ssn.controls import control
+from dist_ssn.baselines import control
 from dist_ssn.engines import World
 from dist_ssn.errors import PlanError, RecipeError, UserError, told
+from dist_ssn.files import read_text
 from dist_ssn.plan import Plan
-from dist_ssn.share import share
-from dist_ssn.train.bounded import read_text
+from dist_ssn.sharing.attach import share
 from dist_ssn.train.data import Task, load_task
 from dist_ssn.train.models import build_model
-from dist_ssn.train.recipe import Recipe, ShareConfig
-from dist_ssn.train.recipe_values import validate
+from dist_ssn.train.recipe.check import validate
+from dist_ssn.train.recipe.schema import Recipe, ShareConfig
 
 
 def build(recipe: Recipe, world: World) -> tuple[Task, nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import World
 from dist_ssn.train.data import Task
-from dist_ssn.train.recipe import Recipe
+from dist_ssn.train.recipe.schema import Recipe
 
 
 @torch.no_grad()

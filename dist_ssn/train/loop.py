@@ -25,25 +25,25 @@ from torch import Tensor, nn
 
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import Engine, World, check_equal, engine_class, init_world
-from dist_ssn.engines.watch import Watch
+from dist_ssn.engines.world.heartbeat import Watch
 from dist_ssn.errors import Preempted, UserError
-from dist_ssn.share import shared_plan
-from dist_ssn.track import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside, write_whole
-from dist_ssn.train.account import Account
+from dist_ssn.sharing.attach import shared_plan
+from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside, write_whole
 from dist_ssn.train.build import build
-from dist_ssn.train.clock import Clock
+from dist_ssn.train.checkpoint.saver import Saver, last_checkpoint
 from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.losses import Losses
+from dist_ssn.train.metrics.account import Account
+from dist_ssn.train.metrics.clock import Clock
+from dist_ssn.train.metrics.predicted import comparison, prediction_of
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
-from dist_ssn.train.predicted import comparison, prediction_of
 from dist_ssn.train.prune import Pruner, with_thresholds
-from dist_ssn.train.recipe import DENSE, ENGINE_OPTIONS, Recipe
-from dist_ssn.train.recipe_values import validate
-from dist_ssn.train.saver import Saver, last_checkpoint
-from dist_ssn.train.stop import Stop
+from dist_ssn.train.ranks.raise_together import together
+from dist_ssn.train.ranks.stop import Stop
+from dist_ssn.train.ranks.threads import processor_threads
+from dist_ssn.train.recipe.check import validate
+from dist_ssn.train.recipe.schema import DENSE, ENGINE_OPTIONS, Recipe
 from dist_ssn.train.teacher import Teacher, dense_twin, load_teacher
-from dist_ssn.train.threads import processor_threads
-from dist_ssn.train.together import together
 
 LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first
 PATIENCE_SECONDS = 20  # how long a failed rank waits for the others before it ends

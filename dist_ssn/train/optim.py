@@ -13,10 +13,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dist_ssn.errors import RecipeError, unknown_choice
-from dist_ssn.groups import parameter_groups
+from dist_ssn.sharing.optimizer_groups import parameter_groups
 
 if TYPE_CHECKING:
-    from dist_ssn.train.recipe import OptimizerConfig, ScheduleConfig
+    from dist_ssn.train.recipe.schema import OptimizerConfig, ScheduleConfig
 
 
 def _adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:

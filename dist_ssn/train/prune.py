@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_ssn.bank import Bank
-from dist_ssn.specs import find_specs
-from dist_ssn.train.recipe import PruneConfig, ShareConfig
+from dist_ssn.model.specs import find_specs
+from dist_ssn.sharing.bank import Bank
+from dist_ssn.train.recipe.schema import PruneConfig, ShareConfig
 
 
 def sparsity(config: PruneConfig, step: int, steps: int) -> float:

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_ssn.errors import UserError
-from dist_ssn.share import shared_plan
-from dist_ssn.train.bounded import read_text
+from dist_ssn.files import read_text
+from dist_ssn.sharing.attach import shared_plan
 from dist_ssn.train.build import share_as
-from dist_ssn.train.checkpoint import load_model
+from dist_ssn.train.checkpoint.store import load_model
 from dist_ssn.train.data import Task, logits_of
 from dist_ssn.train.models import MODELS, build_model
 from dist_ssn.train.prune import with_thresholds
-from dist_ssn.train.recipe import DENSE, DistillConfig, Recipe, ShareConfig
-from dist_ssn.train.recipe_file import recipe_from_json
+from dist_ssn.train.recipe.read import recipe_from_json
+from dist_ssn.train.recipe.schema import DENSE, DistillConfig, Recipe, ShareConfig
 
 
 def dense_twin(recipe: Recipe) -> Recipe:

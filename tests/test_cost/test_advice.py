@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from torch import nn
 
-from dist_ssn.cli import main
+from dist_ssn.cli.main import main
 from dist_ssn.cluster import Link
 from dist_ssn.cost.advice import LONGER, advise, bandwidth, crossover_mbit, hidden_budget, sentences
 from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.measured import Measured, Side
 from dist_ssn.cost.timeline import Timeline
+from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import make_plan
-from dist_ssn.specs import find_specs
 
 NUMBERS = 4 * 256 * 256
 MODEL = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(4)))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.engine_bytes import theory
+from benchmarks.network.engine_bytes import theory
 from dist_ssn.cluster import Link, load_cluster
 from dist_ssn.cost.engines import HALVES, footprint
 from dist_ssn.cost.fabric import ALGORITHMS, Fabric, fabric_of

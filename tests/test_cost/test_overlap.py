@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import dist_ssn
-from dist_ssn.cli import main
+from dist_ssn.cli.main import main
 from dist_ssn.cluster import Link
 from dist_ssn.comm import CommMeter
 from dist_ssn.cost.fabric import Fabric

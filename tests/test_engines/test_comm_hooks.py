@@ -18,7 +18,7 @@ from dist_ssn.comm import CommMeter
 from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import UserError
 from dist_ssn.train.models.gpt import build_gpt
-from dist_ssn.train.recipe_file import load_recipe
+from dist_ssn.train.recipe.read import load_recipe
 from tests.ranks import run_ranks
 
 STEPS = 30

@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import dist_ssn
-from dist_ssn.bank import Bank
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines.fsdp import FSDPEngine
 from dist_ssn.errors import ShareError
-from dist_ssn.share import BankSet
+from dist_ssn.sharing.attach import BankSet
+from dist_ssn.sharing.bank import Bank
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed

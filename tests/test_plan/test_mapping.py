@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_ssn.errors import PlanError
+from dist_ssn.model.specs import LayerSpec, Specs
 from dist_ssn.plan import MAPPINGS, Plan, make_plan
 from dist_ssn.plan.mapping import group_std, layers_once, map_weights
-from dist_ssn.specs import LayerSpec, Specs
 
 
 def spec(name: str, *shape: int, std: float = 0.1, aliases: tuple[str, ...] = (), is_table: bool = False) -> LayerSpec:

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ssn.errors import PlanError
-from dist_ssn.morphs import readings
 from dist_ssn.plan import Group, Plan
 from dist_ssn.plan.overlap import Overlap, parse_overlap, pieces_of
+from dist_ssn.sharing.morphs import readings
 from tests.test_plan.test_plan_properties import MAPPING_TEXTS, MORPH_TEXTS, plan_or_least, some_specs
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from dist_ssn.errors import PlanError
-from dist_ssn.morphs import MORPHS, readings
+from dist_ssn.model.specs import LayerSpec, Specs
 from dist_ssn.plan import Plan, make_plan
-from dist_ssn.specs import LayerSpec, Specs
+from dist_ssn.sharing.morphs import MORPHS, readings
 
 WEIGHTS = (
     LayerSpec("table.weight", (50, 8), "Embedding", 8, 1.0, ("head.weight",), 3),

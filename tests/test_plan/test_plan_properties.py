@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dist_ssn.errors import BudgetError, PlanError, ShareError, UserError
-from dist_ssn.morphs import MORPHS, Chunks, readings
+from dist_ssn.model.specs import LayerSpec, Specs, find_specs
 from dist_ssn.plan import MAPPINGS, Group, Morph, Plan, make_plan
 from dist_ssn.plan.rules import EMBEDDING_SIZE, reach
-from dist_ssn.specs import LayerSpec, Specs, find_specs
+from dist_ssn.sharing.morphs import MORPHS, Chunks, readings
 
 MORPH_TEXTS = (
     *("auto", "avg", "wavg", "emb", "inter", "mask", "repeat", "offset", "hash"),

@@ -20,15 +20,15 @@ import torch
 from safetensors.torch import load_file
 
 from dist_ssn.errors import CheckpointError, DistSSNError, Preempted, RanksLost, UserError
-from dist_ssn.train import agreement as agreements
-from dist_ssn.train import writer as writers
-from dist_ssn.train.agreement import Agreement, Wants
-from dist_ssn.train.folder import checkpoints, latest
+from dist_ssn.train.checkpoint import writer as writers
+from dist_ssn.train.checkpoint.folder import checkpoints, latest
+from dist_ssn.train.checkpoint.snapshot import Snapshot
+from dist_ssn.train.checkpoint.writer import Writer
 from dist_ssn.train.loop import train
-from dist_ssn.train.recipe import CheckpointConfig, EngineConfig, Recipe
-from dist_ssn.train.snapshot import Snapshot
-from dist_ssn.train.stop import EXIT_REQUEUE
-from dist_ssn.train.writer import Writer
+from dist_ssn.train.ranks import agreement as agreements
+from dist_ssn.train.ranks.agreement import Agreement, Wants
+from dist_ssn.train.ranks.stop import EXIT_REQUEUE
+from dist_ssn.train.recipe.schema import CheckpointConfig, EngineConfig, Recipe
 from tests.ranks import RanksFailed, run_ranks
 from tests.test_train.test_loop import recipe
 
@@ -71,7 +71,7 @@ def test_steps_go_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: 
         at_write.append(taken.step)
         return write(taken, *args)
 
-    from dist_ssn.train import saver
+    from dist_ssn.train.checkpoint import saver
 
     after_step = saver.Saver.after_step
 

@@ -23,10 +23,10 @@ from torch import nn
 import dist_ssn
 from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.errors import CheckpointError, RecipeError, UserError
-from dist_ssn.train.folder import checkpoints
+from dist_ssn.train.checkpoint.folder import checkpoints
 from dist_ssn.train.loop import RunResult, train
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor
-from dist_ssn.train.recipe import (
+from dist_ssn.train.recipe.schema import (
     CheckpointConfig,
     DataConfig,
     OptimizerConfig,

@@ -21,7 +21,7 @@ from dist_ssn.train.data.cifar import read_cifar
 from dist_ssn.train.data.tasks import ClassificationTask, Hints, Images, LanguageTask, Task
 
 if TYPE_CHECKING:
-    from dist_ssn.train.recipe import DataConfig
+    from dist_ssn.train.recipe.schema import DataConfig
 
 DEFAULT_CONTEXT = 128
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"

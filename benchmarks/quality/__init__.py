@@ -1,0 +1,1 @@
+"""Quality at equal data, batch and steps."""

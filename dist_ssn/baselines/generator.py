@@ -1,0 +1,102 @@
+"""`Generator`: stands where a `Bank` stands for a shared layer, and makes weights by plain autograd from parameters of its own.
+
+Controls thus get what shared layers have: recurrent, attention and embedding layers, ties, no generated weight kept for
+backward, and parameters that belong to the root, which every engine takes as ordinary ones.
+
+Letters: R rows, C columns of a weight as a matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dist_ssn.errors import PlanError
+from dist_ssn.model.specs import LayerSpec
+from dist_ssn.sharing.autograd import Values
+
+
+@dataclass(frozen=True)
+class Members:
+    """The weights that a generator makes, under the name by which layers ask a bank's group for them."""
+
+    slots: tuple[LayerSpec, ...]
+
+
+class Generator(nn.Module):
+    """Makes weight `index` of `weights` when called with its number.
+
+    Args:
+        control: the control's name; goes into state dicts with the seed.
+        seed: of initial values, and of whatever is pseudo-random.
+    """
+
+    def __init__(self, control: str, weights: Sequence[LayerSpec], seed: int):
+        super().__init__()
+        self.control, self.seed, self.group = control, seed, Members(tuple(weights))
+
+    @abstractmethod
+    def make(self, index: int, parameters: Mapping[str, Tensor | None]) -> Tensor:
+        """The weight [R, C] from these values of the parameters; differentiable."""
+
+    @property
+    def bank(self) -> Tensor:
+        """A parameter that has the device and the dtype of all."""
+        return next(iter(self.parameters()))
+
+    def values(self) -> Values:
+        """The present parameters, to make a weight again from just these."""
+        return Values.of(self._parameters)
+
+    def forward(
+        self,
+        index: int,
+        rows: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        values: Values | None = None,
+    ) -> Tensor:
+        """The weight in its shape, or only its `rows` [m] as [m, C]; arguments as of `Bank.forward`."""
+        weight = self.group.slots[index]
+        parameters = self._parameters if values is None else values.checked(weight.name)
+        with torch.autocast(self.bank.device.type, enabled=False):
+            made = self.make(index, parameters)
+            if weight.zero_row is not None:
+                made = made * (torch.arange(weight.rows, device=made.device) != weight.zero_row).unsqueeze(1)
+            made = made.view(weight.shape) if rows is None else made[rows]
+            return made if dtype is None else made.to(dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """What is pseudo-random, as bytes: numbers read by another control or seed would make other weights."""
+        return torch.frombuffer(bytearray(self._identity().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuses the state dict of another control. Raises: PlanError."""
+        found = bytes(state.cpu().tolist()).decode(errors="replace")
+        if found != self._identity():
+            raise PlanError(f"the state dict is of the control {found:.100}, this model's is {self._identity()}")
+
+    def _identity(self) -> str:
+        return json.dumps({"control": self.control, "seed": self.seed}, sort_keys=True)
+
+    def extra_repr(self) -> str:
+        numbers = sum(p.numel() for p in self.parameters())
+        return f"{self.control}: {numbers} numbers for {sum(w.numel for w in self.group.slots)}"
+
+
+def draw_for(seed: int, what: str) -> np.random.RandomState:
+    """A stream that depends on the seed and a name alone, and that numpy keeps stable for ever."""
+    digest = hashlib.sha256(f"control/{seed}/{what}".encode()).digest()
+    return np.random.RandomState(int.from_bytes(digest[:4], "little"))
+
+
+def normal(draw: np.random.RandomState, shape: tuple[int, ...], std: float) -> np.ndarray:
+    """Normal numbers whose root mean square is exactly `std`."""
+    values = draw.standard_normal(shape)
+    return values * (std / np.sqrt(np.square(values).mean()) if values.size > 1 else std)

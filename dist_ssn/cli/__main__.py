@@ -1,0 +1,7 @@
+"""`python -m dist_ssn.cli`, for launchers that start a module."""
+
+import sys
+
+from dist_ssn.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,89 @@
+"""Proof that all processes still hold the same numbers: a few bytes, now and then."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ssn.comm.meter import purpose
+from dist_ssn.errors import ShareError, UserError
+from dist_ssn.sharing.attach import shared_plan
+from dist_ssn.sharing.bank import Bank
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+OWN = "the model's own parameters"
+
+
+def fingerprints(model: nn.Module) -> dict[str, Tensor]:
+    """name of a bank, or `OWN` for all else → a 64-bit number of its bits and their places, on the device."""
+    banks = {
+        id(p): name for name, module in model.named_modules() if isinstance(module, Bank) for p in module.parameters()
+    }
+    sums: dict[str, Tensor] = {}
+    for parameter in model.parameters():
+        name = banks.get(id(parameter), OWN)
+        before = sums.get(name, torch.zeros((), dtype=torch.int64, device=parameter.device))
+        sums[name] = before * 31 + _bits(parameter)
+    return sums
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Σ bits_i · (2 i + 1) modulo 2⁶⁴: whatever changes in one place changes it."""
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view(_INTEGERS[flat.element_size()]).to(torch.int64)
+    return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()
+
+
+def check_equal(model: nn.Module, step: int) -> None:
+    """Compares the parameters of all processes bit for bit, by their fingerprints: 16 bytes per bank.
+
+    The host waits for the device. Nothing to compare with one process.
+
+    Raises:
+        UserError: on every rank, when they differ: says which bank, and on which ranks.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    sums = fingerprints(model)
+    mine = torch.stack(list(sums.values()))
+    extremes = torch.cat([mine, ~mine])  # ~x falls as x rises, and knows no overflow
+    with purpose("metrics"):
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+        highest, lowest = extremes.chunk(2)
+        if torch.equal(highest, ~lowest):
+            return
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, mine)
+    raise UserError(_difference(list(sums), torch.stack(gathered).tolist(), step))
+
+
+def _difference(names: list[str], by_rank: list[list[int]], step: int) -> str:
+    parts = []
+    for place, name in enumerate(names):
+        values = [sums[place] for sums in by_rank]
+        usual, _ = Counter(values).most_common(1)[0]
+        if ranks := [str(rank) for rank, value in enumerate(values) if value != usual]:
+            parts.append(f"{name} on rank {', '.join(ranks)}")
+    return (
+        f"after step {step} the ranks no longer hold the same numbers: {'; '.join(parts)} differs from the others; "
+        "something changes parameters on some ranks only, or a machine computes wrongly: go on from the last checkpoint"
+    )
+
+
+def check_plans(model: nn.Module) -> None:
+    """Costs 16 bytes. DDP copies rank 0's parameters to all, but not the plan by which each rank reads them.
+
+    Raises: ShareError on every rank, when not all have one plan.
+    """
+    plan = shared_plan(model)
+    number = int(plan.fingerprint, 16) >> 1 if plan is not None else 0
+    extremes = torch.tensor([number, -number], device=next(model.parameters()).device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise ShareError(
+            "the ranks' models follow different plans, so each would read the same bank in another way: seed all ranks "
+            "alike before the model is built, or give them one plan, share(model, plan=...)"
+        )

@@ -1,0 +1,58 @@
+"""One bank for all layers, read by all in the same way: the measuring device of "pretrain" and "gradients".
+
+Every weight mixes the same K square templates, resized to its shape, by K coefficients of its own. So coefficients of different
+layers mean the same, and their gradients meet at the same numbers of the bank.
+Source: Plummer et al., arXiv 2006.10598, section 3.3 ("mapping layers to parameter groups").
+"""
+
+from __future__ import annotations
+
+import math
+
+from dist_ssn.errors import BudgetError
+from dist_ssn.model.specs import LayerSpec, Specs
+from dist_ssn.plan import Group, Plan, Slot
+from dist_ssn.plan.mapping import group_std
+from dist_ssn.plan.rules import spread
+
+
+def aligned_plan(specs: Specs, budget: int, templates: int, seed: int) -> Plan:
+    """A plan of one bank of about `budget` numbers, no template larger than the largest weight.
+
+    It is for measuring alone: weights smaller than a template read it shrunk, which no ordinary plan does.
+
+    Args:
+        budget: numbers; templates: K.
+
+    Raises:
+        BudgetError: not even K templates of one number fit.
+    """
+    weights = specs.weights
+    room = (budget - templates * len(weights)) // templates
+    side = math.isqrt(max(0, min(room, max(weight.numel for weight in weights))))
+    if side < 1:
+        raise BudgetError(
+            f"a budget of {budget:,} numbers is too small to compare {len(weights)} weights by {templates} templates: use the "
+            "method weights-free, or fewer templates"
+        )
+    std = group_std(weights)
+    slots = tuple(_slot(weight, templates, side, std) for weight in weights)
+    bank = templates * side * side
+    return Plan((Group("all", bank, std, slots),), bank + templates * len(weights), seed)
+
+
+def _slot(weight: LayerSpec, templates: int, side: int, std: float) -> Slot:
+    smoothed = spread(side, weight.rows) * spread(side, weight.columns)
+    return Slot(
+        name=weight.name,
+        shape=weight.shape,
+        morph="inter",
+        start=0,
+        templates=templates,
+        scale=weight.init_std / std / math.sqrt(smoothed),
+        init_std=weight.init_std,
+        coefficients=templates,
+        template_shape=(side, side),
+        zero_row=weight.zero_row,
+        aliases=weight.aliases,
+    )

@@ -1,0 +1,134 @@
+"""A search from a recipe to a plan's file: what is checked before, and what is written and shown after."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_ssn.engines import init_world
+from dist_ssn.errors import RecipeError, UserError, unknown_choice
+from dist_ssn.mapping_search.auto import auto
+from dist_ssn.mapping_search.methods import METHODS, sensitivity
+from dist_ssn.mapping_search.setting import Setting, read_options
+from dist_ssn.mapping_search.trials import Line, Trials
+from dist_ssn.model.specs import find_specs
+from dist_ssn.plan import Plan
+from dist_ssn.tracking import write_whole
+from dist_ssn.train.ranks.threads import processor_threads
+from dist_ssn.train.recipe.check import validate
+from dist_ssn.train.recipe.schema import Recipe
+
+AUTO = "auto"
+
+
+def run(
+    recipe: Recipe,
+    method: str,
+    output: str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
+    report: Callable[[Line], None] = lambda _: None,
+) -> Plan:
+    """Searches as `dist_ssn.search` says.
+
+    Args:
+        report: called on rank 0 with each trial of auto, and at the end with {"kind": "found", "note": …}.
+    """
+    chosen = read_options(options)
+    check_search(recipe, method, output)
+    check_options(method, options)
+    with init_world() as world, processor_threads(recipe.threads):
+        validate(recipe, world.world_size)
+        specs = _specs(recipe)
+        setting = Setting(recipe, world, specs, chosen)
+        if chosen.split == "sensitivity":
+            setting = dataclasses.replace(setting, demand=setting.agree(sensitivity(setting)))
+        tell = report if world.rank == 0 else lambda _: None
+        if method == AUTO:
+            path = chosen.trials or (None if output is None else Path(output).with_suffix(".trials.jsonl"))
+            trials = Trials(
+                path, _key(recipe, chosen.short_steps, chosen.templates, chosen.split), writes=world.rank == 0
+            )
+            trials.lines = setting.agree(trials.lines)
+            plan, note = auto(setting, trials, tell)
+        else:
+            found = METHODS[method](setting)
+            plan, note = setting.plan(found.mapping), f"{method}: {found.note}"
+        # Another kind of processor rounds otherwise, so ranks could cluster otherwise: rank 0's plan is everybody's.
+        plan = Plan.from_json(setting.agree(plan.to_json()))
+        if output is not None and world.rank == 0:
+            write_whole(Path(output), plan.to_json() + "\n")
+        tell({"kind": "found", "note": note})
+        return plan
+
+
+def check_search(recipe: Recipe, method: str, output: str | os.PathLike[str] | None) -> None:
+    """What can be said before anything is built.
+
+    Raises:
+        UserError: an unknown method, a recipe that is dense or gives what is sought, a folder that does not exist.
+    """
+    share = recipe.share
+    if method not in METHODS and method != AUTO:
+        raise UserError(unknown_choice("method of search", method, [*METHODS, AUTO]))
+    if share.plan is not None:
+        raise RecipeError(f"share.plan is {share.plan}, and a search finds a plan: set share.plan to null")
+    if share.control is not None:
+        raise RecipeError(f"share.control is {share.control}, which has no plan to search for: set it to null")
+    if share.budget is None:
+        raise RecipeError(
+            "share.budget is null, which leaves the model dense, with nothing to search for: give one, such as --share.budget=10%"
+        )
+    if share.mapping != "auto" and method != "manual":
+        raise RecipeError(
+            f"share.mapping is {share.mapping!r:.60}, and the method {method} finds a mapping: leave it auto, or use "
+            "the method manual"
+        )
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        raise UserError(f"search: the folder of the output {output} does not exist: make it first")
+
+
+_OF_METHODS: dict[str, tuple[str, ...]] = {
+    "groups": ("weights-free", "pretrain", "gradients", "network", "random"),
+    "short_steps": ("pretrain", "gradients", AUTO),
+    "templates": ("pretrain", "gradients", AUTO),
+    "split": (*METHODS, AUTO),
+    "cluster": ("network",),
+    "max_steps": (AUTO,),
+    "max_seconds": (AUTO,),
+    "trials": (AUTO,),
+}
+"""option → the methods that it goes with."""
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raises: RecipeError, where an option is given that the method would not look at."""
+    for name, value in options.items():
+        if value is not None and method not in _OF_METHODS[name]:
+            raise RecipeError(
+                f"search: {name} goes with the method {' or '.join(_OF_METHODS[name])}, not with {method}"
+            )
+
+
+def _specs(recipe: Recipe) -> Any:
+    """The weights of the recipe's model, as `train` would see them."""
+    from dist_ssn.train.data import data_hints
+    from dist_ssn.train.models import build_model
+
+    hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
+    torch.manual_seed(recipe.seed)
+    return find_specs(build_model(recipe.model, recipe.model_args, hints), recipe.share.include, recipe.share.exclude)
+
+
+def _key(recipe: Recipe, *options: Any) -> str:
+    """What trials depend on: all of a recipe but how a run is named, kept and tracked."""
+    settings = json.loads(recipe.to_json())
+    for name in ("name", "output", "wandb", "checkpoint", "engine", "threads"):
+        del settings[name]
+    return hashlib.sha256(json.dumps([settings, *options], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,285 @@
+"""model → `Specs`: every weight of any `nn.Module`, once, with what a plan needs to know of it.
+
+A *weight* is a floating-point parameter of two or more dimensions that is generated instead of stored. Everything else stays
+with the model and is called an *own parameter*. Nothing here changes the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+
+from dist_ssn.errors import ShareError
+from dist_ssn.model.init_scale import EMBEDDINGS, fans_of, init_std_of
+from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
+"""Modules of torch's quantized packages that belong to float models."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One weight: its first name in the model, its shape, and the statistics of its initialization.
+
+    As a matrix it has `rows` = shape[0] and `columns` = the product of the other dimensions.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    """Class name of the module that holds it, "Linear" say."""
+    fan_in: int
+    init_std: float
+    """Root mean square of the weight when it was read: analytic where a usual initialization is recognized."""
+    aliases: tuple[str, ...] = ()
+    """A tied weight's name in each other module that holds it."""
+    zero_row: int | None = None
+    """Row that stays zero (an embedding's `padding_idx`)."""
+    is_measured: bool = False
+    """Whether `init_std` was measured on random values, so that another seed gives another number."""
+    is_table: bool = False
+    """Whether an embedding holds it, whose rows are looked up."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.numel // self.shape[0]
+
+
+@dataclass(frozen=True)
+class Specs:
+    """The weights of a model, and what was left out.
+
+    `own_parameters` counts the trainable numbers that stay with the model; `left_out` gives, for each parameter of two or
+    more dimensions that is not shared, its name and the reason.
+    """
+
+    weights: tuple[LayerSpec, ...]
+    own_parameters: int = 0
+    left_out: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """The number of numbers in all the weights, which a budget's fraction refers to."""
+        return sum(weight.numel for weight in self.weights)
+
+
+class _Place(NamedTuple):
+    """Where a parameter stands: the model knows it as `name`, and `module` holds it as `local`."""
+
+    name: str
+    module: nn.Module
+    local: str
+
+
+def find_specs(
+    model: nn.Module,
+    include: Selector | Iterable[Selector] | None = None,
+    exclude: Selector | Iterable[Selector] | None = None,
+) -> Specs:
+    """Lists every weight of `model` once; tied weights are recognized by identity.
+
+    Args:
+        model: any module, on any device but "meta", initialized as it would be for dense training.
+        include: if given, only weights that one of these selects are shared.
+        exclude: weights that one of these selects stay own parameters.
+
+    Raises:
+        ShareError: no weight is left; a selector selects nothing; a parameter is lazy, on "meta", or holds NaN; the weights
+            differ in dtype or device; the model is quantized, scripted, wrapped for training, or shared already.
+    """
+    _check_model(model)
+    wanted, unwanted = as_list("include", include), as_list("exclude", exclude)
+    selectors = {*wanted, *unwanted}
+    globs = [
+        selector for selector in selectors if isinstance(selector, str) and any(sign in selector for sign in "*?[")
+    ]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    weights: list[LayerSpec] = []
+    left_out: list[tuple[str, str]] = []
+    kinds: dict[tuple[torch.dtype, torch.device], str] = {}
+    used: set[Any] = set()
+    own = 0
+    for parameter, places in _parameters(modules).items():
+        selected = selected_by(selectors, globs, [place.name for place in places], modules)
+        used |= selected
+        reason = _reason_to_leave(parameter, places)
+        if reason is None and wanted and selected.isdisjoint(wanted):
+            reason = "not included"
+        if reason is None and not selected.isdisjoint(unwanted):
+            reason = "excluded"
+        if reason is None and _is_constant(parameter):  # asked last, for it reads the values
+            reason = "starts constant"
+        if reason is None:
+            kinds.setdefault((parameter.dtype, parameter.device), places[0].name)
+            weights.append(_spec(parameter, places))
+            continue
+        own += parameter.numel() if parameter.requires_grad else 0
+        if parameter.ndim >= 2:
+            left_out.append((places[0].name, reason))
+
+    idle = [selector for selector in dict.fromkeys([*wanted, *unwanted]) if selector not in used]
+    _raise(model, [*_bad_weights(weights, kinds, left_out, idle)])
+    return Specs(tuple(_residual(weights)), own, tuple(left_out))
+
+
+def _bad_weights(
+    weights: Sequence[LayerSpec],
+    kinds: Mapping[tuple[torch.dtype, torch.device], str],
+    left_out: Sequence[tuple[str, str]],
+    idle: Sequence[Selector],
+) -> Iterator[str]:
+    """What is wrong with the weights that were found, by dtype and device (kinds), and with selectors of nothing (idle)."""
+    bad = [weight.name for weight in weights if not math.isfinite(weight.init_std)]
+    yield from (f"{name} holds NaN or Inf: initialize it first" for name in bad)
+    yield from (f"{shown(selector)} selects no parameter" for selector in idle)
+    if len(kinds) > 1:
+        found = ", ".join(f"{name} is {dtype} on {device}" for (dtype, device), name in kinds.items())
+        yield f"weights must have one dtype and one device, but {found}: convert with model.to(...) before sharing"
+    if not weights and not idle:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out[:3])
+        yield "there is no trainable floating-point parameter of two or more dimensions to share" + (
+            f" (left out are {reasons})" if reasons else ""
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ShareError(f"cannot share an object of type {type(model).__name__}: give a torch.nn.Module")
+    problems = []
+    for name, module in model.named_modules():
+        where, kind = name or "the model itself", type(module)
+        if getattr(kind, "_dist_ssn_names", None):
+            problems.append(f"{where} is shared already: share a model once, or share materialize(model)")
+            break
+        if isinstance(module, torch.jit.ScriptModule):
+            problems.append(f"{where} is compiled by TorchScript: share the Python model")
+            break
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            problems.append(f"{where} is a {kind.__name__}: share the model first and wrap it afterwards")
+        in_package = kind.__module__.startswith("torch.") and "quantized" in kind.__module__.split(".")
+        if in_package and kind.__name__ not in _FLOAT_QUANTIZED:
+            problems.append(
+                f"{where} ({kind.__name__}) is quantized: share the float model, quantize materialize(model)"
+            )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            problems.append(f"{name} is lazy and has no shape yet: run one batch through the model first")
+        elif hasattr(parameter, "ds_id"):
+            problems.append(
+                f"{name} was taken apart by DeepSpeed (zero.Init, or an engine made before): share the model first, outside of "
+                "zero.Init; its bank is small enough to be made whole on every process"
+            )
+        elif parameter.is_meta:
+            problems.append(
+                f"{name} is on 'meta' and has no values: use model.to_empty(device=...) and initialize it first"
+            )
+    _raise(model, problems)
+
+
+def _raise(model: nn.Module, problems: Sequence[str], most: int = 8) -> None:
+    if problems:
+        more = f"; and {len(problems) - most} more" if len(problems) > most else ""
+        raise ShareError(f"cannot share {type(model).__name__}: " + "; ".join(problems[:most]) + more)
+
+
+def _parameters(modules: dict[str, nn.Module]) -> dict[nn.Parameter, list[_Place]]:
+    """Every parameter, with its place under each of its names."""
+    places: dict[nn.Parameter, list[_Place]] = {}
+    for prefix, module in modules.items():
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                name = f"{prefix}.{local}" if prefix else local
+                places.setdefault(parameter, []).append(_Place(name, module, local))
+    return places
+
+
+def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place]) -> str | None:
+    """Why this is no weight, as far as one can tell without reading its values."""
+    if parameter.ndim < 2:
+        return "one dimension"
+    if parameter.is_complex():
+        return "complex numbers"
+    if not parameter.is_floating_point():
+        return "integers"
+    if parameter.dtype.itemsize < 2:
+        return "quantized"
+    if not parameter.requires_grad:
+        return "frozen"
+    if parameter.numel() < 2:
+        return "fewer than two numbers"
+    for _, module, local in places:
+        if isinstance(module, _NORMS):
+            return "normalization"
+        if local == "bias" or local.startswith("bias_"):
+            return "bias"
+        if _is_weight_norm_magnitude(module, local):
+            return "magnitudes of a weight norm"
+        if isinstance(module, EMBEDDINGS) and module.sparse:
+            return "sparse gradients"
+        if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
+            return "max_norm writes to the weight in place"
+    return None
+
+
+def _is_weight_norm_magnitude(module: nn.Module, local: str) -> bool:
+    if isinstance(module, ParametrizationList):
+        return local == "original0" and any(type(step).__name__ == "_WeightNorm" for step in module)
+    return local.endswith("_g") and f"{local[:-1]}v" in module._parameters  # torch.nn.utils.weight_norm, the older one
+
+
+def _is_constant(parameter: nn.Parameter) -> bool:
+    low, high = parameter.detach().aminmax()
+    return bool(low == high)
+
+
+def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
+    name, module, _ = places[0]
+    shape = tuple(parameter.shape)
+    fans = fans_of(module, shape)
+    padding = [p.module.padding_idx for p in places if isinstance(p.module, EMBEDDINGS)]
+    zero_row = next((row for row in padding if row is not None), None)
+    holders: dict[tuple[int, str], str] = {}  # a module that is used in two places holds its weight once
+    for place in places:
+        holders.setdefault((id(place.module), place.local), place.name)
+    init_std, is_measured = init_std_of(parameter, module, fans, zero_row)
+    return LayerSpec(
+        name=name,
+        shape=shape,
+        kind=type(module).__name__,
+        fan_in=fans[0],
+        init_std=init_std,
+        is_measured=is_measured,
+        aliases=tuple(holders.values())[1:],
+        zero_row=zero_row,
+        is_table=any(isinstance(place.module, EMBEDDINGS) for place in places),
+    )
+
+
+def _residual(weights: Sequence[LayerSpec]) -> list[LayerSpec]:
+    """Recognizes the n projections back into the residual stream of a GPT, which start with 0.02/√n.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+    """
+    unknown = [weight for weight in weights if weight.is_measured]
+    for n in reversed(range(2, len(unknown) + 1)):  # of two that fit, the one that explains more
+        std = 0.02 / math.sqrt(n)
+        near = {w.name for w in unknown if abs(w.init_std / std - 1) < 5 * math.sqrt(0.5 / w.numel) + 0.005}  # rounded
+        if len(near) == n:
+            return [replace(w, init_std=std, is_measured=False) if w.name in near else w for w in weights]
+    return list(weights)

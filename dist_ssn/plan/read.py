@@ -1,0 +1,131 @@
+"""Reading a plan that somebody else wrote: every field is checked before anything is built or allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from dist_ssn.errors import PlanError
+from dist_ssn.plan.mapping import GROUP_NAME
+from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
+from dist_ssn.plan.types import FORMAT, LARGEST, Group, Plan, Slot
+
+_MOST_DIMENSIONS = 64  # as in torch
+
+
+def plan_from_data(data: Any) -> Plan:
+    """The `Plan` that the JSON value `data` describes.
+
+    Raises:
+        PlanError: a field is missing, unknown, of the wrong type or out of range; says which.
+    """
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise PlanError(f"not a plan of format {FORMAT} (found {_shown(found)}): give what Plan.to_json() wrote")
+    plan = _build(Plan, {key: value for key, value in data.items() if key != "format"}, "plan")
+    names = [slot.name for _, slot in plan.slots()]
+    if len(set(names)) != len(names):
+        raise PlanError(f"plan: weight {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+    if not names:
+        raise PlanError("plan: it has no weights")
+    if len({group.name for group in plan.groups}) != len(plan.groups):
+        raise PlanError("plan: two groups have the same name")
+    for group in plan.groups:
+        _check_group(group)
+    if plan.parameters > plan.budget:
+        raise PlanError(f"plan: its {plan.parameters} parameters are over its budget of {plan.budget}")
+    return plan
+
+
+def _build(cls: type, data: Any, where: str) -> Any:
+    """An instance of the dataclass `cls` from a dict with exactly its fields, typed as annotated."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(data, dict):
+        raise PlanError(f"{where}: an object is needed, not {type(data).__name__}")
+    if set(data) != set(fields):
+        odd = sorted(set(data) ^ set(fields))
+        raise PlanError(f"{where}: field {odd[0]!r:.60} is {'unknown' if odd[0] in data else 'missing'}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in fields})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _value(arguments[0], value, where)
+    if origin is tuple:
+        if not isinstance(value, list) or (arguments[-1] is not Ellipsis and len(value) != len(arguments)):
+            raise PlanError(f"{where}: a list is needed, not {_shown(value)}")
+        return tuple(_value(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)  # type: ignore[arg-type]
+    if hint is int and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST:
+        return value
+    if hint is float and isinstance(value, float) and math.isfinite(value):
+        return value
+    if hint is float and isinstance(value, int):
+        return float(_value(int, value, where))
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    raise PlanError(f"{where}: {_shown(value)} is no valid {getattr(hint, '__name__', hint)}")
+
+
+def _shown(value: Any) -> str:
+    """`value` in a few characters; lists and objects may be nested too deep to be printed."""
+    return {list: "a list", dict: "an object"}.get(type(value), f"{value!r:.60}")
+
+
+def _check_group(group: Group) -> None:
+    where = f"plan, bank {group.name!r:.200}"
+    if not GROUP_NAME.fullmatch(group.name):
+        raise PlanError(f"{where}: a group's name has letters, digits, - and _, a letter first")
+    if group.size < 1 or group.init_std <= 0 or not group.slots:
+        raise PlanError(f"{where}: it needs at least one number, one weight, and init_std > 0")
+    for slot in group.slots:
+        problem = _problem(slot, group.size)
+        if problem:
+            raise PlanError(f"{where}, weight {slot.name!r:.200}: {problem}")
+
+
+def _problem(slot: Slot, bank: int) -> str | None:
+    if not 2 <= len(slot.shape) <= _MOST_DIMENSIONS or min(slot.shape) < 1 or slot.numel > LARGEST:
+        return f"its shape {slot.shape!r:.60} is no shape of a weight"
+    n, templates = slot.numel, slot.templates
+    if not slot.name:
+        return "its name is empty"
+    if slot.morph not in SLOT_MORPHS:
+        return f"unknown morph {slot.morph!r:.60}: known are {', '.join(SLOT_MORPHS)}"
+    if not 0 <= slot.start < bank or templates < 1 or min(slot.rank, slot.chunk, slot.coefficients) < 0:
+        return "start, templates, rank, chunk or coefficients are out of range"
+    if slot.scale <= 0 or slot.init_std <= 0:
+        return "scale and init_std must be above zero"
+    if slot.rank > min(slot.rows, slot.columns):
+        return f"rank {slot.rank} is more than its matrix {slot.rows}×{slot.columns} has"
+    if slot.zero_row is not None and not 0 <= slot.zero_row < slot.rows:
+        return f"zero_row {slot.zero_row} is outside its {slot.rows} rows"
+    height, width = slot.template_shape
+    wanted: dict[str, tuple[bool, int]] = {
+        "avg": (templates * n <= bank, 0),
+        "wavg": (templates * n <= bank, templates),
+        "emb": (templates * n <= bank and templates <= EMBEDDING_SIZE, EMBEDDING_SIZE),
+        "repeat": (templates == 1, 0),
+        "mask": (templates == 1, MASK_WINDOW * (-(-n // bank) - 1)),
+        "inter": (0 < height <= slot.rows and 0 < width <= slot.columns and templates * height * width <= bank,
+                  templates if templates > 1 else 0),
+        "wavg-up": (width > 0 and templates * width <= bank and height * width >= n, height * templates),
+        "offset": (1 <= slot.chunk <= n, templates if templates > 1 else 0),
+        "hash": (1 <= slot.chunk <= bank, templates if templates > 1 else 0),
+    }  # fmt: skip
+    fits, coefficients = wanted[slot.morph]
+    if slot.chunk and slot.morph not in ("offset", "hash"):
+        return f"morph {slot.morph!r} has no chunks"
+    if (height or width) and slot.morph not in ("inter", "wavg-up"):
+        return f"morph {slot.morph!r} has no template_shape"
+    if not fits:
+        return f"its templates do not fit morph {slot.morph!r} and a bank of {bank}"
+    if slot.coefficients != coefficients and not (slot.morph == "mask" and slot.coefficients > coefficients):
+        return f"morph {slot.morph!r} needs {coefficients} coefficients, not {slot.coefficients}"
+    return None

@@ -1,0 +1,291 @@
+"""`Bank`: the few flat parameters of a group of weights, and the generation of its weights from them.
+
+The fast path keeps no generated weight and does work of O(K·n) for a weight of n numbers, whatever the bank's size:
+
+- A read joins the graph through an anchor (`anchor.py`), and saves no tensor but the rows asked for.
+- `layers.py` has whatever saved the weight for backward keep a recipe instead, and asks here for the weight again.
+
+The pure path is `mix` and `finish` under plain autograd. It is the twin that tests hold the fast path against, and what
+`torch.compile` and `torch.func` trace.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_ssn.errors import ShareError
+from dist_ssn.plan.rules import EMBEDDING_SIZE
+from dist_ssn.plan.types import Group
+from dist_ssn.sharing.autograd import Anchored, Generate, Values, Watcher
+from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
+from dist_ssn.sharing.signed_path import fast_path
+from dist_ssn.torch_private import graph_task_id, is_tracing
+
+PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
+"""Names of a bank's flat parameters; those that the plan has no numbers for are None."""
+_OWN = ("coefficients", "gains", "differences")
+"""Those of them in which each slot has a stretch of its own, under the name of the slot's count."""
+
+
+class Bank(nn.Module):
+    """One group's parameters, each flat; weights are made by calling the bank with the number of a slot.
+
+    Generation runs inside `forward`, also when backward asks for a weight again, so that the module hooks of an engine
+    (ZeRO-3's gather, FSDP2's unshard) fire around every read.
+
+    Args:
+        group: the group of the plan; `group.slots[i]` is made by `bank(i)`.
+        seed: the plan's.
+    """
+
+    bank: nn.Parameter
+    coefficients: nn.Parameter | None
+    projections: nn.Parameter | None
+    gains: nn.Parameter | None
+    differences: nn.Parameter | None
+    thresholds: Tensor | None
+    """For each slot the size up to which a number of its weight counts as zero; None where weights are not pruned."""
+
+    def __init__(self, group: Group, seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.group, self.seed = group, seed
+        self.pure = False
+        """Whether weights are made by the pure path always."""
+        sizes = {"bank": group.size, "projections": group.projection_numbers}
+        self._ranges: list[dict[str, tuple[int, int]]] = []
+        for slot in group.slots:
+            self._ranges.append({name: (sizes.get(name, 0), getattr(slot, name)) for name in _OWN})
+            for name in _OWN:
+                sizes[name] = sizes.get(name, 0) + getattr(slot, name)
+        for name in PARAMETERS:
+            values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
+            self.register_parameter(name, nn.Parameter(values) if values is not None else None)
+        self.register_buffer("thresholds", None)
+        self._readings = [readings(slot, seed, group.size) for slot in group.slots]
+        self._fused = [fast_path(slot, seed, group.size) for slot in group.slots]
+        self.watcher: Watcher | None = None
+        self.anchored: Anchored | None = None
+        self._warned = False  # of ZeRO-3, which would take it away after each use
+        self._prepare()
+
+    def _prepare(self) -> None:
+        for slot in self.group.slots:
+            prepare(slot, self.seed, self.bank)
+
+    def values(self) -> Values:
+        """The present parameters, to make a weight again from just these."""
+        return Values.of(self._parameters)
+
+    def forward(
+        self,
+        index: int,
+        rows: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        values: Values | None = None,
+    ) -> Tensor:
+        """The weight of slot `index` in its shape, or only its `rows` [m] as [m, C].
+
+        Args:
+            dtype: of the result, where it differs from the bank's (under autocast).
+            values: make it, without a graph, from what an earlier read was made from.
+        """
+        if values is not None:
+            return self.fast(index, rows, dtype, values.checked(self.group.slots[index].name))
+        if hasattr(self.bank, "device_mesh"):
+            raise ShareError(
+                f"the bank of {self.group.slots[index].name} is in parts here, by FSDP2: give it to the root's group, "
+                "fully_shard(model, reshard_after_forward=False), and make the root a module of your own if it is an nn.Sequential"
+            )
+        if self.pure or is_tracing():
+            return self._make(index, rows, self._parameters, dtype)
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
+            return self.fast(index, rows, dtype, self._parameters)
+        anchored = self._anchor()
+        if self.watcher is not None and graph_task_id() == -1:
+            self.watcher.read(index)
+        return Generate.apply(anchored.tensor, anchored.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def fast(
+        self, index: int, rows: Tensor | None, dtype: torch.dtype | None, values: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        """A weight without a graph, with as few passes over its numbers as its morph allows."""
+        path, bank = self._fused[index], values["bank"]
+        assert bank is not None
+        if rows is not None or path is None:
+            return self._make(index, rows, values, dtype)
+        with _exact(bank.device.type):
+            weight = self._pruned(index, path.generate(bank, self._own_numbers(index, values)))
+            return weight if dtype is None else weight.to(dtype)
+
+    def _make(
+        self, index: int, rows: Tensor | None, values: Mapping[str, Tensor | None], dtype: torch.dtype | None
+    ) -> Tensor:
+        """A weight by `mix` and `finish`: the pure path, differentiable."""
+        with _exact(self.bank.device.type):
+            elements = self._elements(index, rows)
+            pieces = self._read(index, elements, values)
+            own = self._own_numbers(index, values)
+            weight = self._mix(index, rows, elements, pieces, own, self._projection(values["projections"], index))
+            weight = self._pruned(index, weight)
+            return weight if dtype is None else weight.to(dtype)
+
+    def _pruned(self, index: int, weight: Tensor) -> Tensor:
+        return weight if self.thresholds is None else weight * (weight.abs() > self.thresholds[index])
+
+    def _elements(self, index: int, rows: Tensor | None) -> Tensor | None:
+        """Flat elements [m · C] of the wanted rows [m]; None where the whole weight is made."""
+        slot = self.group.slots[index]
+        if rows is None or slot.morph not in ELEMENTWISE:
+            return None
+        return (rows.unsqueeze(1) * slot.columns + torch.arange(slot.columns, device=rows.device)).view(-1)
+
+    def _read(self, index: int, elements: Tensor | None, values: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+        """The slot's templates as they lie in the bank, or their `elements`."""
+        bank = values["bank"]
+        assert bank is not None
+        if elements is None:
+            return tuple(reading.take(bank) for reading in self._readings[index])
+        return tuple(bank[reading.at(elements, bank.numel())] for reading in self._readings[index])
+
+    def _mix(
+        self,
+        index: int,
+        rows: Tensor | None,
+        elements: Tensor | None,
+        pieces: tuple[Tensor, ...],
+        own: Mapping[str, Tensor],
+        projection: Tensor | None,
+    ) -> Tensor:
+        slot = self.group.slots[index]
+        mixture = Mixture(slot, self.seed, self.group.size, pieces, own["coefficients"], projection, elements)
+        base = MORPHS[slot.morph](mixture)
+        if rows is not None and elements is None:
+            base = base.view(slot.rows, slot.columns)[rows]
+        return finish(slot, base, own["gains"], own["differences"], rows)
+
+    def own(self, values: Tensor | None, index: int, name: str) -> Tensor:
+        """The stretch of slot `index` in `values`, which are as long as the parameter `name` is."""
+        start, length = self._ranges[index][name]
+        return values[start : start + length] if values is not None else self.bank.new_empty(0)
+
+    def _own_numbers(self, index: int, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        return {name: self.own(values[name], index, name) for name in _OWN}
+
+    def _projection(self, values: Tensor | None, index: int) -> Tensor | None:
+        slot = self.group.slots[index]
+        if slot.morph != "emb":
+            return None
+        assert values is not None
+        start, end = self.projection_range(slot.templates)
+        return values[start:end].view(EMBEDDING_SIZE, slot.templates)
+
+    def projection_range(self, templates: int) -> tuple[int, int]:
+        """Where the projection to `templates` coefficients lies in `projections`."""
+        start = EMBEDDING_SIZE * sum(k for k in self.group.projections if k < templates)
+        return start, start + EMBEDDING_SIZE * templates
+
+    @torch.no_grad()
+    def pull_back(
+        self,
+        gradient: Tensor,
+        index: int,
+        rows: Tensor | None,
+        values: Mapping[str, Tensor | None],
+        sums: dict[str, Tensor],
+    ) -> None:
+        """Adds the gradient of slot `index` to `sums`, given that of the weight: O(K·n).
+
+        Without a hand-written gradient, the pieces and the slot's own numbers become leaves of a small graph that ends here.
+        """
+        slot, bank, own = self.group.slots[index], values["bank"], self._own_numbers(index, values)
+        assert bank is not None
+        if self.thresholds is not None:
+            gradient = gradient * (self.fast(index, rows, None, values) != 0)
+        with _exact(bank.device.type):
+            path = self._fused[index]
+            if rows is None and path is not None:
+                mine = {name: self.own(sums[name], index, name) for name in own if name in sums and own[name].numel()}
+                path.pull_back(gradient.to(bank.dtype), bank, own, sums.get("bank"), mine)
+                return
+            elements = self._elements(index, rows)
+            pieces = self._read(index, elements, values)
+            projection = self._projection(values["projections"], index)
+            leaves: dict[tuple[str, int], Tensor] = {("bank", k): piece for k, piece in enumerate(pieces)}
+            leaves |= {(name, 0): value for name, value in own.items() if value.numel()}
+            leaves |= {("projections", 0): projection} if projection is not None else {}
+            leaves = {key: value.detach().requires_grad_() for key, value in leaves.items() if key[0] in sums}
+            if not leaves:
+                return
+            with torch.enable_grad():
+                read = tuple(leaves.get(("bank", k), piece) for k, piece in enumerate(pieces))
+                own |= {name: leaves[name, 0] for name in _OWN if (name, 0) in leaves}
+                weight = self._mix(index, rows, elements, read, own, leaves.get(("projections", 0), projection))
+            gradient = gradient.to(weight.dtype)
+            parts = torch.autograd.grad(weight, list(leaves.values()), gradient, allow_unused=True)
+        found = {key: part for key, part in zip(leaves, parts, strict=True) if part is not None}
+        self._add_pieces(index, elements, {k: part for (name, k), part in found.items() if name == "bank"}, sums)
+        self._add_own(index, {name: part for (name, _), part in found.items() if name in _OWN}, sums)
+        if ("projections", 0) in found:
+            start, end = self.projection_range(slot.templates)
+            sums["projections"][start:end] += found["projections", 0].view(-1)
+
+    def _add_pieces(
+        self, index: int, elements: Tensor | None, parts: Mapping[int, Tensor], sums: dict[str, Tensor]
+    ) -> None:
+        """Adds the gradient of each template k to the bank's, where it was read."""
+        if "bank" not in sums:
+            return
+        for k, part in parts.items():
+            reading = self._readings[index][k]
+            if elements is None:
+                reading.give(sums["bank"], part)
+            else:
+                sums["bank"].index_add_(0, reading.at(elements, self.group.size), part)
+
+    def _add_own(self, index: int, parts: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
+        for name in parts.keys() & sums.keys():
+            start, length = self._ranges[index][name]
+            sums[name][start : start + length] += parts[name]
+
+    def _anchor(self) -> Anchored:
+        """The anchor of the present forward; a new one when a backward has used it or the parameters are not the same."""
+        parameters = tuple((name, p) for name, p in self._parameters.items() if p is not None and p.requires_grad)
+        anchored = self.anchored
+        if getattr(self.bank, "ds_persist", True) is False and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"DeepSpeed gathers this bank again for each of its {len(self.group.slots)} weights: let it stay from step to step "
+                f'by {{"zero_optimization": {{"stage3_param_persistence_threshold": {self.group.size + 1}}}}}',
+                stacklevel=2,
+            )
+        if anchored is None or not anchored.holds(parameters):
+            anchored = self.anchored = Anchored(self, parameters)
+        return anchored
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Bank:
+        self.anchored = None  # its node knows the parameters' former dtype and device
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "anchored": None,
+            "watcher": None,
+        }  # a graph is neither copied nor pickled, nor an engine
+
+    def extra_repr(self) -> str:
+        return f"{self.group.size} numbers for {self.group.numel} in {len(self.group.slots)} weights"
+
+
+def _exact(device: str) -> AbstractContextManager[object]:
+    """Weights are generated in the bank's own precision, also under autocast."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,0 +1,296 @@
+"""Layers that ask a bank for their weights: a subclass per base class, made once, whose weights are properties.
+
+`isinstance(layer, nn.Linear)` stays true, and the class's own `forward` runs. Around it:
+
+- a weight is generated once per forward, however often it is read;
+- whatever saves it for backward keeps a recipe instead and has it generated again, so that no copy of the model's weights is
+  alive between forward and backward;
+- under autocast it is made in the lower precision at once, where the operation would cast it anyhow.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dist_ssn.errors import ShareError
+from dist_ssn.sharing.autograd import Values
+from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.read_only import guarded, no_write
+from dist_ssn.torch_private import Hooks, assert_soon, is_tracing, saved_tensor_hooks
+
+_CAST = (nn.Linear, nn.modules.conv._ConvNd)
+_state = threading.local()
+
+
+class _Recipe(NamedTuple):
+    """What is kept for backward instead of a generated weight."""
+
+    bank: Bank
+    index: int
+    dtype: torch.dtype | None
+    values: Values
+
+
+class _Packed(NamedTuple):
+    """A view of a generated weight, to be made again."""
+
+    recipe: _Recipe
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def make(self) -> Tensor:
+        with torch.no_grad():
+            bank, index, dtype, values = self.recipe
+            weight = bank(index, dtype=dtype, values=values)
+            return weight.as_strided(self.shape, self.stride, self.offset)
+
+
+class _Scope:
+    """One layer's forward: the weights it has read, and the hooks that keep them from being saved."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.weights: dict[tuple[int, int, bool, torch.dtype | None], Tensor] = {}
+        self.recipes: dict[int, _Recipe] = {}
+
+    def read(self, bank: Bank, index: int) -> Tensor:
+        dtype = _autocast_dtype(self.layer, bank)
+        key = (id(bank), index, torch.is_grad_enabled(), dtype)
+        if key not in self.weights:
+            weight = self.weights[key] = bank(index, dtype=dtype)
+            self.recipes[weight.untyped_storage().data_ptr()] = _Recipe(bank, index, dtype, bank.values())
+        return self.weights[key]
+
+    def __enter__(self) -> _Scope:
+        self.outer: _Scope | None = getattr(_state, "scope", None)
+        _state.scope = self
+        # Only the innermost pair of hooks is called, so those around us (an activation checkpoint's, say) are called by us.
+        around = saved_tensor_hooks()
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(*_hooks(self.recipes, around))
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.__exit__()
+        _state.scope = self.outer
+        self.weights.clear()  # a storage's address may be used again from here on, but nothing is packed any more either
+
+
+def _hooks(
+    recipes: dict[int, _Recipe], around: Hooks | None
+) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    def pack(tensor: Tensor) -> Any:
+        plain = tensor.layout is torch.strided and tensor.numel()  # sparse tensors have no storage to ask for
+        recipe = recipes.get(tensor.untyped_storage().data_ptr()) if plain else None
+        if recipe is not None:
+            return _Packed(recipe, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        if around is not None:
+            return around[0](tensor)
+        # Trap: an operation's own output, kept as it is, would make a cycle through its node that is never collected.
+        return tensor.detach(), tensor._version
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, _Packed):
+            return packed.make()
+        if around is not None:
+            return around[1](packed)
+        tensor, version = packed
+        if tensor._version != version:  # autograd does not check this itself for tensors that went through hooks
+            raise RuntimeError(
+                f"a tensor of shape {tuple(tensor.shape)} that a shared layer needs for its gradient was modified in place: "
+                "use the out-of-place form of that operation"
+            )
+        return tensor
+
+    return pack, unpack
+
+
+def _autocast_dtype(layer: nn.Module, bank: Bank) -> torch.dtype | None:
+    """The dtype that the layer's operation would cast its weight to right now, None for the bank's own."""
+    lowered = isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
+    device = bank.bank.device.type
+    if not lowered or bank.bank.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+class SharedLayer:
+    """What the subclass of a shared layer adds to its base class."""
+
+    _dist_ssn_base: type[nn.Module]
+    _dist_ssn_names: tuple[str, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_tracing():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _Scope(self):  # type: ignore[arg-type]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._dist_ssn_names:
+            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._dist_ssn_names:
+            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in self._dist_ssn_names:
+            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: list[str],
+    ) -> None:
+        """Refuses a weight of a dense model, also where `strict` is false."""
+        for name in self._dist_ssn_names:
+            if state_dict.pop(prefix + name, None) is not None:
+                errors.append(no_write(prefix + name))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+
+    def reset_parameters(self) -> None:
+        """Not possible: a bank's numbers belong to many layers."""
+        raise ShareError(no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = getattr(self, "__getstate__", self.__dict__.copy)()
+        return _new_layer, (self._dist_ssn_base, self._dist_ssn_names), state
+
+
+class _SharedRNN(SharedLayer):
+    """Recurrent layers keep a list of their weights: here it is made of generated ones whenever it is read."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        layer: nn.RNNBase = self  # type: ignore[assignment]
+        known = {*self._dist_ssn_names, *layer._parameters}
+        return [getattr(self, name) if name in known else None for name in layer._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: Any) -> None:
+        """The base class stores its list here; ours is derived."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._dist_ssn_names:
+            super().__setattr__(name, value)  # refuses it
+        elif name != "_flat_weights":
+            nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # the base class's reads its list of weights
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[arg-type]  # the base class's reads the weights, which may not be there yet
+
+    def _init_flat_weights(self) -> None:
+        """Nothing to keep."""
+
+    def _weights_have_changed(self) -> bool:
+        return False
+
+    def flatten_parameters(self) -> None:
+        """Generated weights do not lie in one cuDNN buffer."""
+
+
+_ROW_COST = 8
+"""A row that is made by itself takes as long as so many of a whole table (1/8 to 1/4 of the rows at once are level on a CPU)."""
+
+
+class _SharedEmbedding(SharedLayer):
+    """Makes only the rows that are looked up, where that is cheaper than the whole table."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        layer: nn.Embedding = self  # type: ignore[assignment]
+        few = input.numel() * _ROW_COST < layer.num_embeddings and not layer.scale_grad_by_freq
+        if not few or is_tracing():
+            return super().forward(input)
+        bank, index = layer.__dict__["_dist_ssn_slots"]["weight"]
+        rows = input.reshape(-1).long()
+        inside = ((rows >= 0) & (rows < layer.num_embeddings)).all()
+        if rows.device.type != "cpu":
+            assert_soon(inside, "index out of range in embedding")
+        elif not inside:
+            raise IndexError("index out of range in self")
+        return bank(index, rows).view(*input.shape, layer.embedding_dim)
+
+
+@functools.cache
+def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of `base` whose parameters `names` are generated; the same class for the same arguments."""
+    mixin: type = SharedLayer
+    if issubclass(base, nn.RNNBase):
+        mixin = _SharedRNN
+    elif base.forward is nn.Embedding.forward:
+        mixin = _SharedEmbedding
+    body: dict[str, Any] = {name: _weight_property(name) for name in names}
+    body |= {"_dist_ssn_base": base, "_dist_ssn_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
+    cls: Any = type(base.__name__, (mixin, base), body)
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # whoever reads its signature sees the base class's
+        return super(cls, self).forward(*args, **kwargs)
+
+    cls.forward = forward
+    return cls
+
+
+def _weight_property(name: str) -> property:
+    def read(layer: nn.Module) -> Tensor:
+        bank, index = layer.__dict__["_dist_ssn_slots"][name]
+        if layer._parameters.get(name) is not None:  # put there behind our back, by functional_call say
+            raise ShareError(no_write(bank.group.slots[index].name))
+        try:
+            if is_tracing():
+                return bank(index)
+            scope: _Scope | None = getattr(_state, "scope", None)
+            if scope is not None:
+                return scope.read(bank, index)
+            return guarded(bank(index), bank.group.slots[index].name)
+        except AttributeError as error:  # which nn.Module.__getattr__ would turn into "no attribute 'weight'"
+            raise RuntimeError(f"generating {name} failed: {error}") from error
+
+    return property(read)
+
+
+def _new_layer(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = shared_class(base, names)
+    return cls.__new__(cls)
+
+
+def share_layer(layer: nn.Module, slots: dict[str, tuple[Bank, int]]) -> None:
+    """Makes `layer` generate the parameters named in `slots`, in place.
+
+    The banks are not registered as its submodules: they belong to the model's root.
+    """
+    for name in slots:
+        layer._parameters[name] = None  # keeps its place in the order of parameters; the property comes first
+    for name in ("_flat_weights", "_flat_weight_refs"):  # a recurrent layer's second hold on its weights
+        layer.__dict__.pop(name, None)
+    layer.__dict__["_dist_ssn_slots"] = dict(slots)
+    layer.__class__ = shared_class(type(layer), tuple(slots))
+
+
+def unshare_layer(layer: nn.Module, weights: dict[str, nn.Parameter]) -> None:
+    """Gives `layer` back its class and ordinary parameters, in place."""
+    layer.__class__ = type(layer)._dist_ssn_base  # type: ignore[attr-defined]
+    del layer.__dict__["_dist_ssn_slots"]
+    for name, weight in weights.items():
+        layer._parameters[name] = weight
+    if isinstance(layer, nn.RNNBase):
+        layer._init_flat_weights()

@@ -1,0 +1,65 @@
+"""`GeneratedWeight`: what a layer's weight is outside of the layer's forward. Reading is free, writing an error.
+
+A generated weight is a temporary: what `nn.init` or `weight.data.normal_()` writes to it would be lost without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_ssn.errors import ShareError
+
+
+class GeneratedWeight(Tensor):
+    """A weight that was read outside its layer's forward: a temporary, which nothing may write to."""
+
+    _dist_ssn_name: str = ""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        written: Any = kwargs.get("out")
+        foreach = name.startswith("_foreach_")
+        if (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__"):
+            written = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        elif name.startswith("__i") and name[3:-2] in _IN_PLACE:
+            written = args[0]
+        mine = next((a for a in (args[0] if foreach and args else args) if isinstance(a, GeneratedWeight)), None)
+        with torch._C.DisableTorchFunctionSubclass():
+            for target in written if isinstance(written, (list, tuple)) else [written]:
+                if isinstance(target, GeneratedWeight) and name not in _HARMLESS:
+                    raise ShareError(no_write(target._dist_ssn_name))
+            result = func(*args, **kwargs)
+            return result if mine is None or foreach else _guard_views(result, mine)
+
+
+def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
+    """`result`, with every tensor in it that shares the weight's memory guarded as the weight is."""
+    if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
+        return type(result)(_guard_views(part, weight) for part in result)
+    if type(result) is not Tensor or result.layout is not torch.strided or not result.numel():
+        return result
+    same = result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    return guarded(result, weight._dist_ssn_name) if same else result
+
+
+_IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
+_HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
+
+
+def guarded(weight: Tensor, name: str) -> Tensor:
+    """`weight`, which nothing may write to from here on; `name` stands in the error."""
+    result = weight.as_subclass(GeneratedWeight)
+    result._dist_ssn_name = name
+    return result
+
+
+def no_write(name: str) -> str:
+    """The sentence for a write to weight `name`."""
+    return (
+        f"{name} is generated from a bank, so writing to it would be lost: initialize before share(), train the bank, "
+        "or write to materialize(model)"
+    )

@@ -1,0 +1,176 @@
+"""The fast path of "offset": few passes over a weight's n numbers, and a hand-written gradient.
+
+`morphs.mix` and `finish` say what is computed; here the same is done with as few passes as eager torch allows, since reading
+and writing n numbers is all that generation costs:
+
+    W = Σ_k  scale · α_k · row_i · sign_k,ij · T_k,ij · column_j  +  U·V
+
+Signs come in chunks, so the weight is a grid of chunks; a template is read in runs of whole chunks, and the chunk in which
+it passes the bank's end in two parts. Where a row is a whole number of chunks, sign, coefficient, scale and row gain are one
+factor per chunk.
+Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B numbers in the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_ssn.plan.types import Slot
+from dist_ssn.sharing.morphs import sign_start, sign_table, split_difference, split_gains
+
+
+def fast_path(slot: Slot, seed: int, bank: int) -> Fused | None:
+    """The fast path of a weight read from a bank of `bank` numbers, if it has one: whole chunks of the morph "offset"."""
+    fits = slot.morph == "offset" and slot.numel % slot.chunk == 0 and slot.zero_row is None
+    return Fused(slot, seed, bank) if fits else None
+
+
+class Fused:
+    """One weight's fast path: made once, so that a step finds everything worked out that does not change."""
+
+    def __init__(self, slot: Slot, seed: int, bank: int):
+        self.slot, self.seed = slot, seed
+        self.rows, self.columns = slot.rows, slot.columns
+        self.chunks = slot.numel // slot.chunk
+        self.rows_are_chunks = slot.columns % slot.chunk == 0
+        self.starts = [sign_start(seed, slot.name, k) for k in range(slot.templates)]
+        self.runs = [
+            _cut((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank) for k in range(slot.templates)
+        ]
+
+    def generate(self, bank: Tensor, own: Mapping[str, Tensor]) -> Tensor:
+        """The weight in its shape, from a bank [B]: the value of `morphs.mix` and `finish`, without a graph."""
+        row_gains, column_gains = split_gains(self.slot, own["gains"])
+        weight = bank.new_empty(self.rows, self.columns)
+        for k, runs in enumerate(self.runs):
+            factor = self._factor(k, bank, row_gains, own["coefficients"])
+            for run in runs:
+                if k == 0:
+                    torch.mul(run.of(bank), run.of_chunks(factor), out=run.at(weight))
+                else:
+                    run.at(weight).addcmul_(run.of(bank), run.of_chunks(factor))
+        if row_gains is not None and not self.rows_are_chunks:
+            weight.mul_(row_gains.unsqueeze(1))
+        if column_gains is not None:
+            weight.mul_(column_gains)
+        if self.slot.rank:
+            weight.addmm_(*split_difference(self.slot, own["differences"]))
+        return weight.view(self.slot.shape)
+
+    def pull_back(
+        self,
+        gradient: Tensor,
+        bank: Tensor,
+        own: Mapping[str, Tensor],
+        bank_sum: Tensor | None,
+        own_sums: Mapping[str, Tensor],
+    ) -> None:
+        """Adds to `bank_sum` [B] and to the sums of the slot's own numbers, where they are wanted. `gradient` is the weight's."""
+        slot, gradient = self.slot, gradient.reshape(self.rows, self.columns)
+        row_gains, column_gains = split_gains(slot, own["gains"])
+        if "differences" in own_sums:
+            left, right = split_difference(slot, own["differences"])
+            left_sum, right_sum = split_difference(slot, own_sums["differences"])
+            left_sum.addmm_(gradient, right.T)
+            right_sum.addmm_(left.T, gradient)
+        work = bank.new_empty(self.rows, self.columns)
+        if "gains" in own_sums or "coefficients" in own_sums:
+            self._pull_back_factors(gradient, bank, own, own_sums, work)
+        if bank_sum is None:
+            return
+        inner = work.copy_(gradient) if column_gains is None else torch.mul(gradient, column_gains, out=work)
+        if row_gains is not None and not self.rows_are_chunks:
+            inner.mul_(row_gains.unsqueeze(1))
+        for k, runs in enumerate(self.runs):
+            factor = self._factor(k, bank, row_gains, own["coefficients"])
+            for run in runs:
+                run.of(bank_sum).addcmul_(run.at(inner), run.of_chunks(factor))
+
+    def _pull_back_factors(
+        self, gradient: Tensor, bank: Tensor, own: Mapping[str, Tensor], sums: Mapping[str, Tensor], work: Tensor
+    ) -> None:
+        """Adds to the sums of gains and coefficients; overwrites `work` [R, C]."""
+        slot = self.slot
+        row_gains, column_gains = split_gains(slot, own["gains"])
+        row_sum, column_sum = split_gains(slot, sums["gains"]) if "gains" in sums else (None, None)
+        rows = bank.new_ones(self.rows) if row_gains is None else row_gains
+        columns = bank.new_ones(self.columns) if column_gains is None else column_gains
+        for k in range(slot.templates):
+            product = self._signed(k, bank, work).mul_(
+                gradient
+            )  # d W / d (scale · α · row · column), times the gradient
+            if slot.coefficients:
+                coefficient = own["coefficients"][k]
+                if "coefficients" in sums:
+                    sums["coefficients"][k].add_(rows @ product @ columns, alpha=slot.scale)
+                product.mul_(coefficient)
+            if row_sum is not None:
+                row_sum.addmv_(product, columns, alpha=slot.scale)
+            if column_sum is not None:
+                column_sum.addmv_(product.T, rows, alpha=slot.scale)
+
+    def _factor(self, k: int, bank: Tensor, row_gains: Tensor | None, coefficients: Tensor) -> Tensor:
+        """What each chunk of template k is multiplied by, [q, 1]: row gains too where a row is whole chunks."""
+        scale: float | Tensor = self.slot.scale * coefficients[k] if self.slot.coefficients else self.slot.scale
+        if row_gains is None or not self.rows_are_chunks:
+            return self._signs(k, bank, self.chunks, 1) * scale
+        signs = self._signs(k, bank, self.rows, self.chunks // self.rows)
+        return (signs * (row_gains * scale).unsqueeze(1)).view(-1, 1)
+
+    def _signs(self, k: int, bank: Tensor, *shape: int) -> Tensor:
+        """The signs of template k, one per chunk, in a matrix."""
+        table = sign_table(self.seed, self.chunks + 1, bank.device, bank.dtype)
+        return table.as_strided(shape, (shape[1], 1), self.starts[k])
+
+    def _signed(self, k: int, bank: Tensor, work: Tensor) -> Tensor:
+        """Template k times its signs, in `work` [R, C]."""
+        signs = self._signs(k, bank, self.chunks, 1)
+        for run in self.runs[k]:
+            torch.mul(run.of(bank), run.of_chunks(signs), out=run.at(work))
+        return work
+
+
+class _Run(NamedTuple):
+    """Numbers of a template that lie in one piece in the bank: some whole chunks, or a part of one."""
+
+    there: int
+    """Where it begins in the bank."""
+    here: int
+    """Where it begins in the weight."""
+    first: int
+    """Its first chunk in the weight."""
+    shape: tuple[int, int]
+    """Chunks, and numbers of each."""
+    stride: tuple[int, int]
+
+    def of(self, bank: Tensor) -> Tensor:
+        """Its numbers in the bank [B], [chunks, width]."""
+        return bank.as_strided(self.shape, self.stride, bank.storage_offset() + self.there)
+
+    def at(self, weight: Tensor) -> Tensor:
+        """Its numbers in the weight [R, C], contiguous, [chunks, width]."""
+        return weight.as_strided(self.shape, self.stride, weight.storage_offset() + self.here)
+
+    def of_chunks(self, factor: Tensor) -> Tensor:
+        """Its chunks' part of what there is one of per chunk [q, 1]."""
+        return factor.narrow(0, self.first, self.shape[0])
+
+
+def _cut(there: int, numel: int, chunk: int, bank: int) -> list[_Run]:
+    """`numel` numbers from `there` on, cut where they pass the bank's end, and there at the borders of the chunk too."""
+    runs, here = [], 0
+    while here < numel:
+        length = min(bank - there, numel - here)
+        to_border = -here % chunk
+        if to_border:
+            length = min(length, to_border)
+        elif length > chunk:
+            length -= length % chunk
+        width = min(chunk, length)
+        runs.append(_Run(there, here, here // chunk, (length // width, width), (width, 1)))
+        there, here = (there + length) % bank, here + length
+    return runs

@@ -1,0 +1,250 @@
+"""Trackers: what a run logs goes to each of them. Only rank 0 has any; the others have an empty list."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dist_ssn.errors import UserError, unknown_choice
+
+if TYPE_CHECKING:
+    from dist_ssn.train.recipe.schema import WandbConfig
+
+# What W&B calls its modes, and ours for each: "dryrun" is its older name of "offline".
+WANDB_MODES = {"disabled": "disabled", "offline": "offline", "dryrun": "offline", "online": "online", "run": "online"}
+
+
+class Tracker(Protocol):
+    """Takes what a run has to tell."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers of one step; those under "validation_…" mark an evaluation."""
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table: the plan, the ledger."""
+
+    def close(self, row: Mapping[str, Any] | None) -> None:
+        """The end of the run, with its row of the comparing table; None if it failed."""
+
+
+class JsonLines:
+    """One JSON object a line, written at once, so that a killed run has lost nothing.
+
+    Args:
+        path: the file; its folder is made.
+        resume_step: None starts the file anew; a number keeps what was logged up to that step, and drops what a killed
+            run logged after it (the steps are run again) and a last line that was not finished.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [] if resume_step is None or not path.exists() else _lines_until(path.read_text(), resume_step)
+            aside = path.with_suffix(".tmp")
+            aside.write_text("".join(kept))
+            os.replace(aside, path)
+        except OSError as error:
+            raise UserError(f"cannot write the metrics to {path}: {error}; give another folder as output") from error
+        self._path = path
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._write({"step": step, **values})
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._write({"table": name, "rows": [dict(row) for row in rows]})
+
+    def close(self, row: Mapping[str, Any] | None) -> None:
+        """Nothing is open between two lines."""
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the metrics to {self._path}: {error}; make room and resume") from error
+
+
+def _lines_until(text: str, step: int) -> list[str]:
+    kept = []
+    for line in text.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the line that a kill cut short
+        if line.endswith("\n") and record.get("step", step + 1) <= step:
+            kept.append(line)
+    return kept
+
+
+def jsonable(value: Any) -> Any:
+    """`value` with NaN and infinity as None, which JSON lacks, and tuples as lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(item) for item in value]
+    return value
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves the folder of a former run of this name to `old/<name>.<number>` beside it: starting anew loses nothing."""
+    if not (folder / "metrics.jsonl").exists():
+        return None
+    (folder.parent / "old").mkdir(exist_ok=True)
+    taken = {path.name for path in (folder.parent / "old").iterdir()}
+    number = next(n for n in range(1, len(taken) + 2) if f"{folder.name}.{n}" not in taken)
+    aside = folder.parent / "old" / f"{folder.name}.{number}"
+    os.replace(folder, aside)
+    return aside
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is either the former one or all of the new one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    aside = path.with_suffix(".tmp")
+    try:
+        aside.write_text(text)
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+class Console:
+    """A progress bar on a terminal; elsewhere one line per evaluation."""
+
+    def __init__(self, name: str, steps: int, folder: Path, console: RichConsole | None = None) -> None:
+        self._console = console or RichConsole()
+        self._name, self._steps, self._folder = name, steps, folder
+        self._progress: Progress | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether `advance` is seen by anybody."""
+        return self._console.is_terminal
+
+    def advance(self, step: int, loss: float, samples_per_second: float, mb_per_step: float) -> None:
+        """Moves the bar, on a terminal."""
+        if not self.live:
+            return
+        figures = f"loss {loss:.4f} · {samples_per_second:,.0f} samples/s · {mb_per_step:.3g} MB sent/step"
+        if self._progress is None:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._progress.add_task(self._name, total=self._steps, completed=step, figures=figures)
+            self._progress.start()
+        self._progress.update(self._progress.task_ids[0], completed=step, figures=figures)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if "validation_loss" not in values:
+            return
+        parts = [f"{self._name}: step {step}/{self._steps}", f"validation loss {values['validation_loss']:.4f}"]
+        if (accuracy := values.get("validation_accuracy")) is not None:
+            parts.append(f"accuracy {accuracy:.2%}")
+        if (loss := values.get("train_loss")) is not None:
+            parts.append(f"loss {loss:.4f}")
+        parts.append(f"{values['samples_per_second']:,.0f} samples/s")
+        parts.append(f"{values['ring_bytes'] / 1e6:,.1f} MB sent")
+        self.note(" · ".join(parts))
+
+    def note(self, sentence: str) -> None:
+        """A line of text, above the bar if there is one."""
+        self._console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tables are for the files; the command line prints what a person needs at the end."""
+
+    def close(self, row: Mapping[str, Any] | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if row is not None:
+            self.note(
+                f"{self._name}: {row['parameters']:,} parameters · validation loss {row['validation_loss']:.4f} · "
+                f"{row['bytes_per_step_ring'] / 1e6:.3g} MB sent per step, {row['total_bytes'] / 1e6:,.1f} MB in all · "
+                f"{row['ms_per_step']:.0f} ms per step · {self._folder}"
+            )
+
+
+class Trackers:
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        for tracker in self._trackers:
+            tracker.table(name, rows)
+
+    def close(self, row: Mapping[str, Any] | None) -> None:
+        for tracker in self._trackers:
+            tracker.close(row)
+
+
+def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:
+    """The mode in force: the recipe's if it names one other than the default, else `WANDB_MODE`.
+
+    Raises:
+        UserError: `WANDB_MODE` or the recipe has a mode that is not known.
+    """
+    name = config.mode if config.mode != "disabled" else environment.get("WANDB_MODE") or "disabled"
+    if name not in WANDB_MODES:
+        raise UserError(unknown_choice("W&B mode (wandb.mode, or the environment's WANDB_MODE)", name, WANDB_MODES))
+    return WANDB_MODES[name]
+
+
+def check_wandb(config: WandbConfig) -> None:
+    """Raises: UserError when W&B is asked for and not installed, or its mode is not known."""
+    mode = wandb_mode(config, os.environ)
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"the W&B mode is {mode!r} and wandb is not installed: run `pip install dist_ssn[wandb]`, "
+            f"or set wandb.mode (and WANDB_MODE, if it is set) to disabled"
+        )
+
+
+def build_tracker(
+    config: WandbConfig,
+    folder: Path,
+    *,
+    name: str,
+    recipe: Mapping[str, Any],
+    console: Console | None,
+    resume_step: int | None,
+) -> Trackers:
+    """The trackers of rank 0: `folder/metrics.jsonl`, W&B if asked for, and the console if there is one.
+
+    Raises:
+        UserError: the folder cannot be written, wandb is missing or does not start.
+    """
+    trackers: list[Tracker] = []
+    if (mode := wandb_mode(config, os.environ)) != "disabled":
+        from dist_ssn.tracking.wandb_tracker import WandbTracker
+
+        trackers.append(WandbTracker(config, mode, folder, name=name, recipe=recipe, resume=resume_step is not None))
+    # After W&B, which may refuse to start: a folder without metrics is not taken for a run.
+    trackers.append(JsonLines(folder / "metrics.jsonl", resume_step))
+    return Trackers([*trackers, console] if console is not None else trackers)

@@ -1,0 +1,314 @@
+"""Checkpoints: folders of safetensors and JSON, whole or absent, that load on any number of ranks and cannot run code.
+
+A checkpoint `step-00000100/` holds
+
+    model.safetensors      banks, own parameters and buffers; a tied tensor once, under its first name
+    optimizer.safetensors  the optimizer's tensors, each as `<key>/<name of the parameter>`
+    plan.json              the plan of a shared model, `null` for a dense one
+    recipe.json            what the run was asked to do
+    state.json             step, counters, the optimizer's plain numbers, versions; size and SHA-256 of the others
+
+The optimizer's state is not written by `torch.distributed.checkpoint`, which keeps its metadata as a pickle.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_ssn.engines.base import Engine, OptimizerState
+from dist_ssn.engines.overlap.delay import without_delay
+from dist_ssn.errors import CheckpointError
+from dist_ssn.files import parse_json, read_json, read_tensors, read_text
+from dist_ssn.plan import Plan
+from dist_ssn.plan.compare import plan_difference
+from dist_ssn.train.checkpoint.folder import checkpoints, fingerprint, latest, name_of
+from dist_ssn.train.checkpoint.snapshot import FORMAT, Entries, NotFinite, entries_of, take, write
+
+__all__ = ["Damaged", "NotFinite", "State", "latest", "load", "load_model", "save"]
+
+FILES = ("model.safetensors", "optimizer.safetensors", "plan.json", "recipe.json")  # no other name is opened
+_STATE = {"step": int, "run": dict, "extra": dict, "optimizer": dict, "files": dict}  # the fields of state.json
+_LIKE_PARAMETER = (
+    "exp_avg",
+    "exp_avg_sq",
+    "momentum_buffer",
+)  # entries of an optimizer's that have its parameter's shape
+_ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
+_NEEDED = {"Adam": _ADAM, "AdamW": _ADAM}  # entries without which an optimizer cannot go on, if there are any
+
+
+class Damaged(CheckpointError):
+    """A checkpoint that is not as it was written."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint tells besides tensors."""
+
+    path: Path
+    step: int
+    run: dict[str, Any]  # the run's own counters, as given to `save`
+    recipe: dict[str, Any]
+
+
+def save(
+    folder: str | os.PathLike[str],
+    *,
+    step: int,
+    engine: Engine,
+    recipe_json: str,
+    plan: Plan | None,
+    keep: int = 2,
+    run: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes `folder/step-<step>` so that it appears whole or not at all, then removes all but the newest `keep`.
+
+    All processes call it, and what they hold in parts comes together; rank 0 writes. A training run does the same in two
+    parts (`snapshot.py`), of which the second stops nobody.
+
+    Args:
+        run: counters of the run, as JSON.
+
+    Returns: the checkpoint's path.
+
+    Raises:
+        NotFinite: a parameter is not finite.
+        CheckpointError: it could not be written; earlier checkpoints are untouched and nothing is left over.
+    """
+    if keep < 1:
+        raise CheckpointError(f"checkpoint.keep is {keep}: at least one checkpoint must be kept")
+    snapshot = take(step=step, engine=engine, recipe_json=recipe_json, plan=plan, run=run)
+    return Path(folder) / name_of(step) if snapshot is None else write(snapshot, folder, keep)
+
+
+def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> State:
+    """Loads a checkpoint into what `engine` trains, on any number of ranks and by any engine; nothing unless all of it fits.
+
+    The optimizer's tensors are restored, its settings (rates, decay) left as they are: the caller's recipe sets them.
+
+    Args:
+        path: a checkpoint, or a folder of checkpoints, whose newest is meant.
+        plan: the plan of the engine's model, None if it is dense.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or of another model, plan or optimizer.
+    """
+    model = engine.module
+    path, state, entries, loaded = _fitting(Path(path), model, plan)
+    trained = {name: _shape(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained)
+    recipe = _recipe(path)
+    parameters = {name: loaded[entries.first_names[name]] for name, _ in model.named_parameters()}
+    # What no engine looks after: running statistics, and what modules keep beside tensors.
+    rest = {name: loaded[first] for name, first in entries.first_names.items() if first not in parameters}
+    _put(model, {**rest, **entries.extra, **state["extra"]}, path)
+    engine.scatter(parameters, optimizer_state)
+    return State(path, state["step"], state["run"], recipe)
+
+
+def load_model(path: str | os.PathLike[str], model: nn.Module, plan: Plan | None) -> None:
+    """Loads a checkpoint's model alone, into `model` as it was before any engine.
+
+    Args:
+        path, plan: as for `load`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged, or of another model or plan.
+    """
+    path, state, entries, loaded = _fitting(Path(path), model, plan)
+    tensors = {name: loaded[first] for name, first in entries.first_names.items()}
+    _put(model, {**tensors, **entries.extra, **state["extra"]}, path)
+
+
+def _fitting(
+    path: Path, model: nn.Module, plan: Plan | None
+) -> tuple[Path, dict[str, Any], Entries, dict[str, Tensor]]:
+    """A checkpoint (the newest of a folder of them), its state, what `model` keeps, and its tensors, which fit that."""
+    if not (path / "state.json").exists() and (newest := latest(path)) is not None:
+        path = newest
+    state = _verified_state(path)
+    _check_plan(path, plan)
+    entries = entries_of(model)
+    loaded = _read_tensors(path / "model.safetensors")
+    _check_tensors(path, loaded, entries.tensors)
+    if strangers := sorted(state["extra"].keys() - entries.extra.keys()):
+        raise CheckpointError(f"the checkpoint {path} is of another model: {strangers[0]} is not in this one")
+    return path, state, entries, loaded
+
+
+def _put(model: nn.Module, values: Mapping[str, Any], path: Path) -> None:
+    try:
+        model.load_state_dict(values, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} does not fit this model: {' '.join(str(error).split())}"
+        ) from None
+
+
+def _verified_state(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {path}: expected a folder like step-00000100")
+    try:
+        state = read_json(path / "state.json")
+    except (OSError, ValueError) as error:
+        raise Damaged(
+            f"{path} is not a whole checkpoint: its state.json cannot be read ({error}){_remedy(path)}"
+        ) from None
+    version = state.get("format") if isinstance(state, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"the checkpoint {path} has format {version}, this version of dist_ssn reads {FORMAT}")
+    for key, kind in _STATE.items():
+        if not isinstance(state.get(key), kind):
+            raise Damaged(
+                f"the checkpoint {path} is damaged: in state.json, {key} must be of type {kind.__name__}{_remedy(path)}"
+            )
+    if isinstance(state["step"], bool) or state["step"] < 0:
+        raise Damaged(
+            f"the checkpoint {path} is damaged: its step is {state['step']}, and must be 0 or more{_remedy(path)}"
+        )
+    files: dict[str, Any] = state["files"]
+    remedy = _remedy(path)
+    for name in FILES:
+        file = path / name
+        if not file.is_file() or not isinstance(files.get(name), dict) or "bytes" not in files[name]:
+            raise Damaged(f"the checkpoint {path} is damaged: {name} is missing{remedy}")
+        found, expected = fingerprint(file), files[name]
+        if found["bytes"] != expected["bytes"]:
+            raise Damaged(
+                f"the checkpoint {path} is damaged: {name} has {found['bytes']} bytes and was written with "
+                f"{expected['bytes']}{remedy}"
+            )
+        if found != expected:
+            raise Damaged(f"the checkpoint {path} is damaged: {name} was changed after it was written{remedy}")
+    return state
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a damaged checkpoint, as the end of a sentence."""
+    others = [str(other) for other in reversed(checkpoints(path.parent)) if other != path]
+    return f"; remove that folder to go on from {others[0]}" if others else "; remove that folder to begin anew"
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(file)
+    except (ValueError, OSError) as error:
+        raise Damaged(f"{file} is not a safetensors file ({error}); nothing in it was run or loaded") from None
+
+
+def _check_plan(path: Path, plan: Plan | None) -> None:
+    text = _text(path / "plan.json")
+    saved = None if text.strip() == "null" else Plan.from_json(text)
+    if saved is None and plan is None:
+        return
+    if saved is None or plan is None:
+        there, here = ("dense", "shared") if saved is None else ("shared", "dense")
+        raise CheckpointError(
+            f"the checkpoint {path} is of a {there} model and this model is {here}: set share.budget as it was"
+        )
+    if difference := plan_difference(plan, saved):
+        raise CheckpointError(
+            f"the checkpoint {path} is of another plan: {difference}; set share.plan to its plan.json, or give another name"
+        )
+
+
+def _check_tensors(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(expected.keys() - loaded.keys()), sorted(loaded.keys() - expected.keys())
+    if missing or unknown:
+        parts = [
+            f"{len(names)} {what}, the first is {names[0]}"
+            for names, what in (
+                (missing, "tensors of the model are not in it"),
+                (unknown, "of its tensors are not in the model"),
+            )
+            if names
+        ]
+        raise CheckpointError(f"the checkpoint {path} is of another model: {'; '.join(parts)}")
+    for name, tensor in expected.items():
+        shape = _shape(tensor)
+        if loaded[name].is_floating_point() != tensor.is_floating_point():
+            raise CheckpointError(
+                f"the checkpoint {path} is of another model: {name} is of {loaded[name].dtype} there and {tensor.dtype} here"
+            )
+        if loaded[name].shape != shape:
+            raise CheckpointError(
+                f"the checkpoint {path} is of another model: {name} has the shape {tuple(loaded[name].shape)} there "
+                f"and {tuple(shape)} here"
+            )
+
+
+def _shape(tensor: Tensor) -> Any:
+    """DeepSpeed's stage 3 empties a parameter, and keeps its shape apart."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def _text(file: Path) -> str:
+    try:
+        return read_text(file)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = parse_json(_text(path / "recipe.json"))
+    except ValueError as error:
+        raise CheckpointError(f"{path / 'recipe.json'} is not JSON: {error}") from None
+    if not isinstance(recipe, dict):
+        raise CheckpointError(f"{path / 'recipe.json'} is not a recipe: a JSON object is needed")
+    return recipe
+
+
+def _optimizer_state(
+    path: Path, saved: dict[str, Any], optimizer: Optimizer, trained: Mapping[str, Any]
+) -> OptimizerState:
+    """The optimizer's state by parameter name; `trained`: name → shape of every parameter that has one."""
+    if not isinstance(saved.get("scalars"), dict) or not isinstance(saved.get("class"), str):
+        raise CheckpointError(
+            f"the checkpoint {path} is damaged: in state.json, optimizer must have a class and scalars{_remedy(path)}"
+        )
+    if saved["class"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"the checkpoint {path} was written with the optimizer {saved['class']} and this run uses "
+            f"{type(optimizer).__name__}: set optimizer.name as it was"
+        )
+    state: OptimizerState = {}
+    for entry, value in {**_read_tensors(path / "optimizer.safetensors"), **saved["scalars"]}.items():
+        key, _, name = entry.partition("/")
+        state.setdefault(name, {})[key] = value
+    if strangers := sorted(state.keys() - trained):
+        raise CheckpointError(
+            f"the checkpoint {path} has optimizer state for {strangers[0]}, which this run's optimizer does not train"
+        )
+    needed = _NEEDED.get(saved["class"], frozenset[str]())
+    for name, entries in without_delay(state).items():
+        if entries and (missing := sorted(needed - entries.keys())):
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged: the optimizer's state of {name} has no {missing[0]}{_remedy(path)}"
+            )
+        if "step" in entries and not _is_number(entries["step"]):
+            raise CheckpointError(
+                f"the checkpoint {path} is damaged: the optimizer's step of {name} is not one number{_remedy(path)}"
+            )
+        for key, value in entries.items():
+            shape = tuple(getattr(value, "shape", ()))
+            if key in _LIKE_PARAMETER and shape != tuple(trained[name]):
+                raise CheckpointError(
+                    f"the checkpoint {path} is of another model: {key} of {name} has the shape {shape} there and "
+                    f"{tuple(trained[name])} here"
+                )
+    return state
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.is_floating_point() and bool(value.isfinite())
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,56 @@
+"""Writes checkpoints while the run goes on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from dist_ssn.errors import CheckpointError, UserError, told
+from dist_ssn.train.checkpoint import folder as folders
+from dist_ssn.train.checkpoint.snapshot import Snapshot, write
+
+
+class Writer:
+    """One checkpoint at a time, on a thread: the next one waits until the one before is written.
+
+    The process does not end before the thread has: what was begun becomes whole.
+
+    Args:
+        keep: how many checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.failure: UserError | None = None
+        """Why the last checkpoint could not be written, until `wait` has raised it."""
+        self._thread: threading.Thread | None = None
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Begins to write, as soon as what was begun before is written.
+
+        Raises: CheckpointError, when that has failed.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written.
+
+        Raises: CheckpointError, when what was being written has failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            write(snapshot, self.folder, self.keep)
+        except UserError as error:
+            self.failure = error
+        except Exception as error:  # nobody else would hear of it
+            target = self.folder / folders.name_of(snapshot.step)
+            self.failure = CheckpointError(f"cannot write the checkpoint {target}: {told(error)}")

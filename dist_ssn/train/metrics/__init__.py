@@ -1,0 +1,1 @@
+"""Figures of a run: bytes, seconds, and what was predicted."""

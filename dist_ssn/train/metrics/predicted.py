@@ -1,0 +1,57 @@
+"""What `dist-ssn plan --cluster … --json` said of a run, beside what the run did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_ssn.files import read_json
+from dist_ssn.train.recipe.schema import Recipe
+
+FIGURES = ("bytes_per_step_logical", "exposed_ms_per_step", "ms_per_step")
+
+
+def way_of(share_budget: Any, share_mapping: str | dict[str, str], overlap: str) -> str:
+    """Which of the ways that a plan compares a run goes."""
+    if share_budget is None:
+        return "dense"
+    by_depth = isinstance(share_mapping, str) and share_mapping.startswith("depth:")
+    return str(share_mapping) if by_depth and overlap == "none" else overlap
+
+
+def read_prediction(path: Path, way: str) -> dict[str, float]:
+    """The figures said for `way`.
+
+    Raises:
+        ValueError: the file is not what `plan --json` prints, or does not know this way; says what is wrong.
+        OSError: it cannot be read.
+    """
+    said = read_json(path)
+    rows = said.get("ways") if isinstance(said, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "way" in row for row in rows):
+        raise ValueError('it has no list of "ways"')
+    row = next((row for row in rows if row["way"] == way), None)
+    if row is None:
+        raise ValueError(f"it says nothing of {way!r}, only of {', '.join(str(row['way']) for row in rows)}")
+    for key in FIGURES:
+        if not isinstance(row.get(key), int | float):
+            raise ValueError(f"its {key} of {way!r} is {row.get(key)!r}, not a number")
+    return {key: row[key] for key in FIGURES}
+
+
+def prediction_of(recipe: Recipe) -> dict[str, float] | None:
+    """What the recipe's file says of this run; None where it names none. Raises: as `read_prediction`."""
+    if recipe.predicted is None:
+        return None
+    way = way_of(recipe.share.budget, recipe.share.mapping, recipe.engine.overlap)
+    return read_prediction(Path(recipe.predicted), way)
+
+
+def comparison(said: Mapping[str, float], measured: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Figure by figure, where it was measured; "off": by which part of what was measured."""
+    return [
+        {"figure": key, "predicted": said[key], "measured": measured[key], "off": said[key] / measured[key] - 1}
+        for key in FIGURES
+        if measured.get(key)
+    ]

@@ -1,0 +1,1 @@
+"""What the ranks of one run do together: agree, fail together, stop together."""

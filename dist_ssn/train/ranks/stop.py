@@ -1,0 +1,90 @@
+"""What ends a run from outside: signals that ask it to make room, and a limit for processes that wait for ever."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from dist_ssn.comm import in_flight as under_way
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What Slurm, Kubernetes and torchrun send before they end a job."""
+EXIT_REQUEUE = 75
+"""Exit code of a run that was asked to make room and is saved: "temporary failure, try again", sysexits.h's EX_TEMPFAIL."""
+EXIT_LOST = 1
+GRACE_SECONDS = 20.0  # for a collective to end after SIGTERM; torchrun ends a process 30 s after it
+SPARE_SECONDS = 10.0  # beyond twice the time-out: backends that give up by themselves do so before
+LOOK_SECONDS = 1.0
+
+
+class Stop:
+    """Notes the signals in `SIGNALS` while it is entered, instead of ending at once; and ends this process if it hangs.
+
+    Python's own handlers run on the main thread, between two of its instructions, which never come while that thread waits for a
+    collective. So a thread looks after both.
+
+    Args:
+        timeout_seconds: after which a collective has failed.
+        last_words: what to say then; it may take a while.
+    """
+
+    def __init__(self, timeout_seconds: float, last_words: Callable[[str], str]) -> None:
+        self.number = 0
+        """The signal that came, 0 for none."""
+        self._limit = 2 * timeout_seconds + SPARE_SECONDS
+        self._last_words = last_words
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+        self._wakeup = -1
+        self._ours, self._theirs = socket.socketpair()
+        self._thread = threading.Thread(target=self._look, name="limits of waiting", daemon=True)
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name if self.number else "no signal"
+
+    def __enter__(self) -> Stop:
+        self._theirs.setblocking(False)
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            self._wakeup = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
+        self._theirs.close()  # the thread's sign to end
+        self._thread.join()
+        self._ours.close()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+
+    def _look(self) -> None:
+        while True:
+            if select.select([self._ours], [], [], LOOK_SECONDS)[0]:
+                numbers = self._ours.recv(64)
+                if not numbers:
+                    return
+                for number in set(numbers) & set(SIGNALS):
+                    self.number, self._since = number, time.monotonic()
+            operation = under_way.oldest()
+            if operation is None:
+                continue
+            now = time.monotonic()
+            after_signal = self.number == signal.SIGTERM and now - max(operation.began, self._since) > GRACE_SECONDS
+            if after_signal or now - operation.began > self._limit:
+                why = f"{GRACE_SECONDS:g} s after {self.name}" if after_signal else "its time is up"
+                print(f"dist-ssn: {self._last_words(why)}", file=sys.stderr, flush=True)
+                os._exit(EXIT_LOST)  # the main thread waits where no exception reaches it

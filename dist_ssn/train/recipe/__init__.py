@@ -1,0 +1,1 @@
+"""Recipes: their keys and types (schema), reading them, and checking their values."""

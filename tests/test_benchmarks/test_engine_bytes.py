@@ -1,0 +1,32 @@
+"""Each engine sends the bank and nothing else, gathers it once per step, and keeps its state small (benchmarks/engine_bytes.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from benchmarks.launch import LAUNCHES, launch
+from benchmarks.network.engine_bytes import BUDGET, theory
+
+_NEEDS = {"zero-0": "deepspeed", "mpi": "mpi4py"}
+TENSORS = 3 + 4 * 8 + 2  # the bank, its coefficients' and gains' tensors; biases and norms of 4 blocks; the last norm
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("columns", LAUNCHES, ids=" ".join)
+def test_an_engine_sends_what_theory_says(columns: tuple[str, ...]) -> None:
+    package = _NEEDS.get(columns[0])
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install 'dist_ssn[all]'")
+    found = launch(columns, 2, "benchmarks.network.engine_bytes")
+    for column in columns:
+        dense, shared = (line for line in found if line["engine"] == column)
+        told = theory(column, shared["trainable"], 2, shared["banks"])
+        assert shared["ring_bytes"] == pytest.approx(told, rel=0.01), column
+        if "sums" not in column:
+            assert dense["ring_bytes"] / shared["ring_bytes"] >= 0.9 / BUDGET, column
+        assert shared["optimizer_bytes"] <= (BUDGET + 0.02) * dense["optimizer_bytes"], column
+        gathers = shared["rounds"].get("parameters: all_gather", 0)
+        # ZeRO-3 gathers each parameter by itself, all others by group; none is gathered twice.
+        assert gathers <= (TENSORS if column == "zero-3" else 2), column

@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_ssn.errors import RecipeError
+from dist_ssn.train.data import data_hints
+from dist_ssn.train.models import build_model
+from dist_ssn.train.recipe.check import validate
+from dist_ssn.train.recipe.keys import _EXPECTED, bundled_recipes, recipe_keys, recipe_parser
+from dist_ssn.train.recipe.read import load_recipe, parse_recipe, recipe_from_json
+from dist_ssn.train.recipe.schema import DataConfig, OptimizerConfig, Recipe, ShareConfig
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "my.yaml"
+
+
+def message_of(*arguments: str, file: Path | None = None, text: str = "") -> str:
+    if file is not None:
+        file.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, arguments)
+    message = str(caught.value)
+    assert "\n" not in message and "<class" not in message
+    return message
+
+
+def test_defaults_are_the_dataclasses_own() -> None:
+    assert load_recipe(None) == Recipe()
+
+
+def test_file_and_command_line_become_typed_values(file: Path) -> None:
+    file.write_text(
+        "name: mine\nmodel_args: {width: 64}\noptimizer: {lr: 3e-4, betas: [0.8, 0.9]}\n"
+        "share: {budget: 10%, include: ['*.q']}"
+    )
+    recipe = load_recipe(
+        file,
+        ["--steps=7", "clip_norm=null", "--model_args.layers=2", "--share.mapping={'a*': x}", "data.augment=false"],
+    )
+    assert recipe == Recipe(
+        name="mine",
+        steps=7,
+        clip_norm=None,
+        model_args={"width": 64, "layers": 2},
+        optimizer=OptimizerConfig(lr=3e-4, betas=(0.8, 0.9)),
+        share=ShareConfig(budget="10%", include=("*.q",), mapping={"a*": "x"}),
+        data=DataConfig(augment=False),
+    )
+    assert isinstance(recipe.optimizer.betas, tuple)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("0.1", 0.1), ("5000000", 5_000_000), ("5_000_000", 5_000_000), ("1", 1), ("1.0", 1.0), ("5MB/step", "5MB/step")],
+)
+def test_a_budget_keeps_its_meaning(text: str, budget: float | str, file: Path) -> None:
+    """An int is a count and a float a fraction: neither the file nor the command line may turn one into the other."""
+    file.write_text(f"share: {{budget: {text}}}")
+    for recipe in (load_recipe(file), load_recipe(None, [f"--share.budget={text}"])):
+        assert recipe.share.budget == budget and type(recipe.share.budget) is type(budget)
+
+
+def test_a_value_may_follow_its_key(file: Path) -> None:
+    file.write_text("steps: 5")
+    words = ["--seed", "4", "--quiet", "--optimizer.lr", "0.5", "--config", str(file)]
+    recipe, given = parse_recipe(words, flags={"--quiet": "be quiet", "--loud": "be loud"})
+    assert (recipe.seed, recipe.optimizer.lr, recipe.steps, given) == (4, 0.5, 5, {"--quiet"})
+
+
+def test_values_as_a_script_writes_them() -> None:
+    settings = {"name": "a b", "share.budget": "10%", "share.include": ["x", "y*"], "clip_norm": None, "steps": 3}
+    settings |= {"model_args": {"layers": 2, "text": "3"}, "data.augment": False, "optimizer.lr": 1e-05}
+    recipe = load_recipe(None, [f"--{key}={json.dumps(value)}" for key, value in settings.items()])
+    assert (recipe.name, recipe.share.budget, recipe.share.include) == ("a b", "10%", ("x", "y*"))
+    assert (recipe.clip_norm, recipe.steps, recipe.data.augment, recipe.optimizer.lr) == (None, 3, False, 1e-05)
+    assert recipe.model_args == {"layers": 2, "text": "3"}
+
+
+def test_model_args_keep_their_types(file: Path) -> None:
+    """jsonargparse by itself reads text in a dict as YAML once more, and text of a single key not at all."""
+    file.write_text('model_args: {a: "3", b: 3, c: "x: y", d: "null", e: 1e-3, f: ["4", 4], g: true, h: 2024-01-01}')
+    args = {"a": "3", "b": 3, "c": "x: y", "d": "null", "e": 0.001, "f": ["4", 4], "g": True, "h": "2024-01-01"}
+    recipe = load_recipe(file)
+    assert recipe.model_args == args and recipe_from_json(recipe.to_json()) == recipe
+    more = {"--model_args.b=1e-4": 1e-4, "--model_args.b='5'": "5", "--model_args.b={x: 1}": {"x": 1}}
+    more |= {
+        "--model_args.b=batch": "batch",
+        "--model_args.b=null": None,
+        "--model_args.b=7": 7,
+        "--model_args.b=[": "[",
+    }
+    for option, value in more.items():
+        assert load_recipe(file, [option]).model_args == args | {"b": value}
+    assert load_recipe(file, ["--model_args={z: 1}", "--model_args.y=2"]).model_args == {"z": 1, "y": 2}
+    assert load_recipe(None, ["--model_args.b=2", f"--config={file}"]).model_args == args | {"b": 2}
+
+
+def test_the_command_line_wins_wherever_it_stands(file: Path) -> None:
+    file.write_text("steps: 5")
+    assert load_recipe(None, ["--steps=9", f"--config={file}"]).steps == 9
+
+
+@pytest.mark.parametrize("name", bundled_recipes())
+def test_built_in_recipes(name: str) -> None:
+    recipe = load_recipe(name)
+    validate(recipe, world_size=2)
+    assert recipe_from_json(recipe.to_json()) == recipe
+    assert recipe.share.budget is not None
+    small = {"width": 1} if recipe.model == "wide_resnet" else {}
+    build_model(recipe.model, recipe.model_args | small, data_hints(recipe.data))
+
+
+def test_json_round_trip_of_every_field() -> None:
+    changed = Recipe(
+        name="other name",
+        seed=3,
+        model_args={"layers": 2, "deep": {"list": [1, None, "x", 0.5]}},
+        share=ShareConfig(budget=0.25, mapping={"a*": "one"}, include=("x", "y"), exclude=()),
+        optimizer=OptimizerConfig(betas=(0.5, 0.75)),
+        schedule=dataclasses.replace(Recipe().schedule, name="step", milestones=(10, 20)),
+        wandb=dataclasses.replace(Recipe().wandb, tags=("a", "b"), entity="me"),
+        clip_norm=None,
+        patience=4,
+    )
+    assert recipe_from_json(changed.to_json()) == changed
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("[1, 2", "recipe.json: line 1 cannot be read as JSON"),
+        ("[1, 2]", "recipe.json: a recipe is a dict"),
+        ('{"stepz": 3}', "recipe.json: unknown key stepz; did you mean steps?"),
+        ('{"steps": "many"}', "recipe.json: steps must be a whole number, got 'many'"),
+        ('{"optimizer": null}', r"recipe.json: optimizer must be a dict .*, got null"),
+    ],
+)
+def test_wrong_json(text: str, wanted: str) -> None:
+    with pytest.raises(RecipeError, match=wanted):
+        recipe_from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("stepz: 3", "FILE: unknown key stepz; did you mean steps?"),
+        ("lr: 3", "FILE: unknown key lr; did you mean optimizer.lr?"),
+        ("optimizer: {lrr: 3}", "FILE: unknown key optimizer.lrr; did you mean optimizer.lr?"),
+        ("qqqq: 3", "FILE: unknown key qqqq; --help lists all keys"),
+        ("7: 3", "FILE: unknown key 7; --help lists all keys"),
+        ("config: other.yaml", "FILE: unknown key config; did you mean engine.config?"),
+        ("steps: abc", "FILE: steps must be a whole number, got 'abc'"),
+        ("steps: 2.5", "FILE: steps must be a whole number, got 2.5"),
+        ("steps: true", "FILE: steps must be a whole number, got True"),
+        ("steps:", "FILE: steps must be a whole number, got null"),
+        ("clip_norm: high", "FILE: clip_norm must be a number or null, got 'high'"),
+        ("name: 3", "FILE: name must be text (in quotes, if it looks like something else), got 3"),
+        ("data: {augment: 2}", "FILE: data.augment must be true or false, got 2"),
+        (
+            "optimizer: {betas: [0.9]}",
+            "FILE: optimizer.betas must be a list of two numbers, such as [0.9, 0.95], got [0.9]",
+        ),
+        ("share: {include: abc}", "FILE: share.include must be a list of texts, such as [a, b], or null, got 'abc'"),
+        ("share: {budget: [1]}", 'FILE: share.budget must be a budget such as 0.1, "10%" or "5MB", or null, got [1]'),
+        ("model_args: [1]", "FILE: model_args must be a dict of argument names to values, got [1]"),
+        ("data: text", "FILE: data must be a dict of keys and values (data.name, "),
+        ("schedule:", "FILE: schedule must be a dict of keys and values (schedule.name, "),
+        ("", "FILE: a recipe is a dict of keys and values, such as 'steps: 1000'"),
+        ("- steps", "FILE: a recipe is a dict of keys and values, such as 'steps: 1000'"),
+        ("steps: 1\nsteps: 2", "FILE, line 2: this is not valid YAML ('steps' is there twice)"),
+        ("steps: 1\nname: [a", "FILE, line 2: this is not valid YAML ("),
+        ("a: b: c", "FILE, line 1: this is not valid YAML ("),
+        ("optimizer: {lr: .nan}", "FILE: optimizer.lr must be a number above 0, got nan"),
+        ("optimizer: {lr: .inf}", "FILE: optimizer.lr must be a number above 0, got inf"),
+        ("optimizer: {lr: 0}", "FILE: optimizer.lr must be a number above 0, got 0"),
+        ("model_args: {depth: .nan}", "FILE: model_args must hold only text, numbers"),
+    ],
+)
+def test_wrong_files(file: Path, text: str, wanted: str) -> None:
+    assert message_of(file=file, text=text).startswith(wanted.replace("FILE", str(file)))
+
+
+@pytest.mark.parametrize(
+    ("argument", "wanted"),
+    [
+        ("--stepz=3", "unknown key stepz; did you mean steps?"),
+        ("--model_args.a.b=3", "model_args.a.b is too deep: write --model_args.a={...}"),
+        ("--data=x.yaml", "data is a group of keys: data.name, data.path, "),
+        ("--steps", "--steps needs a value, as in --steps=value"),
+        ("--steps=few", "steps must be a whole number, got 'few'"),
+        ("--steps=1e3", "steps must be a whole number, got '1e3'"),
+        ("--steps=0", "steps must be at least 1, got 0"),
+        ("--steps=-5", "steps must be at least 1, got -5"),
+        ("--seed=-1", "seed must be 0 or more, got -1"),
+        ("--data.limit=0", "data.limit must be at least 1, got 0"),
+        ("--data.validation=1", "data.validation must be above 0 and below 1, got 1"),
+        (
+            "--data.name=digit",
+            "data.name is an unknown name 'digit': known are cifar10, cifar100, digits, fashion_captions, fashion_mnist, text; ",
+        ),
+        ("--model=gtp", "model is an unknown name 'gtp': known are gpt, wide_resnet; did you mean 'gpt'?"),
+        (
+            "--optimizer.name=adam",
+            "optimizer.name is an unknown name 'adam': known are adamw, sgd; did you mean 'adamw'?",
+        ),
+        ("--schedule.name=cosin", "schedule.name is an unknown name 'cosin'"),
+        ("--precision=fp16", "precision is an unknown name 'fp16': known are bf16, fp32"),
+        ("--engine.name=dpd", "engine.name is an unknown name 'dpd'"),
+        ("--wandb.mode=on", "wandb.mode is an unknown name 'on'"),
+        ("--optimizer.betas=[0.9, 1.0]", "optimizer.betas must be two numbers, at least 0 and below 1, got [0.9, 1.0]"),
+        ("--optimizer.weight_decay=-1", "optimizer.weight_decay must be 0 or more, got -1"),
+        ("--optimizer.momentum=1", "optimizer.momentum must be at least 0 and below 1, got 1"),
+        ("--clip_norm=0", "clip_norm must be a number above 0, or null for no clipping, got 0"),
+        ("--schedule.final=2", "schedule.final must be between 0 and 1, got 2"),
+        ("--schedule.warmup=1001", "schedule.warmup must be at most the 1000 steps, got 1001"),
+        ("--schedule.milestones=[5,3]", "schedule.milestones must be rising step numbers, got [5, 3]"),
+        ("--schedule.name=step", "schedule.milestones must name at least one step, for schedule.name is step"),
+        (
+            "--accumulation=3",
+            "batch_size must be divisible by processes × accumulation = 1 × 3 = 3, got 32; the next one is 33",
+        ),
+        ("--name=a/b", "name must be a plain name, for it names the run's folder, got 'a/b'"),
+        ("--name=..", "name must be a plain name"),
+        ("--output=", "output must not be empty"),
+        ("--share.plan=nowhere.json", "share.plan must be a plan's JSON file, but 'nowhere.json' does not exist"),
+        ("--share.mapping=shpae", "share.mapping is wrong: unknown mapping 'shpae'"),
+        ('--share.mapping={"*": "a b"}', "share.mapping is wrong: group name 'a b' in the mapping"),
+        ("--share.morph=offset:chunk=0", "share.morph is wrong: morph 'offset': chunk=0 must be"),
+    ],
+)
+def test_wrong_options(argument: str, wanted: str) -> None:
+    assert re.sub("^(command line: )?", "", message_of(argument)).startswith(wanted)
+
+
+def test_a_missing_file_names_the_folder_and_the_built_in_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        RecipeError, match=rf"'no.yaml' does not exist in {tmp_path}; the built-in ones are .*quickstart"
+    ):
+        load_recipe("no.yaml")
+    with pytest.raises(RecipeError, match="is not a file"):
+        load_recipe(tmp_path)
+
+
+def test_a_file_that_is_not_text(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe\x00bad")
+    with pytest.raises(RecipeError, match="is not a text file in UTF-8"):
+        load_recipe(file)
+
+
+def test_all_problems_are_reported_at_once_each_with_its_place(file: Path) -> None:
+    message = message_of("--step=1", "extra", file=file, text="seed: -1\nbatch_sice: 3\nsteps: x\ndata: 1")
+    for part in (
+        f"{file}: unknown key batch_sice; did you mean batch_size?",
+        f"{file}: steps must be a whole number",
+        f"{file}: data must be a dict",
+        "command line: unknown key step; did you mean steps?",
+        "command line: unknown key extra",
+    ):
+        assert part in message, part
+    assert message.startswith("5 problems: (1) ")
+    # values are looked at when all the types are right
+    message = message_of("--batch_size=33", "--accumulation=2", file=file, text="seed: -1\nmodel: x")
+    assert message.startswith("3 problems: ")
+    assert f"{file}: seed must be" in message and "command line: batch_size must be" in message
+
+
+def test_yaml_cannot_run_code(file: Path, tmp_path: Path) -> None:
+    text = f"name: !!python/object/apply:os.mkdir ['{tmp_path}/made']"
+    assert "could not determine a constructor" in message_of(file=file, text=text)
+    assert not (tmp_path / "made").exists()
+
+
+def test_validate_checks_recipes_made_in_python() -> None:
+    wrong = Recipe(steps="x", batch_size=6, data=DataConfig(limit=0), seed=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RecipeError) as caught:
+        validate(wrong, world_size=4)
+    message = str(caught.value)
+    assert message.startswith("4 problems: ") and "recipe 'run': steps must be a whole number, got 'x'" in message
+    assert "seed must be a whole number, got null" in message and "4 × 1 = 4, got 6; the next one is 8" in message
+    validate(dataclasses.replace(Recipe(), batch_size=8), world_size=4)
+
+
+def test_the_batch_is_checked_against_torchruns_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 × 1 = 3, got 32" in message_of()
+
+
+def test_every_type_has_words_and_every_key_a_line_of_help() -> None:
+    assert set(recipe_keys().values()) <= set(_EXPECTED)
+    text = recipe_parser().format_help()
+    for key in recipe_keys():
+        line = re.search(rf"^  --{re.escape(key)} .*?(?=^  --|^\S|\Z)", text, re.M | re.S)
+        assert line and re.sub(rf"--{key} \S+|\(type.*", "", line[0], flags=re.S).strip(), key
