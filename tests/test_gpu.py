@@ -14,7 +14,7 @@ from dist_ssn import parameter_groups, share
 from dist_ssn.train.loop import train
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.recipe.read import load_recipe
-from tests.layer_kinds import KINDS, Twins, loss_of, relative_error, shake
+from testing.layer_kinds import KINDS, Twins, loss_of, relative_error, shake
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device")
 

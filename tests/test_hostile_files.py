@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 from dist_ssn.errors import CheckpointError, RecipeError
 from dist_ssn.files import MIB, read_tensors, read_text
 from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe.read import load_recipe
-from tests.fuzz_targets import Readers, header_of, mutated
+from testing.fuzz_targets import Readers, header_of, mutated
 
 EXAMPLES = {"plan": 400, "cluster": 300, "recipe": 100, "recipe-json": 100}  # about 2 s each
 OF_CHECKPOINT = 200

@@ -18,7 +18,7 @@ from typing import Any
 from dist_ssn.cluster import Cluster
 from dist_ssn.lab.hosts import Lab, end_processes
 from dist_ssn.lab.run import DEFAULTS, host_commands
-from dist_ssn.launch.execute import found
+from dist_ssn.launch.run import found
 from dist_ssn.train.checkpoint.folder import fingerprint, latest
 
 LIMIT_SECONDS = 150  # from a fault to the end of everything; what takes longer hangs

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.result_files import ResultFile
-from tests.fuzz_targets import Readers, mutated
+from testing.fuzz_targets import Readers, mutated
 
 WEIGHTS = {
     **{"plan": 35, "cluster": 20, "recipe": 2, "recipe-json": 3},

@@ -17,13 +17,13 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_ssn
-from benchmarks.launch import ENGINES, LAUNCHES, launch
 from benchmarks.result_files import ResultFile
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import engine_class, init_world
 from dist_ssn.plan.overlap import parse_overlap
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.optim import state_bytes
+from testing.launch import ENGINES, LAUNCHES, launch
 
 BUDGET, WARM_UP, STEPS = 0.1, 3, 3
 HOOKS: dict[str, tuple[Callable[[], Any], Callable[..., Any]]] = {

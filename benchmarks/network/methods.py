@@ -21,7 +21,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_ssn import engines
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 from dist_ssn.comm import purpose
 from dist_ssn.engines import DDPEngine
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dist_ssn
-from benchmarks.launch import ENGINES, LAUNCHES, launch
 from benchmarks.result_files import ResultFile
 from dist_ssn.engines import engine_class, init_world
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
+from testing.launch import ENGINES, LAUNCHES, launch
 
 STEPS, BATCH, LENGTH, VOCABULARY = 5, 12, 8, 32
 WORLDS = (1, 2, 4)

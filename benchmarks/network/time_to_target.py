@@ -4,11 +4,12 @@
     sudo python -m benchmarks.network.time_to_target whole --sides "5%, fp16" --mbit 100
     python -m benchmarks.network.time_to_target --table
 
-A synchronous method's loss by step does not depend on the network. So time is steps times seconds per step: the steps are those
+A synchronous method's loss by step does not depend on the network. So time is steps times seconds per step. The steps are those
 of the shortest run whose mean final loss is not above dense's with the same seeds (`benchmarks.quality.run target target-confirm`;
-runs that send something else than gradients in fp32 are made here, by "curves": 16 bits on two processes, other methods on four, and
-over rates of their own), and a step is measured in the lab ("steps"), all sides in turn. "whole" holds the product against a run to
-the target. Four ranks share this machine's processors, which is hard on the sides that send little. Writes results/time_to_target/.
+runs that send something else than gradients in fp32 are made here, by "curves": 16 bits on two processes, other methods on four,
+and over learning rates of their own). A step is measured in the lab ("steps"), all sides in turn. "whole" holds the product
+against a run to the target. Four ranks share this machine's processors, which is hard on the sides that send little. Writes
+results/time_to_target/.
 """
 
 from __future__ import annotations

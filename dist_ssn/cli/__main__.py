@@ -2,6 +2,6 @@
 
 import sys
 
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 
 sys.exit(main())

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dist_ssn.cluster import load_cluster
 from dist_ssn.errors import UserError
 from dist_ssn.launch.command import Start, build_command
-from dist_ssn.launch.execute import execute, found, text_of
+from dist_ssn.launch.run import execute, found, text_of
 
 
 def launch(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from dist_ssn.cluster import Cluster
 from dist_ssn.lab.hosts import Counters, Lab, this_owner
 from dist_ssn.lab.network import Network, plan_network
 from dist_ssn.launch import Command, Start, build_command
-from dist_ssn.launch.execute import found
+from dist_ssn.launch.run import found
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 30  # in which the other hosts must end after one has failed, or after a signal

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dist_ssn.report.compare import read_rows, report
 from dist_ssn.report.plot import plot_loss_against_bytes, plot_loss_against_steps
-from dist_ssn.report.report import read_rows, report
 from dist_ssn.report.table import human_bytes, human_number, summary_table
 
 __all__ = [

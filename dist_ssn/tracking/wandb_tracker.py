@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_ssn.errors import UserError
-from dist_ssn.report.report import draw
+from dist_ssn.report.compare import draw
 
 if TYPE_CHECKING:
     from dist_ssn.train.recipe.schema import WandbConfig

@@ -20,7 +20,7 @@ from dist_ssn.model.specs import find_specs
 from dist_ssn.train.loop import train
 from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe.read import load_recipe
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 MODELS = {
     "gpt": {"layers": 4, "width": 32, "heads": 2, "context": 16},

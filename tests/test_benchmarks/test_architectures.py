@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.quality.architectures import ARCHITECTURES, BUDGET, CONTEXT, EXTRA, NOT_ASKED, best_rates, rows, trained
 from dist_ssn import materialize, share, shared_plan
-from tests.layer_kinds import banks_of, be_pure, relative_error
+from testing.layer_kinds import banks_of, be_pure, relative_error
 
 TEXT = torch.randint(256, (4, CONTEXT), generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 
-from benchmarks.launch import LAUNCHES, launch
 from benchmarks.network.engine_bytes import BUDGET, theory
+from testing.launch import LAUNCHES, launch
 
 _NEEDS = {"zero-0": "deepspeed", "mpi": "mpi4py"}
 TENSORS = 3 + 4 * 8 + 2  # the bank, its coefficients' and gains' tensors; biases and norms of 4 blocks; the last norm

@@ -6,8 +6,8 @@ import importlib.util
 
 import pytest
 
-from benchmarks.launch import LAUNCHES, launch
 from benchmarks.network.parity import MODELS, VARIANTS, is_equal
+from testing.launch import LAUNCHES, launch
 
 _NEEDS = {"zero-0": "deepspeed", "mpi": "mpi4py"}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.network.methods import START, cosines, from_cosines, method
 from dist_ssn.comm import CommMeter
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 RANKS, STEPS, RATE = 2, 12, 0.05
 CLIP = 10.0

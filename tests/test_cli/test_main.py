@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dist_ssn.cli import main as cli
-from dist_ssn.cli.main import main
+from dist_ssn.cli import entry as cli
+from dist_ssn.cli.entry import main
 from dist_ssn.errors import BudgetError
 from dist_ssn.plan import Plan
 from dist_ssn.train.recipe.read import load_recipe
@@ -92,7 +92,7 @@ def test_plan_needs_no_data_and_reads_a_plan_back(tmp_path: Path, capsys: pytest
 
 def test_report_is_called_with_the_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
-    monkeypatch.setattr("dist_ssn.report.report", lambda *given: calls.append(given))
+    monkeypatch.setattr("dist_ssn.report.compare", lambda *given: calls.append(given))
     assert run("report", "a", "b", "--output", "c", capsys=capsys)[0] == 0
     assert run("report", "a", capsys=capsys)[0] == 0
     assert calls == [(["a", "b"], "c"), (["a"], None)]

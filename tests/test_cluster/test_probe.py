@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 from dist_ssn.cluster import load_cluster
 from dist_ssn.cluster.probe import chosen_pairs, launcher_of
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ssn.comm import PURPOSES, CommMeter, Ledger, Totals, purpose
 from dist_ssn.comm.meter import OPERATORS
 from dist_ssn.errors import UserError
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 distributed = pytest.mark.distributed
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 from dist_ssn.cluster import Link
 from dist_ssn.cost.advice import LONGER, advise, bandwidth, crossover_mbit, hidden_budget, sentences
 from dist_ssn.cost.fabric import Fabric

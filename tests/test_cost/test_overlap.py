@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import dist_ssn
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 from dist_ssn.cluster import Link
 from dist_ssn.comm import CommMeter
 from dist_ssn.cost.fabric import Fabric
@@ -22,7 +22,7 @@ from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.engines import DDPEngine
 from dist_ssn.plan.overlap import Overlap, parse_overlap
 from dist_ssn.train.models.gpt import build_gpt
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 SLOW = Link(latency_us=1000, bandwidth_mbit=8)  # a byte a microsecond
 PAIR = Fabric(2, 1, SLOW, SLOW)

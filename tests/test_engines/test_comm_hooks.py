@@ -19,7 +19,7 @@ from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import UserError
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.recipe.read import load_recipe
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 STEPS = 30
 START = 4  # the first step in which PowerSGD compresses

@@ -18,7 +18,7 @@ from dist_ssn.comm import CommMeter
 from dist_ssn.engines import DDPEngine, init_world
 from dist_ssn.engines.ddp import bucket_limit
 from dist_ssn.errors import UserError
-from tests.ranks import RanksFailed, run_ranks
+from testing.ranks import RanksFailed, run_ranks
 
 distributed = pytest.mark.distributed
 

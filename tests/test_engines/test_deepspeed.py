@@ -16,7 +16,7 @@ import dist_ssn
 from dist_ssn.engines import engine_class
 from dist_ssn.engines.deepspeed import settings_of
 from dist_ssn.errors import ShareError, UserError
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 
 def made() -> nn.Module:

@@ -16,7 +16,7 @@ from dist_ssn.engines.fsdp import FSDPEngine
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.attach import BankSet
 from dist_ssn.sharing.bank import Bank
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 STEPS = 3

@@ -15,7 +15,7 @@ from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import ShareError
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 STEPS, BATCH = 5, 8
 

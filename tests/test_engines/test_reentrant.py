@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dist_ssn
 from dist_ssn.engines import engine_class
-from tests.ranks import RanksFailed, run_ranks
+from testing.ranks import RanksFailed, run_ranks
 
 pytestmark = pytest.mark.distributed
 STEPS = 3

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 from dist_ssn.cluster import Cluster, Link, Rendezvous, load_cluster
 from dist_ssn.errors import ClusterError
 from dist_ssn.lab.hosts import require, this_owner

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 from dist_ssn.cluster import Cluster, Link, Rendezvous, load_cluster
 from dist_ssn.errors import ClusterError
 from dist_ssn.launch import Command, Start, build_command, execute, text_of

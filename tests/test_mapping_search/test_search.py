@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import dist_ssn
-from dist_ssn.cli.main import main
+from dist_ssn.cli.entry import main
 from dist_ssn.engines import World
 from dist_ssn.errors import RecipeError, UserError
 from dist_ssn.mapping_search import auto
@@ -33,7 +33,7 @@ from dist_ssn.train.loop import train
 from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe.read import load_recipe
 from dist_ssn.train.recipe.schema import Recipe
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 ARGS = {"layers": 2, "width": 16, "heads": 2, "context": 16}
 SMALL = [

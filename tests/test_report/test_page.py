@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from dist_ssn.report import report
-from dist_ssn.report.report import modelled
+from dist_ssn.report.compare import modelled
 from tests.test_report.test_report import row
 
 HOSTILE = '<script>alert("1")</script>|`x`'

@@ -224,7 +224,7 @@ def test_coefficients_of_a_damaged_checkpoint(tmp_path: Path) -> None:
 
 def test_coefficients_of_two_runs_of_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders = [written(tmp_path / number / "a", row("a", 400)) for number in ("1", "2")]
-    module = importlib.import_module("dist_ssn.report.report")  # its package's attribute of that name is the function
+    module = importlib.import_module("dist_ssn.report.compare")  # its package's attribute of that name is the function
     monkeypatch.setattr(module, "read_coefficients", lambda folder: {"w": np.ones(3)})
     files = report(folders, tmp_path / "page", Console(file=io.StringIO()))
     assert {path.name for path in files if "coef" in path.name} == {"coefficients_a.png", "coefficients_a-2.png"}

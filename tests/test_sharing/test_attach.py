@@ -20,7 +20,7 @@ from dist_ssn import Plan, make_plan, materialize, parameter_groups, share, shar
 from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import PlanError, ShareError, UserError
 from dist_ssn.sharing.bank import Bank
-from tests.layer_kinds import KINDS, Tied, Twins, banks_of, loss_of, relative_error, shake, tensors
+from testing.layer_kinds import KINDS, Tied, Twins, banks_of, loss_of, relative_error, shake, tensors
 
 
 class Net(nn.Module):

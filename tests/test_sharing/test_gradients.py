@@ -18,7 +18,7 @@ from dist_ssn import Morph, Plan, make_plan, materialize, share
 from dist_ssn.errors import BudgetError, PlanError
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Group, Slot
-from tests.layer_kinds import KINDS, Inputs, Twins, banks_of, be_pure, loss_of, pulled_back, relative_error, shake
+from testing.layer_kinds import KINDS, Inputs, Twins, banks_of, be_pure, loss_of, pulled_back, relative_error, shake
 
 BUDGETS = (0.02, 0.1, 0.5, 1.0, 2.0)
 DOWN, UP, ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from dist_ssn import parameter_groups, share
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.train.models import MODELS
-from tests.layer_kinds import KINDS, Unknown, banks_of, tensors
+from testing.layer_kinds import KINDS, Unknown, banks_of, tensors
 
 Batch = tuple[nn.Module, Tensor]
 

@@ -24,7 +24,7 @@ from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
 from dist_ssn.sharing.bank import PARAMETERS, Bank
 from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Chunks, Stretch, readings
-from tests.layer_kinds import banks_of, relative_error, shake
+from testing.layer_kinds import banks_of, relative_error, shake
 
 BUDGETS = (0.02, 0.1, 0.5, 1.0, 2.0)
 FROZEN_OFFSET = [606, 1111, 1616, -2121, 2626, -3069, 396, -891, -1414, 1881, -2376, -2929, -198]

@@ -29,7 +29,7 @@ from dist_ssn.train.ranks import agreement as agreements
 from dist_ssn.train.ranks.agreement import Agreement, Wants
 from dist_ssn.train.ranks.stop import EXIT_REQUEUE
 from dist_ssn.train.recipe.schema import CheckpointConfig, EngineConfig, Recipe
-from tests.ranks import RanksFailed, run_ranks
+from testing.ranks import RanksFailed, run_ranks
 from tests.test_train.test_loop import recipe
 
 ROOT = Path(__file__).parents[2]

@@ -34,7 +34,7 @@ from dist_ssn.train.recipe.schema import (
     ScheduleConfig,
     ShareConfig,
 )
-from tests.ranks import RanksFailed, run_ranks
+from testing.ranks import RanksFailed, run_ranks
 
 
 class Net(nn.Module):

@@ -22,7 +22,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import parse_overlap
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
-from tests.ranks import RanksFailed, run_ranks
+from testing.ranks import RanksFailed, run_ranks
 
 LAYERS, WIDTH = 6, 8
 

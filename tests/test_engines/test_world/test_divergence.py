@@ -10,7 +10,7 @@ import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines.world.divergence import OWN, check_equal, fingerprints
 from dist_ssn.errors import UserError
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 
 def made() -> nn.Module:

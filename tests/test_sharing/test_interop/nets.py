@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssn import share
-from tests.layer_kinds import be_pure, loss_of, relative_error, shake
+from testing.layer_kinds import be_pure, loss_of, relative_error, shake
 
 EXACT = 1e-10
 Gradients = list[Tensor | None]

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_ssn import materialize, share
 from dist_ssn.sharing.bank import Bank
-from tests.layer_kinds import banks_of, loss_of, pulled_back, relative_error
+from testing.layer_kinds import banks_of, loss_of, pulled_back, relative_error
 from tests.test_sharing.test_interop.nets import EXACT, assert_equal, gradients, net, pure_gradients
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dist_ssn import share
-from tests.layer_kinds import banks_of, loss_of
+from testing.layer_kinds import banks_of, loss_of
 from tests.test_sharing.test_interop.nets import assert_equal, gradients, net, pure_gradients
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssn import share
-from tests.layer_kinds import KINDS, banks_of, loss_of, relative_error, shake
+from testing.layer_kinds import KINDS, banks_of, loss_of, relative_error, shake
 from tests.test_sharing.test_interop.nets import EXACT, assert_equal, gradients, net, pure_gradients
 
 

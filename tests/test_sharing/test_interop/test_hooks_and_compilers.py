@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssn import share
-from tests.layer_kinds import banks_of, loss_of, relative_error
+from testing.layer_kinds import banks_of, loss_of, relative_error
 from tests.test_sharing.test_interop.nets import assert_equal, gradients, net, pure_gradients
 
 

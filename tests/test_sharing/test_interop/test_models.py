@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from dist_ssn import materialize, parameter_groups, share
 from dist_ssn.sharing.bank import Bank
-from tests.layer_kinds import Tied, banks_of, be_pure, loss_of, relative_error, shake
+from testing.layer_kinds import Tied, banks_of, be_pure, loss_of, relative_error, shake
 from tests.test_sharing.test_interop.nets import EXACT, assert_equal, gradients, net, pure_gradients
 
 

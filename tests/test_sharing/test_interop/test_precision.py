@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_ssn import materialize, share
 from dist_ssn.sharing.bank import Bank
-from tests.layer_kinds import KINDS, be_pure, loss_of, relative_error, shake
+from testing.layer_kinds import KINDS, be_pure, loss_of, relative_error, shake
 from tests.test_sharing.test_interop.nets import assert_equal, gradients, net, pure_gradients
 
 

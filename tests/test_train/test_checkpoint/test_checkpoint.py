@@ -25,7 +25,7 @@ from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.train.checkpoint import store as checkpoint
 from dist_ssn.train.checkpoint.folder import fingerprint
 from dist_ssn.train.ranks.raise_together import together
-from tests.ranks import run_ranks
+from testing.ranks import run_ranks
 
 DENSE = None
 

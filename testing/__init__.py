@@ -1,0 +1,1 @@
+"""Helpers of tests and benchmarks: processes, kinds of layers, hostile files. Not installed."""
