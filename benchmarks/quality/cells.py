@@ -22,7 +22,7 @@ RATES: dict[str, tuple[float, ...]] = {
 }
 KINDS = ("dense", "equal", "shared")
 CONTROLS = ("tied", "hashed", "hashed-global", "lowrank")
-"""Kinds that are controls at the budget of "shared"; docs/search.md says what each is."""
+"""Kinds that are controls at the budget of "shared"; docs/guides/search.md says what each is."""
 CONTROL_RATES: dict[str, tuple[float, ...]] = {
     **{task: (*grid, 2 * grid[-1]) for task, grid in RATES.items()},
     **{"gpt": _ADAMW[1:], "wrn": _SGD[1:4]},

@@ -15,7 +15,7 @@ LONGER = 0.05  # by which share of compute a step may be longer for the network'
 WORTH = 1.05  # how much faster a step must be to be worth a change
 PROVEN = ((3_000_000, 0.05), (0, 0.1))
 """From so many trainable numbers on: the least budget with which a bank came to its dense twin's loss in no more steps
-(docs/quality.md; GPTs of 3.2 and 0.8 million)."""
+(docs/results/quality.md; GPTs of 3.2 and 0.8 million)."""
 _STEPS = 40  # of a bisection
 
 
@@ -138,7 +138,7 @@ def sentences(advice: Advice, fabric: Fabric) -> list[str]:
         why = (
             "the most that the network hides"
             if hides
-            else "smaller banks needed more steps than dense (docs/quality.md)"
+            else "smaller banks needed more steps than dense (docs/results/quality.md)"
         )
         told.append(f"A budget to begin with: {advice.budget:.1%}; {why}.")
     return told

@@ -102,7 +102,7 @@ def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, f
     """Lays a step's messages over each measured step.
 
     gloo's receiver says that it is ready before a round's bytes leave, which is a latency more for each round. Of two messages
-    one asks while the other travels, so only a message that is alone waits for it (docs/cost.md).
+    one asks while the other travels, so only a message that is alone waits for it (docs/results/cost.md).
     """
     seconds = [fabric.all_reduce_seconds(message.payload) for message in messages]
     if len(seconds) == 1 and fabric.algorithm == "ring":  # NCCL asks nobody

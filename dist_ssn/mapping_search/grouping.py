@@ -15,7 +15,7 @@ from dist_ssn.model.specs import LayerSpec
 from dist_ssn.plan.mapping import by_scale, layers_once
 
 MOST_GROUPS = 8
-"""Where the number of groups is sought: more banks than that have never paid (docs/quality.md)."""
+"""Where the number of groups is sought: more banks than that have never paid (docs/results/quality.md)."""
 
 
 def by_kmeans(vectors: np.ndarray, groups: int | None, seed: int) -> tuple[list[int], str]:

@@ -191,7 +191,7 @@ def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
     """Adds the low-rank difference that was asked for, and gains where they fit beside the bank in the weight's share.
 
     Gains are automatic for matrices only: convolutions mostly stand between norms, whose own factors do the same
-    (docs/quality.md). A difference is never automatic: what it takes from the bank costs more than it brings.
+    (docs/results/quality.md). A difference is never automatic: what it takes from the bank costs more than it brings.
     """
     automatic = slot.morph in _WITH_EXTRAS and len(slot.shape) == 2
     around = slot.rows + slot.columns

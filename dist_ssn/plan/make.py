@@ -83,7 +83,7 @@ def _resolve(
     if mapping == "auto":
         mapping = "blocks" if allowed >= math.floor(LOW_BUDGET * specs.numel) else "scale"
     if morph.name == "auto":
-        # One bank read in many ways below the model's own size; a mixture of templates above (measured: docs/quality.md).
+        # One bank read in many ways below the model's own size; a mixture of templates above (measured: docs/results/quality.md).
         morph = replace(morph, name="wavg" if allowed >= HIGH_BUDGET * specs.numel else "offset")
     return map_weights(specs.weights, mapping, seed), morph
 

@@ -88,7 +88,7 @@ def layers_once(weights: Weights) -> list[LayerSpec]:
     That is: weights whose names, numbers aside, no other weight of the same kind of layer has. In the bank of the blocks they
     made a small ViT fail. Embeddings are not among them: they are large, and need more numbers than their part of the budget.
     Nor is anything that would share a bank of about one initial scale (0.02 in a BERT): there all learn better together.
-    Measured in docs/quality.md, "The default, and why".
+    Measured in docs/results/quality.md, "The default, and why".
     """
     kinds = Counter(kind for weight in weights for kind in _kinds(weight))
     if max(kinds.values(), default=1) == 1:

@@ -28,7 +28,7 @@ EMBEDDING_SIZE = 8
 MAX_TEMPLATES = 4
 """K of a weight that has room for it, unless the bank needs more readers."""
 CHUNK = 16
-"""Numbers in a row with one sign, where the user does not say: fewer learn no better, and 64 learn worse (docs/quality.md)."""
+"""Parameters in a row with one sign, where the user names none: fewer learn no better, 64 learn worse (docs/results/quality.md)."""
 _LARGEST_OPTION = 10**9
 _DOWN, _UP, _ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")
 

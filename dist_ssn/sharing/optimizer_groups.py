@@ -11,7 +11,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.sharing.bank import Bank
 
 _EXPONENT = 3 / 8
-"""How the rate under Adam grows with the number of uses (measured: docs/quality.md)."""
+"""How the rate under Adam grows with the number of uses (measured: docs/results/quality.md)."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.01, lr: float | None = None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The scripts in docs/engines/ run before and after their diff, which is one import and one line."""
+"""The scripts in docs/guides/engines/ run before and after their diff, which is one import and one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "engines"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "guides" / "engines"
 SCRIPT = re.compile(r"^<!-- script -->\n```diff\n(.*?)^```$", re.M | re.S)
 FILE = re.compile(r"^<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", re.M | re.S)
 # Counts what the script sends, from outside.
