@@ -2,7 +2,8 @@
 
 from dist_ssn.plan.make import make_plan
 from dist_ssn.plan.mapping import MAPPINGS
+from dist_ssn.plan.plan import Plan
 from dist_ssn.plan.rules import Morph
-from dist_ssn.plan.types import Group, Plan, Slot
+from dist_ssn.plan.slots import Group, Slot
 
 __all__ = ["MAPPINGS", "Group", "Morph", "Plan", "Slot", "make_plan"]

@@ -18,7 +18,7 @@ from dataclasses import replace
 from dist_ssn.model.specs import LayerSpec
 from dist_ssn.plan.mapping import Groups, group_std
 from dist_ssn.plan.rules import EMBEDDING_SIZE, MAX_TEMPLATES, Morph, cut, reach
-from dist_ssn.plan.types import Group, Slot
+from dist_ssn.plan.slots import Group, Slot
 
 _GAINS_SHARE = 0.3
 """Automatic gains are used where they take at most this part of a weight's share of the budget."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dist_ssn.errors import PlanError
 from dist_ssn.model.specs import Specs
-from dist_ssn.plan.types import Plan, Slot
+from dist_ssn.plan.plan import Plan
+from dist_ssn.plan.slots import Slot
 
 
 def plan_difference(mine: Plan, other: Plan) -> str | None:

@@ -14,8 +14,9 @@ from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan.allocate import Demand, Infeasible, allocate, least
 from dist_ssn.plan.budget import Budget, resolve_budget
 from dist_ssn.plan.mapping import Groups, map_weights
+from dist_ssn.plan.plan import Plan
 from dist_ssn.plan.rules import Morph, parse_morph
-from dist_ssn.plan.types import LARGEST, Group, Plan
+from dist_ssn.plan.slots import LARGEST, Group
 
 HIGH_BUDGET = 1.0
 """From this fraction on, "auto" mixes several templates into a weight; below it reads one, in many passes over the bank."""

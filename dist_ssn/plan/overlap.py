@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from dist_ssn.errors import PlanError, unknown_choice
 from dist_ssn.plan.rules import reach
-from dist_ssn.plan.types import Group, Slot
+from dist_ssn.plan.slots import Group, Slot
 
 KINDS = ("none", "segments", "sums", "delay")
 COMPRESSIONS = ("none", "fp16")

@@ -11,13 +11,24 @@ from typing import Any
 from dist_ssn.errors import PlanError
 from dist_ssn.plan.mapping import GROUP_NAME
 from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
-from dist_ssn.plan.types import FORMAT, LARGEST, Group, Plan, Slot
+from dist_ssn.plan.slots import LARGEST, Group, Slot
 
+FORMAT = 1
+"""Number of the JSON format."""
 _MOST_DIMENSIONS = 64  # as in torch
 
 
-def plan_from_data(data: Any) -> Plan:
-    """The `Plan` that the JSON value `data` describes.
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """Fields of a `Plan`, with their types."""
+
+    groups: tuple[Group, ...]
+    budget: int
+    seed: int
+
+
+def fields_of_plan(data: Any) -> dict[str, Any]:
+    """The fields of the `Plan` that the JSON value `data` describes.
 
     Raises:
         PlanError: a field is missing, unknown, of the wrong type or out of range; says which.
@@ -25,8 +36,8 @@ def plan_from_data(data: Any) -> Plan:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise PlanError(f"not a plan of format {FORMAT} (found {_shown(found)}): give what Plan.to_json() wrote")
-    plan = _build(Plan, {key: value for key, value in data.items() if key != "format"}, "plan")
-    names = [slot.name for _, slot in plan.slots()]
+    plan = _build(_Fields, {key: value for key, value in data.items() if key != "format"}, "plan")
+    names = [slot.name for group in plan.groups for slot in group.slots]
     if len(set(names)) != len(names):
         raise PlanError(f"plan: weight {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
     if not names:
@@ -35,9 +46,10 @@ def plan_from_data(data: Any) -> Plan:
         raise PlanError("plan: two groups have the same name")
     for group in plan.groups:
         _check_group(group)
-    if plan.parameters > plan.budget:
-        raise PlanError(f"plan: its {plan.parameters} parameters are over its budget of {plan.budget}")
-    return plan
+    parameters = sum(group.parameters for group in plan.groups)
+    if parameters > plan.budget:
+        raise PlanError(f"plan: its {parameters} parameters are over its budget of {plan.budget}")
+    return {"groups": plan.groups, "budget": plan.budget, "seed": plan.seed}
 
 
 def _build(cls: type, data: Any, where: str) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 
 from dist_ssn.errors import PlanError, unknown_choice
 from dist_ssn.model.specs import LayerSpec
-from dist_ssn.plan.types import Slot
+from dist_ssn.plan.slots import Slot
 
 MASK_WINDOW = 9
 """Numbers in a mask's window: a 3×3 kernel, as in the paper's code."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dist_ssn.errors import ShareError
 from dist_ssn.plan.rules import EMBEDDING_SIZE
-from dist_ssn.plan.types import Group
+from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.autograd import Anchored, Generate, Values, Watcher
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from dist_ssn.sharing.signed_path import fast_path

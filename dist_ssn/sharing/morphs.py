@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_ssn.plan.rules import MASK_WINDOW
-from dist_ssn.plan.types import Slot
+from dist_ssn.plan.slots import Slot
 
 _SIGN_ROOM = 65_536
 """Places at which a weight may begin to read the common table of signs."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dist_ssn.plan.types import Slot
+from dist_ssn.plan.slots import Slot
 from dist_ssn.sharing.morphs import sign_start, sign_table, split_difference, split_gains
 
 
