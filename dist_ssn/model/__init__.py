@@ -1,1 +1,1 @@
-"""What a model has: its weights (specs), how a user names some of them (selectors), and their initial scale."""
+"""A model before sharing: its weights (specs), a user's choice among them (selectors), and their initial scale."""

@@ -1,6 +1,6 @@
-"""With which standard deviation a weight was initialized: the usual formulas, recognized by a sample's root mean square.
+"""The standard deviation a weight was initialized with: usual formulas, recognized by the values' root mean square.
 
-Where one is recognized, a plan does not depend on the random seed, and ranks that seeded differently agree.
+Where a formula is recognized, a plan does not depend on the random seed, and ranks with different seeds agree.
 """
 
 from __future__ import annotations
@@ -16,22 +16,37 @@ _USUAL_STD = (1.0, 0.02, 0.01)
 
 
 def fans_of(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(fan in, fan out) of one output number."""
+    """Fan in and fan out of a weight.
+
+    Args:
+        module: the layer that holds the weight.
+        shape: the weight's shape; its first two dimensions are outputs and inputs, unless the layer stores them transposed.
+    """
     receptive = math.prod(shape[2:])
     fan_in, fan_out = shape[1] * receptive, shape[0] * receptive
     is_hugging_face = type(module).__name__ == "Conv1D"  # whose weight is (in, out)
-    turned = is_hugging_face or isinstance(module, _TRANSPOSED)
-    return (fan_out, fan_in) if turned else (fan_in, fan_out)
+    is_transposed = is_hugging_face or isinstance(module, _TRANSPOSED)
+    return (fan_out, fan_in) if is_transposed else (fan_in, fan_out)
 
 
 def init_std_of(
     parameter: nn.Parameter, module: nn.Module, fans: tuple[int, int], zero_row: int | None
 ) -> tuple[float, bool]:
-    """The measured root mean square, snapped to the usual initialization that it is a sample of; whether there was none.
+    """Standard deviation of a weight's initialization, and whether it had to be measured.
 
-    Snapping makes the plan independent of the random seed, so that ranks that seeded differently agree: for the layer's own
-    initialization in torch at any size, for other usual ones where the weight is large enough to tell them apart. What
-    matches none is rounded to three digits, and does depend on the seed.
+    The root mean square of the values is compared with the usual initializations. The layer's own initialization in torch is
+    recognized at any size, others only where the weight is large enough to tell them apart. A recognized one gives its exact
+    standard deviation, which does not depend on the random seed, so ranks with different seeds agree. Otherwise the measured
+    value is rounded to three digits and does depend on the seed.
+
+    Args:
+        parameter: the weight, with its initial values.
+        module: the layer that holds it.
+        fans: (fan in, fan out).
+        zero_row: a row that is left out of the measurement if it is zero (an embedding's `padding_idx`).
+
+    Returns:
+        (standard deviation, True if no usual initialization was recognized).
     """
     values, count = parameter.detach(), parameter.numel()
     blocks = values.reshape(-1).split(2**20)  # so that no float64 copy of a large weight is ever alive
@@ -48,7 +63,7 @@ def init_std_of(
     # The packed projections of attention and LSTM have 3 and 4 blocks of rows.
     usual = [math.sqrt(v / f) for f in (fan_in, fan_out, fan_out / 3, fan_out / 4) for v in (1 / 3, 1.0, 2.0)]
     usual += [math.sqrt(2 / (fan_in + fan_out)), *_USUAL_STD]
-    # Formulas for the same number may differ in its last bit: rounded, the first of them wins, whatever the sample.
+    # Formulas for the same value may differ in its last bit: rounded, the first of them wins, whatever the sample.
     nearest = min(usual, key=lambda std: round(abs(std / measured - 1), 9))
     tolerance = max(0.005, 2 / math.sqrt(count))
     if abs(nearest / measured - 1) < tolerance:
@@ -57,7 +72,7 @@ def init_std_of(
 
 
 def _default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:
-    """(standard deviation, whether it is uniform) of what the layer's `reset_parameters` draws; None for unknown layers."""
+    """Standard deviation of the layer's `reset_parameters`, and True if it draws uniformly; None for unknown layers."""
     if isinstance(module, EMBEDDINGS):
         return 1.0, False
     if isinstance(module, nn.MultiheadAttention):
@@ -72,7 +87,7 @@ def _default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool
 
 
 def _is_sample(values: torch.Tensor, measured: float, count: int, std: float, uniform: bool) -> bool:
-    """Whether `count` numbers of root mean square `measured` can be drawn with `std`: within five standard errors of it."""
+    """True if `count` values of root mean square `measured` can be a sample of `std`: within five standard errors of it."""
     error = math.sqrt((0.2 if uniform else 0.5) / count)
     if abs(measured / std - 1) > 5 * error:
         return False

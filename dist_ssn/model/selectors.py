@@ -1,4 +1,4 @@
-"""Which parameters a user's names, globs and classes of modules mean."""
+"""Selection of parameters by names, globs and classes of modules."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ A module selects every parameter inside it.
 
 
 def as_list(what: str, selectors: Selector | Iterable[Selector] | None) -> list[Selector]:
+    """One selector, several or none, as a list.
+
+    Args:
+        what: name of the argument, for the message.
+        selectors: the argument's value.
+
+    Raises:
+        ShareError: an entry is neither a string nor a class.
+    """
     if selectors is None:
         return []
     single = isinstance(selectors, (str, type)) or not isinstance(selectors, Iterable)
@@ -31,13 +40,21 @@ def as_list(what: str, selectors: Selector | Iterable[Selector] | None) -> list[
 
 
 def shown(selector: Selector) -> str:
+    """A selector as messages print it."""
     return repr(selector) if isinstance(selector, str) else f"class {selector.__name__}"
 
 
 def selected_by(
     selectors: set[Any], globs: Sequence[str], names: Sequence[str], modules: dict[str, nn.Module]
 ) -> set[Any]:
-    """Those that select the parameter of these names: by a name, that of a module around it, or such a module's class."""
+    """The selectors that match one parameter, by its name, the name of a module around it, or such a module's class.
+
+    Args:
+        selectors: all selectors.
+        globs: those of them with a wildcard.
+        names: the parameter's names; a tied parameter has several.
+        modules: the model's modules, by name.
+    """
     if not selectors:
         return set()
     paths = {path for name in names for path in _paths(name)}
@@ -47,7 +64,7 @@ def selected_by(
 
 
 def _paths(name: str) -> Iterator[str]:
-    """ "a.b.c" → "a.b.c", "a.b", "a"."""
+    """A name and its prefixes: "a.b.c" → "a.b.c", "a.b", "a"."""
     while name:
         yield name
         name = name.rpartition(".")[0]

@@ -1,7 +1,7 @@
-"""model → `Specs`: every weight of any `nn.Module`, once, with what a plan needs to know of it.
+"""A model's weights: `find_specs` lists each weight of any `nn.Module` once, with the facts that a plan needs.
 
-A *weight* is a floating-point parameter of two or more dimensions that is generated instead of stored. Everything else stays
-with the model and is called an *own parameter*. Nothing here changes the model.
+A *weight* is a floating-point parameter of two or more dimensions that is generated instead of stored. Every other parameter
+stays with the model and is called an *own parameter*. Nothing here changes the model.
 """
 
 from __future__ import annotations
@@ -35,38 +35,43 @@ class LayerSpec:
     name: str
     shape: tuple[int, ...]
     kind: str
-    """Class name of the module that holds it, "Linear" say."""
+    """Class name of the module that holds it, such as "Linear"."""
     fan_in: int
     init_std: float
-    """Root mean square of the weight when it was read: analytic where a usual initialization is recognized."""
+    """Standard deviation of the initial values: exact where a usual initialization is recognized, else measured."""
     aliases: tuple[str, ...] = ()
-    """A tied weight's name in each other module that holds it."""
+    """Names of a tied weight in the other modules that hold it."""
     zero_row: int | None = None
     """Row that stays zero (an embedding's `padding_idx`)."""
     is_measured: bool = False
-    """Whether `init_std` was measured on random values, so that another seed gives another number."""
+    """True if `init_std` was measured on random values, so that another seed gives another value."""
     is_table: bool = False
-    """Whether an embedding holds it, whose rows are looked up."""
+    """True if an embedding holds it, whose rows are looked up."""
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def rows(self) -> int:
+        """Number of rows of the weight as a matrix."""
         return self.shape[0]
 
     @property
     def columns(self) -> int:
+        """Number of columns of the weight as a matrix."""
         return self.numel // self.shape[0]
 
 
 @dataclass(frozen=True)
 class Specs:
-    """The weights of a model, and what was left out.
+    """The weights of a model, and the parameters that were left out.
 
-    `own_parameters` counts the trainable numbers that stay with the model; `left_out` gives, for each parameter of two or
-    more dimensions that is not shared, its name and the reason.
+    Args:
+        weights: each weight once.
+        own_parameters: number of trainable parameters (elements) that stay with the model.
+        left_out: (name, reason) of each parameter of two or more dimensions that is not shared.
     """
 
     weights: tuple[LayerSpec, ...]
@@ -75,12 +80,12 @@ class Specs:
 
     @property
     def numel(self) -> int:
-        """The number of numbers in all the weights, which a budget's fraction refers to."""
+        """Number of elements of all weights; a budget's fraction refers to it."""
         return sum(weight.numel for weight in self.weights)
 
 
 class _Place(NamedTuple):
-    """Where a parameter stands: the model knows it as `name`, and `module` holds it as `local`."""
+    """One occurrence of a parameter: the model knows it as `name`, and `module` holds it as `local`."""
 
     name: str
     module: nn.Module
@@ -96,11 +101,11 @@ def find_specs(
 
     Args:
         model: any module, on any device but "meta", initialized as it would be for dense training.
-        include: if given, only weights that one of these selects are shared.
-        exclude: weights that one of these selects stay own parameters.
+        include: if given, only weights that one of these selectors matches are shared.
+        exclude: weights that one of these selectors matches stay own parameters.
 
     Raises:
-        ShareError: no weight is left; a selector selects nothing; a parameter is lazy, on "meta", or holds NaN; the weights
+        ShareError: no weight is left; a selector matches nothing; a parameter is lazy, on "meta", or holds NaN; the weights
             differ in dtype or device; the model is quantized, scripted, wrapped for training, or shared already.
     """
     _check_model(model)
@@ -123,7 +128,7 @@ def find_specs(
             reason = "not included"
         if reason is None and not selected.isdisjoint(unwanted):
             reason = "excluded"
-        if reason is None and _is_constant(parameter):  # asked last, for it reads the values
+        if reason is None and _is_constant(parameter):  # checked last, because it reads the values
             reason = "starts constant"
         if reason is None:
             kinds.setdefault((parameter.dtype, parameter.device), places[0].name)
@@ -144,7 +149,7 @@ def _bad_weights(
     left_out: Sequence[tuple[str, str]],
     idle: Sequence[Selector],
 ) -> Iterator[str]:
-    """What is wrong with the weights that were found, by dtype and device (kinds), and with selectors of nothing (idle)."""
+    """Problems with the weights that were found, by dtype and device (`kinds`), and with selectors that match nothing (`idle`)."""
     bad = [weight.name for weight in weights if not math.isfinite(weight.init_std)]
     yield from (f"{name} holds NaN or Inf: initialize it first" for name in bad)
     yield from (f"{shown(selector)} selects no parameter" for selector in idle)
@@ -182,8 +187,8 @@ def _check_model(model: nn.Module) -> None:
             problems.append(f"{name} is lazy and has no shape yet: run one batch through the model first")
         elif hasattr(parameter, "ds_id"):
             problems.append(
-                f"{name} was taken apart by DeepSpeed (zero.Init, or an engine made before): share the model first, outside of "
-                "zero.Init; its bank is small enough to be made whole on every process"
+                f"{name} is partitioned by DeepSpeed (zero.Init, or an engine made before): share the model first, outside of "
+                "zero.Init; its bank is small enough to be created whole on every process"
             )
         elif parameter.is_meta:
             problems.append(
@@ -210,7 +215,7 @@ def _parameters(modules: dict[str, nn.Module]) -> dict[nn.Parameter, list[_Place
 
 
 def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place]) -> str | None:
-    """Why this is no weight, as far as one can tell without reading its values."""
+    """Reason for leaving a parameter out, found without reading its values; None if it is a weight."""
     if parameter.ndim < 2:
         return "one dimension"
     if parameter.is_complex():
@@ -222,7 +227,7 @@ def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place]) -> str |
     if not parameter.requires_grad:
         return "frozen"
     if parameter.numel() < 2:
-        return "fewer than two numbers"
+        return "fewer than two elements"
     for _, module, local in places:
         if isinstance(module, _NORMS):
             return "normalization"

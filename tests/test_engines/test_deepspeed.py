@@ -98,7 +98,7 @@ def _own_script(rank: int, world_size: int, threshold: int) -> tuple[list[str], 
 def test_zero_init_is_refused_and_a_small_threshold_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed", reason="pip install 'dist_ssn[deepspeed]'")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert "was taken apart by DeepSpeed (zero.Init" in run_ranks(_zero_init, 1)[0]
+    assert "is partitioned by DeepSpeed (zero.Init" in run_ranks(_zero_init, 1)[0]
     size = max(p.numel() for p in made().parameters())
     (quiet, loss), (warned, same) = (run_ranks(_own_script, 2, threshold)[0] for threshold in (size + 1, 1))
     assert quiet == [] and len(warned) == 1

@@ -274,7 +274,7 @@ def test_what_is_left_out_is_listed_with_the_reason() -> None:
         "norm.weight": "normalization",
         "norm.bias": "normalization",
         "zero": "starts constant",
-        "one": "fewer than two numbers",
+        "one": "fewer than two elements",
         "wave": "complex numbers",
         "count": "integers",
         "eighth": "quantized",
