@@ -1,4 +1,4 @@
-"""What is sent between processes: counted, and kept apart by purpose."""
+"""Communication between processes: counted, and attributed to purposes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which collectives of this process have started and not ended: what it waits for, should it wait for ever.
+"""Collectives of this process that have started and not ended: a process that hangs waits for one of them.
 
-A meter keeps this account, so there is one only while a `CommMeter` is entered. Collectives that nobody tells the end of (on CUDA,
-and gloo's reduce-scatter) count as ended when they have started.
+A meter fills this list, so it is empty unless a `CommMeter` is entered. Collectives whose end cannot be observed (on CUDA, and
+gloo's reduce-scatter) count as ended as soon as they have started.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Operation:
-    """A collective under way. number: how many this process has started, this one included; began: by `time.monotonic`."""
+    """A collective in flight.
+
+    Args:
+        number: number of collectives that this process has started, this one included.
+        collective: its name in the ledger.
+        purpose: one of `ledger.PURPOSES`.
+        began: seconds, by `time.monotonic`.
+    """
 
     number: int
     collective: str
@@ -35,7 +42,7 @@ _last: Operation | None = None
 
 
 def started(collective: str, purpose: str) -> Operation:
-    """Notes a collective before it starts."""
+    """Records a collective before it starts."""
     global _last
     with _lock:
         _last = Operation(next(_count), collective, purpose, time.monotonic())
@@ -44,7 +51,7 @@ def started(collective: str, purpose: str) -> Operation:
 
 
 def ended(operation: Operation, failed: bool = False) -> None:
-    """Notes that it has ended; a second time is no mistake."""
+    """Records that it has ended; a second call does no harm."""
     global _failed
     with _lock:
         _open.pop(operation.number, None)
@@ -54,7 +61,7 @@ def ended(operation: Operation, failed: bool = False) -> None:
 
 @contextmanager
 def waiting(collective: str, purpose: str) -> Iterator[None]:
-    """Put around a wait for a collective that no meter sees."""
+    """Surrounds a wait for a collective that no meter sees."""
     operation = started(collective, purpose)
     try:
         yield
@@ -63,7 +70,7 @@ def waiting(collective: str, purpose: str) -> Iterator[None]:
 
 
 def oldest() -> Operation | None:
-    """What has been under way for longest."""
+    """The collective that has been in flight for longest."""
     with _lock:
         return next(iter(_open.values()), None)
 
@@ -79,7 +86,7 @@ def last_started() -> Operation | None:
 
 
 def forget_failures() -> None:
-    """A new run begins."""
+    """Empties the list when a new run begins."""
     global _failed
     with _lock:
         _failed = None

@@ -1,6 +1,6 @@
-"""The account of what one rank has sent: operations, bytes and seconds, by collective and purpose.
+"""The account of one rank's communication: operations, bytes and seconds, by collective and purpose.
 
-Letters: S = bytes that one rank hands to a collective; n = ranks in the collective's group.
+Letters: S = bytes that one rank hands to a collective; n = ranks in the collective's process group.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ RING_BYTES: dict[str, Callable[[int, int], float]] = {
 class Totals:
     """A sum over some rows of a ledger.
 
-    operations: collectives issued by this rank (rounds).
-    logical_bytes: bytes that this rank handed to them.
-    ring_bytes: bytes that this rank must send for them under a bandwidth-optimal algorithm.
-    seconds: sum of each operation's time from issue to completion, overlapping ones counted twice; None when some
-        operation has no time (CUDA). What is still under way is not in it yet.
-    exposed_seconds: the time that the caller spent waiting; None when some operation does not tell.
+    Args:
+        operations: collectives issued by this rank (rounds).
+        logical_bytes: bytes that this rank handed to them.
+        ring_bytes: bytes that this rank must send for them under a bandwidth-optimal algorithm.
+        seconds: sum of each operation's time from issue to completion, overlapping ones counted twice; None when some
+            operation cannot be timed (CUDA). Operations in flight are not included yet.
+        exposed_seconds: seconds that the caller spent waiting; None when this is unknown for some operation.
     """
 
     operations: int
@@ -54,7 +55,10 @@ class Totals:
 
 @dataclass
 class Row:
-    """Running sums for one collective and one purpose; `untimed` and `unexposed` count operations that never tell."""
+    """Running sums for one collective and one purpose.
+
+    `untimed` and `unexposed` count the operations whose time, or whose waiting time, stays unknown.
+    """
 
     collective: str
     purpose: str
@@ -68,9 +72,10 @@ class Row:
 
 
 def check_purpose(purpose: str) -> str:
-    """Return `purpose`, or raise the error that lists the known ones.
+    """Returns `purpose` if it is known.
 
-    Raises: UserError for a name that is not in PURPOSES.
+    Raises:
+        UserError: the name is not in PURPOSES; the message lists those.
     """
     if purpose not in PURPOSES:
         raise UserError(unknown_choice("purpose", purpose, PURPOSES))
@@ -78,7 +83,7 @@ def check_purpose(purpose: str) -> str:
 
 
 class Ledger:
-    """Sums of what one rank has sent; safe to write from several threads."""
+    """Sums over one rank's collectives; safe to write from several threads."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str], Row] = {}
@@ -94,11 +99,18 @@ class Ledger:
         timed: bool = False,
         exposed: bool = False,
     ) -> Row:
-        """Book one operation, and return its row for the times that come later.
+        """Books one operation, and returns its row for the times that come later.
 
-        collective: a key of RING_BYTES. purpose: one of PURPOSES. payload: S, in bytes. group_size: n.
-        timed, exposed: whether `add_times` will be told the one time and the other.
-        Raises: UserError for an unknown collective or purpose.
+        Args:
+            collective: a key of RING_BYTES.
+            purpose: one of PURPOSES.
+            payload: S, in bytes.
+            group_size: n.
+            timed: `add_times` will be called with this operation's seconds.
+            exposed: `add_times` will be called with the seconds that the caller waited.
+
+        Raises:
+            UserError: the collective or the purpose is unknown.
         """
         key = (collective, check_purpose(purpose))
         if collective not in RING_BYTES:
@@ -113,7 +125,7 @@ class Ledger:
         return row
 
     def add_times(self, row: Row, *, seconds: float = 0.0, exposed: float = 0.0) -> None:
-        """Book seconds from issue to completion, and seconds in which the caller did nothing but wait."""
+        """Books seconds from issue to completion, and seconds in which the caller only waited."""
         with self._lock:
             row.seconds += seconds
             row.exposed_seconds += exposed
@@ -121,7 +133,8 @@ class Ledger:
     def totals(self, purpose: str | None = None) -> Totals:
         """The sum over one purpose, or over everything.
 
-        Raises: UserError for a name that is not in PURPOSES.
+        Raises:
+            UserError: the name is not in PURPOSES.
         """
         if purpose is not None:
             check_purpose(purpose)
@@ -156,7 +169,7 @@ class Ledger:
 
 
 def merged_rows(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two ledgers' rows as one: sums by collective and purpose; a time that one does not know is unknown."""
+    """The rows of two ledgers as one: sums by collective and purpose; a time that is unknown in one is unknown in the sum."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in (*before, *now):
         key = (row["purpose"], row["collective"])

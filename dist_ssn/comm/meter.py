@@ -1,16 +1,15 @@
-"""Count every collective of torch.distributed, also those that DDP's C++ reducer issues.
+"""Counter of every collective of torch.distributed, including those that DDP's C++ reducer issues.
 
-Whatever calls a collective, Python or C++, goes through one operator of PyTorch's dispatcher (`c10d::allreduce_` and
+Each call of a collective, from Python or C++, goes through one operator of PyTorch's dispatcher (`c10d::allreduce_` and
 its siblings). The meter registers a kernel for these operators under the key `BackendSelect`, which is part of every
-call and sits directly above the backend's own kernel: the kernel notes the bytes and passes the call on. So it does
-not matter whether the process group or DDP exists before the meter is entered, which group or backend is used, or on
-which thread the call comes. Collectives that never reach the dispatcher (a process group written in Python, mpi4py)
-are not seen: their callers say `book(...)`.
+call and sits directly above the backend's own kernel: the kernel records the bytes and passes the call on. So the meter may be
+entered before or after the process group or DDP is made, and counts any process group, any backend and any thread. Collectives
+that never reach the dispatcher (a process group written in Python, mpi4py) are not seen: their callers call `book(...)`.
 
-Who does not say `with purpose(...)` gets these purposes:
+Purposes of collectives outside of `with purpose(...)`:
 - in backward, and on threads of the backend (which run the later rounds of a communication hook): gradients, except
   DDP's all-reduce of an int32 map of the unused parameters, which is "other" and comes with find_unused_parameters;
-- in DDP's constructor (broadcast of parameters and buffers, comparison of the shapes), and when DDP tells the other
+- in DDP's constructor (broadcast of parameters and buffers, comparison of the shapes), and when DDP sends the other
   ranks its new buckets before the second step: initialization;
 - when DDP broadcasts buffers before a forward: buffers;
 - when FSDP2 gathers parameters, before a forward or for a backward: parameters;
@@ -31,12 +30,12 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp_source
 from torch.nn.parallel import distributed as ddp_source
 
-from dist_ssn.comm import in_flight as under_way
+from dist_ssn.comm import in_flight
 from dist_ssn.comm.ledger import Ledger, Row, Totals, check_purpose
 from dist_ssn.errors import UserError
 from dist_ssn.torch_private import at_end_of_backward, graph_task_id
 
-# operator -> (the collective's name in the ledger, the argument that holds what this rank hands over)
+# operator -> (the collective's name in the ledger, the argument that holds this rank's input)
 OPERATORS: dict[str, tuple[str, str | None]] = {
     "allreduce_": ("all_reduce", "tensors"),
     "allreduce_coalesced_": ("all_reduce", "tensors"),
@@ -60,7 +59,7 @@ OPERATORS: dict[str, tuple[str, str | None]] = {
     "monitored_barrier_": ("barrier", None),
 }
 
-# Method of DistributedDataParallel -> why it communicates outside of backward.
+# Method of DistributedDataParallel -> purpose of its communication outside of backward.
 _DDP_METHODS = {"__init__": "initialization", "_sync_buffers": "buffers", "_pre_forward": "initialization"}
 
 _lock = threading.Lock()
@@ -72,12 +71,13 @@ _waits: set[int] = set()  # backward's graph tasks whose wait at the end is bein
 
 @contextmanager
 def purpose(name: str) -> Iterator[None]:
-    """Attribute the collectives that this thread issues inside to `name`, in every meter (if there is any).
+    """Attributes the collectives that this thread issues inside to `name`, in every active meter.
 
-    Backward on a CUDA device runs on a thread of autograd, where the purpose of the thread that entered the meter
-    holds.
+    Backward on a CUDA device runs on a thread of autograd. There, the purpose set by the thread that entered the meter
+    applies.
 
-    Raises: UserError for a name that is not in PURPOSES.
+    Raises:
+        UserError: the name is not in PURPOSES.
     """
     check_purpose(name)
     thread = threading.get_ident()
@@ -89,15 +89,22 @@ def purpose(name: str) -> Iterator[None]:
         if outer:
             _scopes[thread] = outer
         else:
-            # Threads' numbers are used again: leave nothing behind for the next one.
+            # A thread's id is used again: leave nothing behind for the next thread.
             del _scopes[thread]
 
 
 def book(collective: str, purpose: str, payload: int, group_size: int, *, exposed: float | None = None) -> None:
-    """Tell every active meter of a collective that it cannot see.
+    """Books a collective that the meters cannot see, in every active meter.
 
-    collective, purpose, payload, group_size: as in `Ledger.add`. exposed: seconds that the caller has waited, if it knows.
-    Raises: UserError for an unknown collective or purpose.
+    Args:
+        collective: as in `Ledger.add`.
+        purpose: as in `Ledger.add`.
+        payload: bytes, as in `Ledger.add`.
+        group_size: as in `Ledger.add`.
+        exposed: seconds that the caller has waited; None if unknown.
+
+    Raises:
+        UserError: the collective or the purpose is unknown.
     """
     for meter in _meters:
         row = meter.ledger.add(collective, purpose, payload, group_size, exposed=exposed is not None)
@@ -105,17 +112,17 @@ def book(collective: str, purpose: str, payload: int, group_size: int, *, expose
 
 
 class CommMeter:
-    """Counts what every collective sends on this rank between `with CommMeter() as meter:` and its end.
+    """Counts the bytes of every collective that this rank issues inside of `with CommMeter() as meter:`.
 
-    Without torch.distributed, or in one process, it counts zero. Meters may be nested; each has its own ledger. One
+    Without torch.distributed, or in one process, it counts zero. Meters may be nested; each has its own ledger. A meter
     costs some 0.04 ms per collective, and adds no synchronization. A thread of the backend books an operation's seconds,
-    which may be an instant after the caller goes on; leaving the block waits for this, for what has completed by then.
+    possibly an instant after the caller goes on; leaving the block waits until every completed operation is booked.
     """
 
     def __init__(self) -> None:
         self.ledger = Ledger()
         self._thread = threading.get_ident()
-        self._unbooked: set[torch.futures.Future] = set()  # of operations whose seconds the ledger has not
+        self._unbooked: set[torch.futures.Future] = set()  # of operations whose seconds are not in the ledger yet
 
     def __enter__(self) -> CommMeter:
         global _meters
@@ -132,13 +139,13 @@ class CommMeter:
         global _meters
         with _lock:
             _meters = tuple(meter for meter in _meters if meter is not self)
-        # What has completed will be booked in an instant. What has not may never be, and is not waited for.
+        # Completed operations will be booked in an instant. The others may never complete, and are not waited for.
         give_up = time.monotonic() + 1
         while any(future.done() for future in tuple(self._unbooked)) and time.monotonic() < give_up:
             time.sleep(1e-4)
 
     def purpose(self, name: str) -> AbstractContextManager[None]:
-        """Attribute the collectives inside to `name`; the same as the module's `purpose`."""
+        """Attributes the collectives inside to `name`, as the module's `purpose` does."""
         return purpose(name)
 
     def totals(self, purpose: str | None = None) -> Totals:
@@ -187,11 +194,11 @@ def _first(value: Any) -> torch.Tensor | None:
 
 
 def _install() -> None:
-    """Register the counting kernels, once per process.
+    """Registers the counting kernels, once per process.
 
-    They stay registered: taking a kernel out while another thread is inside it is not safe. Without an active meter
+    They stay registered: removing a kernel while another thread is inside it is not safe. Without an active meter
     they only pass the call on. The names of the operators are internal to PyTorch (tried with 2.13): a test fails when
-    there is one that OPERATORS does not know.
+    PyTorch has one that OPERATORS lacks.
     """
     global _library
     with _lock:
@@ -218,24 +225,24 @@ def _kernel(name: str) -> Callable[..., Any]:
         size, tensor = _nbytes(data), _first(data)
         group_size = dist.ProcessGroup.unbox(args[group_at]).size()
         task = graph_task_id()
-        whys = [_purpose_of(meter, collective, tensor, task) for meter in meters]
+        purposes = [_purpose_of(meter, collective, tensor, task) for meter in meters]
         start = time.perf_counter()
-        operation = under_way.started(collective, whys[-1])
+        operation = in_flight.started(collective, purposes[-1])
         try:
             result = operator.redispatch(keyset, *args)
         except RuntimeError:
-            under_way.ended(operation, failed=True)
+            in_flight.ended(operation, failed=True)
             raise
         future = _future(result, tensor)
         if future is None:
-            under_way.ended(operation)  # as far as anybody will ever know
+            in_flight.ended(operation)  # its end cannot be observed
         timed = future is not None
         # Trap: the dispatcher leaves out trailing arguments that have their default, and async_op's is True.
         waits = timed and async_at is not None and async_at < len(args) and not args[async_at]
         reduces = timed and task != -1 and collective == "all_reduce" and not waits
         booked = []
-        for meter, why in zip(meters, whys, strict=True):
-            row = meter.ledger.add(collective, why, size, group_size, timed=timed, exposed=waits or reduces)
+        for meter, name in zip(meters, purposes, strict=True):
+            row = meter.ledger.add(collective, name, size, group_size, timed=timed, exposed=waits or reduces)
             booked.append((meter.ledger, row))
 
         def done(completed: torch.futures.Future) -> None:
@@ -244,7 +251,7 @@ def _kernel(name: str) -> Callable[..., Any]:
                 ledger.add_times(row, seconds=seconds, exposed=seconds if waits else 0.0)
             for meter in meters:
                 meter._unbooked.discard(future)
-            under_way.ended(operation, failed=_has_failed(completed))
+            in_flight.ended(operation, failed=_has_failed(completed))
 
         if future is not None:
             for meter in meters:
@@ -258,7 +265,7 @@ def _kernel(name: str) -> Callable[..., Any]:
 
 
 def _future(result: Any, tensor: torch.Tensor | None) -> torch.futures.Future | None:
-    """What calls back when the operation completes; None where nothing does without a synchronization."""
+    """The future that completes with the operation; None where only a synchronization would tell."""
     work = result[-1] if isinstance(result, tuple) else result
     # CUDA: the future is complete as soon as the work is queued.
     if work is None or (tensor is not None and tensor.device.type != "cpu"):
@@ -272,13 +279,13 @@ def _future(result: Any, tensor: torch.Tensor | None) -> torch.futures.Future | 
 def _has_failed(future: torch.futures.Future) -> bool:
     try:
         future.value()
-    except RuntimeError:  # the error itself is for whoever waits for the result
+    except RuntimeError:  # the error itself is raised where the result is waited for
         return True
     return False
 
 
 def _expose_at_end_of_backward(task: int, booked: list[tuple[Ledger, Row]]) -> None:
-    """Book how long backward waits for its all-reduces after its last gradient is computed.
+    """Books the seconds that backward waits for its all-reduces after its last gradient is computed.
 
     DDP's reducer waits in a callback that autograd runs at the end of backward. Ours is queued before it, at the
     first all-reduce, and queues a second one behind it.
@@ -320,7 +327,7 @@ def _purpose_of(meter: CommMeter, collective: str, tensor: torch.Tensor | None, 
 
 
 def _caller_purpose() -> str:
-    """Why DDP or FSDP2 communicates outside of backward, from who of them is on the stack; "other" if none is."""
+    """Purpose of a collective outside of backward: that of the DDP or FSDP2 function on the stack; "other" if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == ddp_source.__file__ and frame.f_code.co_name in _DDP_METHODS:
