@@ -19,7 +19,7 @@ from dist_ssn.train.data import DATA
 from dist_ssn.train.metrics.predicted import read_prediction, way_of
 from dist_ssn.train.models import MODELS
 from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
-from dist_ssn.train.recipe.keys import raise_all, recipe_keys, type_problems
+from dist_ssn.train.recipe.keys import key_kinds, raise_all, type_problems
 from dist_ssn.train.recipe.schema import DENSE, ENGINE_OPTIONS, Recipe
 
 # Values that are one of a few names.
@@ -47,7 +47,7 @@ def validate(recipe: Recipe, world_size: int) -> None:
 
 def recipe_problems(recipe: Recipe, world_size: int) -> dict[str, str]:
     """Key → what is wrong with it, types first: a value of a wrong type is not looked at further."""
-    values = {key: functools.reduce(getattr, key.split("."), recipe) for key in recipe_keys()}
+    values = {key: functools.reduce(getattr, key.split("."), recipe) for key in key_kinds()}
     problems = type_problems(values)
     for key, problem in _value_problems(values, world_size, wrong=set(problems)):
         problems.setdefault(key, f"{key} {problem}")

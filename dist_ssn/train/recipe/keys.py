@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ _EXPECTED = {
 
 
 @functools.cache
-def recipe_keys() -> dict[str, str]:
+def key_kinds() -> dict[str, str]:
     """Full key → the text of its type; the dataclasses inside `Recipe` are the groups."""
     keys: dict[str, str] = {}
     for outer in dataclasses.fields(Recipe):
@@ -47,6 +48,40 @@ def recipe_keys() -> dict[str, str]:
         else:
             keys[outer.name] = str(outer.type)
     return keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of a recipe, for `--help` and the docs.
+
+    Args:
+        name: full name, such as share.budget.
+        type: what a value may be, in words.
+        default: value that a recipe has without it.
+        help: sentence that says what it does.
+        section: section of the recipe it stands in, such as share; empty at the top.
+    """
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    section: str
+
+
+@functools.cache
+def recipe_keys() -> tuple[Key, ...]:
+    """Every key of a recipe, in the order of the file."""
+    keys = []
+    for outer in dataclasses.fields(Recipe):
+        section = outer.default_factory if dataclasses.is_dataclass(outer.default_factory) else None
+        for field in dataclasses.fields(section) if section else (outer,):
+            default = dict() if field.default_factory is dict else field.default
+            helps = re.findall(rf"^ *{field.name}: (.*)$", (section or Recipe).__doc__ or "", re.MULTILINE)
+            name = f"{outer.name}.{field.name}" if section else field.name
+            kind = _EXPECTED.get(str(field.type), str(field.type))
+            keys.append(Key(name, kind, default, "".join(helps), outer.name if section else ""))
+    return tuple(keys)
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -78,7 +113,7 @@ def recipe_parser(
         parser.add_argument(flag, action="store_true", default=SUPPRESS, help=text)
     parser.add_class_arguments(Recipe)
     for action in parser._actions:
-        if any(key.startswith(f"{action.dest}.") for key in recipe_keys()):
+        if any(key.startswith(f"{action.dest}.") for key in key_kinds()):
             action.help = SUPPRESS  # --data=FILE, which we don't take: one file is a whole recipe
     return parser
 
@@ -90,7 +125,7 @@ def checker() -> ArgumentParser:
 
 
 def key_problem(key: str, others: Sequence[str] = ()) -> str | None:
-    known = [*recipe_keys(), *others]
+    known = [*key_kinds(), *others]
     if key in known or (key.startswith("model_args.") and key.count(".") == 1):
         return None
     if key.startswith("model_args."):
@@ -114,7 +149,7 @@ def type_problems(leaves: Mapping[str, Any]) -> dict[str, str]:
             nested = {part: nested}
         try:
             checker().parse_object(nested, defaults=False)
-            right = value is not None or "None" in recipe_keys()[key]  # the parser lets null through for every type
+            right = value is not None or "None" in key_kinds()[key]  # the parser lets null through for every type
         except ArgumentError:
             right = False
         if not right:
@@ -131,7 +166,7 @@ def option_problem(key: str, value: str) -> dict[str, str]:
 
 
 def _expected(key: str) -> str:
-    kind = recipe_keys().get(key, "str")
+    kind = key_kinds().get(key, "str")
     return _EXPECTED.get(kind, f"of type {kind}")
 
 

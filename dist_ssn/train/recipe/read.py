@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from dist_ssn.errors import RecipeError
@@ -23,10 +24,10 @@ from dist_ssn.train.recipe.check import recipe_problems
 from dist_ssn.train.recipe.keys import (
     bundled_recipes,
     checker,
+    key_kinds,
     key_problem,
     option_problem,
     raise_all,
-    recipe_keys,
     recipe_parser,
     shown,
     type_problems,
@@ -46,40 +47,45 @@ def load_recipe(path: str | os.PathLike[str] | None, overrides: Sequence[str] = 
     """
     config = [] if path is None else [f"--config={os.fspath(path)}"]
     dashed = [override if override.startswith("--") else f"--{override}" for override in overrides]
-    return parse_recipe(config + dashed)[0]
+    return parse_recipe(config + dashed)
 
 
+@overload
+def parse_recipe(arguments: Sequence[str], other_options: Sequence[str] = ()) -> Recipe: ...
+@overload
+def parse_recipe(
+    arguments: Sequence[str], other_options: str, description: str | None = None, flags: Mapping[str, str] = ...
+) -> tuple[Recipe, set[str]]: ...
 def parse_recipe(
     arguments: Sequence[str],
-    prog: str = "dist-ssn",
+    other_options: Sequence[str] | str = (),
     description: str | None = None,
     flags: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[Recipe, set[str]]:
+) -> Recipe | tuple[Recipe, set[str]]:
     """Reads a recipe from command-line arguments; what the command line says wins over the file.
 
     Args:
-        arguments: `--config=FILE`, `--any.key=value`, flags. `--help` and `--print_config` print and exit.
-        prog, description, flags: see `recipe_parser`.
-
-    Returns:
-        The recipe, and those flags that were given.
+        arguments: `--config=FILE`, `--any.key=value`, each also as two words.
+        other_options: names of options that the command has besides, for "did you mean".
 
     Raises:
         RecipeError: one sentence that names every mistake with its file, key and value.
     """
     settings, given, parser = _Settings(), set(), checker()
+    legacy = isinstance(other_options, str)  # until the command line prints its own help
+    others = [flag.strip("-") for flag in (flags if legacy else other_options)]
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
         key, equals, value = argument.removeprefix("--").partition("=")
         if argument in flags:
             given.add(argument)
-        elif argument in ("-h", "--help") or argument.partition("=")[0] == "--print_config":
-            parser = recipe_parser(prog, description, flags)
+        elif legacy and (argument in ("-h", "--help") or argument.partition("=")[0] == "--print_config"):
+            parser = recipe_parser(str(other_options), description, flags)
             settings.options.append(argument)
         elif not argument.startswith("--"):
             settings.problems.append(f"command line: unexpected {argument!r}: options are written --key=value")
-        elif key != "config" and (problem := key_problem(key, ["config", *(flag.strip("-") for flag in flags)])):
+        elif key != "config" and (problem := key_problem(key, ["config", *others])):
             settings.problems.append(f"command line: {problem}")
         elif not equals and (not remaining or remaining[0].startswith("--")):
             settings.problems.append(f"command line: --{key} needs a value, as in --{key}=value")
@@ -90,7 +96,12 @@ def parse_recipe(
     processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's; a malformed one is reported where processes meet
     found = recipe_problems(recipe, int(processes) if processes.isdigit() else 1)
     raise_all([f"{settings.where(key)}: {problem}" for key, problem in found.items()])
-    return recipe, given
+    return (recipe, given) if legacy else recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """A recipe as YAML text, which `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(json.loads(recipe.to_json()), sort_keys=False, allow_unicode=True)
 
 
 class _Settings:
@@ -170,14 +181,14 @@ def _leaves(content: Any, source: str, problems: list[str]) -> Iterator[tuple[st
     if not isinstance(content, dict):
         problems.append(f"{source}: a recipe is a dict of keys and values, such as 'steps: 1000'")
         return
-    groups = {key.partition(".")[0] for key in recipe_keys() if "." in key}
+    groups = {key.partition(".")[0] for key in key_kinds() if "." in key}
     for name, value in content.items():
         if name not in groups:
             inner = {str(name): value}
         elif isinstance(value, dict):
             inner = {f"{name}.{key}": part for key, part in value.items()}
         else:
-            members = ", ".join(key for key in recipe_keys() if key.startswith(f"{name}."))
+            members = ", ".join(key for key in key_kinds() if key.startswith(f"{name}."))
             problems.append(f"{source}: {name} must be a dict of keys and values ({members}), got {shown(value)}")
             continue
         for key, part in inner.items():
