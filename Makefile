@@ -12,10 +12,10 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench report faults soak lint wheel clean
+.PHONY: help setup train test test-quick test-benchmarks bench report faults soak lint wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make the virtual environment
 
@@ -26,8 +26,14 @@ $(READY): pyproject.toml scripts/setup.sh
 train: $(READY) ## train a shared model beside its dense twins, and compare them (about 5 minutes on 2 cores)
 	$(PY) -m benchmarks.quality.quickstart $(ARGS)
 
-test: $(READY) ## run all tests (less than 15 minutes on 2 cores)
+test: $(READY) ## run all tests (at most 10 minutes on 2 cores)
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+test-quick: $(READY) ## run the tests that start no process (at most 90 seconds on 2 cores)
+	$(PY) -m pytest -n 2 --dist worksteal tests -m "not distributed and not processes and not slow" $(ARGS)
+
+test-benchmarks: $(READY) ## run the tests of the benchmarks, and hold every table of README and docs against the results
+	$(PY) -m pytest -n 2 --dist worksteal benchmarks/tests $(ARGS)
 
 bench: $(READY) ## as root: the quick benchmarks; ARGS=full: all of them (goes on where it was)
 	$(PY) -m benchmarks.bench $(ARGS)

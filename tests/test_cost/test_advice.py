@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_ssn.cli.entry import main
 from dist_ssn.cluster import Link
-from dist_ssn.cost.advice import LONGER, advise, bandwidth, crossover_mbit, hidden_budget, sentences
+from dist_ssn.cost.advice import HIDDEN_TOLERANCE, advise, bandwidth, crossover_mbit, hidden_budget, sentences
 from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.measured import Measured, Side
 from dist_ssn.cost.timeline import Timeline
@@ -48,7 +48,7 @@ def pair(mbit: float, latency_us: float = 0.0) -> Fabric:
 
 def test_the_crossover_by_hand() -> None:
     two = measured(1.0, 1.2)
-    saved = 4 * (NUMBERS - two.shared.numbers)
+    saved = 4 * (NUMBERS - two.shared.parameters)
     assert crossover_mbit(two, pair(100)) == pytest.approx(8e-6 * saved / 0.2)
     assert math.isinf(crossover_mbit(measured(1.0, 0.9), pair(100)))
     assert crossover_mbit(measured(0.1, 1e9), pair(100)) == 0
@@ -56,7 +56,7 @@ def test_the_crossover_by_hand() -> None:
 
 def test_the_largest_budget_that_a_network_hides() -> None:
     two = measured(1.0, 1.0)
-    mbit = 8e-6 * 4 * NUMBERS * 0.25 / LONGER  # a quarter of the weights takes just as long as is allowed
+    mbit = 8e-6 * 4 * NUMBERS * 0.25 / HIDDEN_TOLERANCE  # a quarter of the weights takes just as long as is allowed
     found = hidden_budget(two, pair(mbit))
     assert found == pytest.approx(0.25, abs=0.01)
     assert hidden_budget(two, pair(1e6)) == 1.0
@@ -80,12 +80,12 @@ def test_a_recommendation_also_says_dont(dense: float, shared: float, mbit: floa
 
 @pytest.mark.parametrize(("hides", "budget", "why"), [(0.25, 0.25, "hides"), (0.01, 0.1, "more steps than dense")])
 def test_a_budget_to_begin_with(hides: float, budget: float, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mbit = 8e-6 * 4 * NUMBERS * hides / LONGER
+    mbit = 8e-6 * 4 * NUMBERS * hides / HIDDEN_TOLERANCE
     advice = advise(measured(1.0, 1.0), pair(mbit))
     assert advice.budget == pytest.approx(budget, abs=0.01)
     (sentence,) = (told for told in sentences(advice, pair(mbit)) if told.startswith("A budget to begin with"))
     assert why in sentence
-    monkeypatch.setattr("dist_ssn.cost.advice.PROVEN", ((NUMBERS, 0.04), (0, 0.1)))
+    monkeypatch.setattr("dist_ssn.cost.advice.PROVEN_BUDGETS", ((NUMBERS, 0.04), (0, 0.1)))
     assert advise(measured(1.0, 1.0), pair(mbit)).budget == pytest.approx(max(hides, 0.04), abs=0.01)
     never = sentences(dataclasses.replace(advice, pays=False), pair(mbit))
     assert not any(told.startswith("A budget to begin with") for told in never)

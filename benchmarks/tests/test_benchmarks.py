@@ -107,6 +107,7 @@ def test_time_is_steps_to_the_target_times_seconds_per_step() -> None:
     ]
 
 
+@pytest.mark.processes
 def test_what_a_search_finds_is_trained_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"layers": 2, "width": 32, "heads": 2, "context": 16}
     short = {"model_args": small, "steps": 4, "evaluate_every": 4, "evaluate_batches": 1, "schedule.warmup": 0}
@@ -135,6 +136,7 @@ def test_a_small_dense_model_has_no_fewer_parameters_than_the_bank(budget: float
         assert counts["shared"] <= counts[small] <= 1.2 * counts["shared"], small
 
 
+@pytest.mark.processes
 def test_every_suite_names_runs_that_can_be_made() -> None:
     for name, suite in SUITES.items():
         cells = list(suite())
@@ -144,6 +146,7 @@ def test_every_suite_names_runs_that_can_be_made() -> None:
             validate(recipe_of({**one, "overrides": {**one["overrides"], **told}}, "runs"), world_size=1)
 
 
+@pytest.mark.processes
 def test_a_teacher_trains_first_at_its_own_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     short = {"model_args": {"layers": 1, "width": 16}, "steps": 4, "evaluate_every": 4, "schedule.warmup": 0}
     monkeypatch.setitem(TASKS, "digits", {**TASKS["digits"], **short})

@@ -1,4 +1,7 @@
-"""Each engine sends the bank and nothing else, gathers it once per step, and keeps its state small (benchmarks/engine_bytes.py)."""
+"""Each engine sends the bank and nothing else, gathers it once per step, and keeps its state small.
+
+The measurement is benchmarks/network/engine_bytes.py.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,12 @@ import importlib.util
 import pytest
 
 from benchmarks.network.engine_bytes import BUDGET, theory
+from dist_ssn.cluster import Link
+from dist_ssn.cost.engines import HALVES, footprint
+from dist_ssn.cost.fabric import Fabric
 from testing.launch import LAUNCHES, launch
 
+LINK = Link(latency_us=100, bandwidth_mbit=1000)
 _NEEDS = {"zero-0": "deepspeed", "mpi": "mpi4py"}
 TENSORS = 3 + 4 * 8 + 2  # the bank, its coefficients' and gains' tensors; biases and norms of 4 blocks; the last norm
 
@@ -24,6 +31,9 @@ def test_an_engine_sends_what_theory_says(columns: tuple[str, ...]) -> None:
         dense, shared = (line for line in found if line["engine"] == column)
         told = theory(column, shared["trainable"], 2, shared["banks"])
         assert shared["ring_bytes"] == pytest.approx(told, rel=0.01), column
+        if column in HALVES:
+            predicted = footprint(column, shared["trainable"], Fabric(2, 1, LINK, LINK)).wire_bytes
+            assert shared["ring_bytes"] == pytest.approx(predicted, rel=0.01), column
         if "sums" not in column:
             assert dense["ring_bytes"] / shared["ring_bytes"] >= 0.9 / BUDGET, column
         assert shared["optimizer_bytes"] <= (BUDGET + 0.02) * dense["optimizer_bytes"], column

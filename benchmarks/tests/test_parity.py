@@ -1,4 +1,4 @@
-"""Every engine gives what plain autograd gives in one process on the same global batch (benchmarks/parity.py, smaller)."""
+"""Every engine gives what plain autograd gives in one process on the same global batch (benchmarks/network/parity.py, smaller)."""
 
 from __future__ import annotations
 

@@ -55,6 +55,7 @@ def test_what_is_asked() -> None:
     assert torch.equal(torch.cat([halves["input_ids"], halves["labels"]], dim=1), TEXT)
 
 
+@pytest.mark.processes
 def test_a_run_is_the_same_every_time_and_learns() -> None:
     first, again = (trained(("GPT-2", 0.1, 3e-3, 0), steps=12) for _ in range(2))
     assert (

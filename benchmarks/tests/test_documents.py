@@ -12,6 +12,7 @@ from benchmarks.documents.markdown import bold_least, grid, middle, short
 from benchmarks.result_files import latest
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_table_is_that_of_the_results(path) -> None:
     text = path.read_text()
