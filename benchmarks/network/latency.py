@@ -26,7 +26,7 @@ from benchmarks.result_files import ResultFile
 Line = dict[str, Any]
 HOSTS, MBIT, MODEL, BUDGET = 2, 100.0, "gpt-128", 0.1
 SIDES = {"dense": "dense", "one bank": "none", "segments:4": "segments:4", "depth:4": "depth:4"}
-"""side → its name in `cost.ways` and in `overlap.SIDES`"""
+"""side → its name in `cost.alternatives` and in `overlap.SIDES`"""
 KEYS = ("side", "delay_ms", "repetition")
 
 

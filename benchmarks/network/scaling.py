@@ -25,7 +25,7 @@ from benchmarks.network.in_the_lab import cluster_file, quietly
 from benchmarks.network.prediction import MODELS, calibrate, measure, predict
 from benchmarks.result_files import ResultFile, chosen, latest
 from dist_ssn.cluster import load_cluster
-from dist_ssn.cost.ways import per_node
+from dist_ssn.cost.alternatives import per_node
 
 Line = dict[str, Any]
 MODEL, BUDGET, FAST = "gpt-128", 0.1, 10_000.0

@@ -1,1 +1,1 @@
-"""What a plan costs on a cluster, before anything is trained."""
+"""Predicted cost of a plan on a cluster, before anything is trained."""

@@ -1,4 +1,4 @@
-"""Whether sharing pays on a network: where it breaks even, what budget the network bears and which to begin with."""
+"""Advice on sharing for a network: where it breaks even, which budget the network hides, and which budget to start with."""
 
 from __future__ import annotations
 
@@ -11,25 +11,28 @@ from dist_ssn.errors import UserError
 from dist_ssn.plan import make_plan
 
 LEAST_MBIT, MOST_MBIT = 1e-2, 1e8
-LONGER = 0.05  # by which share of compute a step may be longer for the network's sake
-WORTH = 1.05  # how much faster a step must be to be worth a change
-PROVEN = ((3_000_000, 0.05), (0, 0.1))
-"""From so many trainable numbers on: the least budget with which a bank came to its dense twin's loss in no more steps
+HIDDEN_TOLERANCE = 0.05
+"""Communication counts as hidden if it makes a step longer by at most this fraction of its compute."""
+WORTHWHILE_SPEEDUP = 1.05
+"""Sharing pays if a dense step takes at least this multiple of a shared step's time."""
+PROVEN_BUDGETS = ((3_000_000, 0.05), (0, 0.1))
+"""(least number of trainable parameters, smallest budget with which a bank reached its dense twin's loss in no more steps)
 (docs/results/quality.md; GPTs of 3.2 and 0.8 million)."""
 _STEPS = 40  # of a bisection
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to expect.
+    """Expected gain from sharing.
 
     Args:
-        crossover_mbit: below it a shared step is faster than a dense one; 0: at no bandwidth; infinite: at every one
-        hidden_budget: the largest share of the weights whose bank makes a step at most LONGER than its compute; None: none does
-        budget: to begin with: hidden_budget, but not below what PROVEN says; None: the model has no plan of that size
-        faster: a dense step's time over a shared one's, here
-        pays: whether that is worth it
-        why: in a sentence
+        crossover_mbit: bandwidth in Mbit/s below which a shared step is faster than a dense one; 0: at no bandwidth;
+            infinite: at every bandwidth.
+        hidden_budget: the largest fraction of the weights whose bank's communication is hidden (HIDDEN_TOLERANCE); None: none.
+        budget: the one to start with: `hidden_budget`, but not below PROVEN_BUDGETS; None: the model has no plan of that size.
+        faster: a dense step's time over a shared step's, on this cluster.
+        pays: True if `faster` is at least WORTHWHILE_SPEEDUP.
+        why: the reason, as a sentence.
     """
 
     crossover_mbit: float
@@ -41,29 +44,29 @@ class Advice:
 
 
 def advise(measured: Measured, fabric: Fabric) -> Advice:
-    """For a recipe on these processes, with one message per bank."""
+    """Advice for a recipe on these processes, with one message per bank."""
     dense, shared = measured.dense.step(fabric), measured.shared.step(fabric)
     faster = dense.step / shared.step
     crossover = crossover_mbit(measured, fabric)
-    if faster >= WORTH:
+    if faster >= WORTHWHILE_SPEEDUP:
         why = f"share: a step takes {shared.step / dense.step:.2f} of a dense one's time"
-    elif dense.exposed <= LONGER * measured.dense.compute:
+    elif dense.exposed <= HIDDEN_TOLERANCE * measured.dense.compute:
         why = f"don't share for the network's sake: it takes {dense.exposed / dense.step:.1%} of a dense step"
     else:
         slower = measured.shared.compute - measured.dense.compute
         why = (
-            f"don't share for the network's sake: that saves {1000 * (dense.exposed - shared.exposed):.1f} ms of a step, "
-            f"and its compute takes {1000 * slower:.1f} ms more"
+            f"don't share for the network's sake: sharing saves {1000 * (dense.exposed - shared.exposed):.1f} ms of "
+            f"communication in a step, and its compute takes {1000 * slower:.1f} ms more"
         )
     hidden = hidden_budget(measured, fabric)
-    proven = next(budget for numbers, budget in PROVEN if measured.dense.numbers >= numbers)
+    proven = next(budget for parameters, budget in PROVEN_BUDGETS if measured.dense.parameters >= parameters)
     budget = max(hidden or 0.0, proven)
     first = budget if _exposed(measured, fabric, budget) is not None else None
-    return Advice(crossover, hidden, first, faster, faster >= WORTH, why)
+    return Advice(crossover, hidden, first, faster, faster >= WORTHWHILE_SPEEDUP, why)
 
 
 def crossover_mbit(measured: Measured, fabric: Fabric) -> float:
-    """The largest bandwidth at which a shared step is faster than a dense one; 0 if there is none, infinite if there is no end."""
+    """Largest bandwidth, in Mbit/s, at which a shared step is faster than a dense one; 0: at none, infinite: at every one."""
 
     def wins(mbit: float) -> bool:
         there = fabric.at(mbit)
@@ -83,8 +86,8 @@ def crossover_mbit(measured: Measured, fabric: Fabric) -> float:
 
 
 def hidden_budget(measured: Measured, fabric: Fabric) -> float | None:
-    """The largest budget, at most all of the weights, at which the network makes a step at most LONGER than its compute."""
-    allowed = LONGER * measured.shared.compute
+    """Largest budget, at most 1, at which communication is hidden (HIDDEN_TOLERANCE); None if there is none."""
+    allowed = HIDDEN_TOLERANCE * measured.shared.compute
     whole = _exposed(measured, fabric, 1.0)
     if whole is not None and whole <= allowed:
         return 1.0
@@ -100,7 +103,7 @@ def hidden_budget(measured: Measured, fabric: Fabric) -> float | None:
 
 
 def _exposed(measured: Measured, fabric: Fabric, budget: float) -> float | None:
-    """Seconds a step waits with a plan of this budget; None: it is less than what the weights keep of their own."""
+    """Seconds that a step waits with a plan of this budget; None if no plan of the model is that small."""
     plan = measured.shared.plan
     assert plan is not None
     try:
@@ -111,7 +114,7 @@ def _exposed(measured: Measured, fabric: Fabric, budget: float) -> float | None:
 
 
 def bandwidth(mbit: float) -> str:
-    """3.1 Gbit/s."""
+    """A bandwidth as text, such as "3.1 Gbit/s"."""
     for unit, size in (("Tbit/s", 1e6), ("Gbit/s", 1e3), ("Mbit/s", 1.0)):
         if mbit >= size:
             return f"{mbit / size:.3g} {unit}"
@@ -119,20 +122,23 @@ def bandwidth(mbit: float) -> str:
 
 
 def sentences(advice: Advice, fabric: Fabric) -> list[str]:
-    """What to expect, for a person."""
+    """The advice in sentences."""
     if advice.crossover_mbit == 0:
-        first = "At no bandwidth is a shared step faster than a dense one: its compute takes longer than what it saves."
+        first = (
+            "A shared step is faster than a dense one at no bandwidth: its extra compute takes longer than it saves."
+        )
     elif math.isinf(advice.crossover_mbit):
         first = "A shared step is faster than a dense one at every bandwidth."
     else:
         first = f"Below {bandwidth(advice.crossover_mbit)} a shared step is faster than a dense one."
     here = bandwidth(fabric.link.bandwidth_mbit)
     second = (
-        f"At {here} any bank makes a step more than {LONGER:.0%} longer than its compute."
+        f"At {here} every bank makes a step more than {HIDDEN_TOLERANCE:.0%} longer than its compute."
         if advice.hidden_budget is None
-        else f"At {here} a bank of up to {advice.hidden_budget:.1%} makes a step at most {LONGER:.0%} longer than its compute."
+        else f"At {here} a bank of up to {advice.hidden_budget:.1%} makes a step at most {HIDDEN_TOLERANCE:.0%} longer "
+        "than its compute."
     )
-    told = [first, second, f"Here: {advice.why}."]
+    lines = [first, second, f"Here: {advice.why}."]
     if advice.pays and advice.budget is not None:
         hides = advice.hidden_budget is not None and advice.hidden_budget >= advice.budget
         why = (
@@ -140,5 +146,5 @@ def sentences(advice: Advice, fabric: Fabric) -> list[str]:
             if hides
             else "smaller banks needed more steps than dense (docs/results/quality.md)"
         )
-        told.append(f"A budget to begin with: {advice.budget:.1%}; {why}.")
-    return told
+        lines.append(f"A budget to begin with: {advice.budget:.1%}; {why}.")
+    return lines

@@ -1,4 +1,4 @@
-"""What was measured of a recipe's compute, dense and shared; and the file that keeps it, to plan for a cluster elsewhere."""
+"""Measured compute of a recipe, dense and shared, and the file that keeps it to plan for a cluster elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dist_ssn.files import read_json
 from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan import Plan
 from dist_ssn.plan.overlap import Overlap
-from dist_ssn.sharing.attach import shared_plan
+from dist_ssn.sharing.bank_set import shared_plan
 from dist_ssn.train.build import build
 from dist_ssn.train.optim import build_optimizer
 from dist_ssn.train.recipe.schema import Recipe
@@ -37,8 +37,9 @@ class Side:
     """A model, dense or shared.
 
     Args:
-        plan: None if it is dense
-        own: parameter → numbers, of all that the plan has not
+        plan: None if it is dense.
+        own: name → number of elements, of each trainable parameter outside of the plan.
+        timeline: its measured compute.
     """
 
     plan: Plan | None
@@ -46,8 +47,8 @@ class Side:
     timeline: Timeline
 
     @property
-    def numbers(self) -> int:
-        """That are trained."""
+    def parameters(self) -> int:
+        """Number of trainable parameters."""
         return sum(self.own.values()) + (0 if self.plan is None else sum(g.parameters for g in self.plan.groups))
 
     @property
@@ -56,10 +57,16 @@ class Side:
         return float(self.timeline.end.mean())
 
     def step(self, fabric: Fabric, overlap: Overlap | None = None, plan: Plan | None = None) -> Exposure:
-        """What a step costs; with another plan of the same weights, whose compute is taken to be the same."""
-        way = overlap or Overlap()
-        messages = messages_of(plan or self.plan, self.own, way, self.timeline)
-        return predict(messages, way, self.timeline, fabric)
+        """Predicted cost of a step.
+
+        Args:
+            fabric: the processes and their links.
+            overlap: the overlap setting; none by default.
+            plan: another plan of the same weights, whose compute is assumed to be the same.
+        """
+        overlap = overlap or Overlap()
+        messages = messages_of(plan or self.plan, self.own, overlap, self.timeline)
+        return predict(messages, overlap, self.timeline, fabric)
 
 
 @dataclass(frozen=True)
@@ -72,13 +79,16 @@ class Measured:
 
 
 def measure(recipe: Recipe, world: World, steps: int = 20, known: Path | None = None) -> Measured:
-    """Builds both sides and measures their compute, alone or with all processes at once.
+    """Builds both sides and measures their compute, on one process or on all processes at once.
 
     Args:
-        known: a file of `save`, whose compute is taken instead.
+        recipe: a shared one.
+        world: this process among the job's.
+        steps: number of measured steps.
+        known: a file of `save`, whose times are used instead.
 
     Raises:
-        UserError: the recipe is dense or cannot be built, or the file is of another recipe.
+        UserError: the recipe is dense or cannot be built, or the file belongs to another recipe.
     """
     if recipe.share.budget is None and recipe.share.plan is None:
         raise UserError(
@@ -109,7 +119,11 @@ def _side(recipe: Recipe, world: World, steps: int, timeline: Timeline | None) -
 
 
 def save(measured: Measured, recipe: Recipe, path: Path) -> None:
-    """Writes the compute of both sides, whole or not at all."""
+    """Writes the compute of both sides; an error leaves no partial file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     sides = {"dense": measured.dense.timeline, "shared": measured.shared.timeline}
     content = {"format": FORMAT, "recipe": _described(recipe)}
     content |= {name: _plain(timeline) for name, timeline in sides.items()}
@@ -145,7 +159,7 @@ def _load(path: Path, recipe: Recipe) -> tuple[Timeline, Timeline]:
         if not isinstance(there, dict) or there.get(key) != here[key]:
             was = there.get(key) if isinstance(there, dict) else None
             raise UserError(
-                f"{path} was measured with {key} {was!r}, and here it is {here[key]!r}: measure again, or give that"
+                f"{path} was measured with {key} {was!r}, and this recipe has {here[key]!r}: measure again, or use that value"
             )
     return _timeline(path, content.get("dense")), _timeline(path, content.get("shared"))
 

@@ -1,4 +1,4 @@
-"""How long collectives take on a link, and how much of that a backward hides. Pure arithmetic.
+"""Time of collectives on a link, and the part of it that backward does not hide. Pure arithmetic.
 
 Letters: S bytes that each process hands in, n processes.
 """
@@ -13,7 +13,7 @@ from dist_ssn.comm.ledger import RING_BYTES
 
 
 def all_reduce_seconds(payload: float, processes: int, link: Link) -> float:
-    """Time of a ring all-reduce of S bytes: 2 (n - 1) rounds, and S · 2 (n - 1)/n bytes on the wire of each process.
+    """Seconds of a ring all-reduce of S bytes: 2 (n - 1) rounds, and S · 2 (n - 1)/n bytes on the wire of each process.
 
     Source: Thakur, Rabenseifner & Gropp 2005, section 4.
     """
@@ -25,7 +25,13 @@ def all_reduce_seconds(payload: float, processes: int, link: Link) -> float:
 
 @dataclass(frozen=True)
 class Sent:
-    """A message: when it can start, how long it takes, and how much longer beside compute; in seconds."""
+    """A message's times, in seconds.
+
+    Args:
+        ready: the earliest start.
+        seconds: its duration without compute beside it.
+        drag: the additional duration beside compute.
+    """
 
     ready: float
     seconds: float
@@ -33,13 +39,13 @@ class Sent:
 
 
 def exposed_seconds(messages: Sequence[Sent], end: float) -> float:
-    """How long somebody who is ready at `end` waits for the last of `messages`, which share one link in this order."""
+    """Seconds from `end`, when backward is done, until the last message has arrived; messages share one link in this order."""
     free = 0.0
     for message in messages:
         start, slow = max(free, message.ready), message.seconds + message.drag
         if start + slow <= end or not slow:
             free = start + slow
-        else:  # what has not travelled until `end` travels at full speed
+        else:  # the part that is not sent by `end` is sent at full speed
             travelled = max(0.0, end - start) / slow
             free = max(start, end) + (1 - travelled) * message.seconds
     return max(0.0, free - end)

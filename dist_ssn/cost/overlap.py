@@ -1,4 +1,4 @@
-"""What each way to overlap communication leaves exposed: a plan's messages, laid over a measured backward. Pure arithmetic."""
+"""Exposed communication of each overlap setting: a plan's messages, laid over a measured backward. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dist_ssn.cost.timeline import Timeline
 from dist_ssn.plan import Group, Plan
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, least_alone, pieces_of
 
-NUMBER = 4
-"""Bytes of a number: gradients travel in fp32."""
+FP32_BYTES = 4
+"""Bytes of one gradient element: gradients are sent in fp32."""
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-"""Bytes at which DDP closes its first bucket and the others, where nobody says."""
+"""Bytes at which DDP closes its first bucket and the others, by default."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """Gradients that travel together: bytes, and the weights and own parameters that they wait for."""
+    """Gradients that are sent together: bytes, and the weights and own parameters that they wait for."""
 
     payload: int
     waits_for: frozenset[str]
@@ -29,11 +29,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Exposure:
-    """What one step costs, as means over processes and steps.
+    """Cost of one step, as means over processes and steps.
 
     Args:
-        rounds: collectives; payload: bytes that a process hands to them.
-        exposed: seconds that a process waits after its own backward; step: seconds of the whole step.
+        rounds: number of collectives.
+        payload: bytes that a process hands to them.
+        exposed: seconds that a process waits after its own backward.
+        step: seconds of the whole step.
     """
 
     rounds: int
@@ -43,25 +45,27 @@ class Exposure:
 
 
 def messages_of(plan: Plan | None, own: Mapping[str, int], overlap: Overlap, timeline: Timeline) -> list[Message]:
-    """What the DDP engine sends in a step, in order.
+    """The messages that the DDP engine sends in a step, in order.
 
     Args:
         plan: of a shared model; None for a dense one.
-        own: parameter → numbers, of all that the plan has not.
+        own: name → number of elements, of each trainable parameter outside of the plan.
+        overlap: the overlap setting.
+        timeline: orders the messages.
     """
     groups = plan.groups if plan is not None else ()
-    banks = [Message(NUMBER * group.size, _names(group)) for group in groups]
+    banks = [Message(FP32_BYTES * group.size, _names(group)) for group in groups]
     # Autograd hands out a bank's own gradient first, and then those of its coefficients and gains.
-    parts = [Message(NUMBER * (group.parameters - group.size), _names(group)) for group in groups]
-    parts += [Message(NUMBER * numbers, frozenset({name})) for name, numbers in own.items()]
+    parts = [Message(FP32_BYTES * (group.parameters - group.size), _names(group)) for group in groups]
+    parts += [Message(FP32_BYTES * numel, frozenset({name})) for name, numel in own.items()]
     if overlap.kind == "delay":
         return [_joined([*banks, *parts])]
     apart: list[Message] = []
     if overlap.kind in ("segments", "sums"):
         least = least_alone([bank.payload for bank in banks])
-        for group in reversed([group for group in groups if NUMBER * group.size >= least]):
+        for group in reversed([group for group in groups if FP32_BYTES * group.size >= least]):
             apart += [
-                Message(NUMBER * (piece.end - piece.start), _names(group, piece.slots))
+                Message(FP32_BYTES * (piece.end - piece.start), _names(group, piece.slots))
                 for piece in pieces_of(group, overlap)
             ]
         banks = [bank for bank in banks if bank.payload < least]
@@ -93,7 +97,7 @@ def _buckets(messages: Sequence[Message], limit: int | None) -> Iterator[Message
 
 
 def _ready(message: Message, timeline: Timeline) -> np.ndarray:
-    """[steps]: when the slowest process has the message's last gradient."""
+    """Moment at which the slowest process has the message's last gradient, in seconds: [steps]."""
     times = [timeline.ready[name] for name in message.waits_for if name in timeline.ready]
     return np.max([time.max(axis=1) for time in times], axis=0) if times else timeline.end.max(axis=1)
 
@@ -101,14 +105,15 @@ def _ready(message: Message, timeline: Timeline) -> np.ndarray:
 def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, fabric: Fabric) -> Exposure:
     """Lays a step's messages over each measured step.
 
-    gloo's receiver says that it is ready before a round's bytes leave, which is a latency more for each round. Of two messages
-    one asks while the other travels, so only a message that is alone waits for it (docs/results/cost.md).
+    gloo's receiver announces that it is ready before a round's bytes leave, which adds a latency to each round. With two or
+    more messages, one announcement overlaps another message's bytes, so only a single message waits for it
+    (docs/results/cost.md).
     """
     seconds = [fabric.all_reduce_seconds(message.payload) for message in messages]
-    if len(seconds) == 1 and fabric.algorithm == "ring":  # NCCL asks nobody
+    if len(seconds) == 1 and fabric.algorithm == "ring":  # NCCL has no such announcement
         seconds[0] += fabric.all_reduce_seconds(0)
     drag = 2 * (fabric.processes - 1) * timeline.drag
-    # A delayed message has the whole next step to travel in.
+    # A delayed message is sent during the whole next step.
     starts = [
         np.zeros(len(timeline.end)) if overlap.kind == "delay" else _ready(message, timeline) for message in messages
     ]

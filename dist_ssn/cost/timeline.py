@@ -1,4 +1,4 @@
-"""When in a step each gradient becomes final: measured on this machine, on all processes at once."""
+"""Moments of a step at which each gradient becomes final, measured on this machine, on all processes at once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch.optim import Optimizer
 from dist_ssn.sharing.bank import Bank
 
 WARM_UP = 3
-PROBE_NUMBERS = 2**14
-"""Of the all-reduce that is timed beside compute and without: short enough to end before a step does."""
+PROBE_ELEMENTS = 2**14
+"""Elements of the all-reduce that is timed with and without compute beside it: short enough to end before a step does."""
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds from the moment at which all processes have the former step's gradients.
+    """Seconds from the moment at which all processes have the previous step's gradients.
 
     Args:
-        ready: name of a weight or own parameter → [steps, processes], when its gradient was final.
-        end: [steps, processes], when backward had computed all.
-        drag: seconds by which each round of a collective takes longer beside compute, where processor cores do both.
+        ready: name of a weight or own parameter → moment at which its gradient was final: [steps, processes].
+        end: end of backward: [steps, processes].
+        drag: additional seconds of each round of a collective beside compute, where processor cores do both.
     """
 
     ready: Mapping[str, np.ndarray]
@@ -36,7 +36,7 @@ class Timeline:
 
 
 class _Clock:
-    """Notes when gradients are final; the `Watcher` of one bank, or of no bank at all."""
+    """Records when gradients are final; the `Watcher` of one bank, or of no bank."""
 
     def __init__(self, bank: Bank | None, times: dict[str, float]):
         self.names = [slot.name for slot in bank.group.slots] if bank is not None else []
@@ -57,7 +57,7 @@ class _Clock:
 
 @contextmanager
 def _watched(model: nn.Module, times: dict[str, float]) -> Iterator[None]:
-    """Fills `times` with when each gradient grew last: of weights, and of the model's own parameters."""
+    """Fills `times` with the last moment at which each gradient grew, of weights and of the model's own parameters."""
     banks = [module for module in model.modules() if isinstance(module, Bank)]
     before = [bank.watcher for bank in banks]
     of_banks = {p for bank in banks for p in bank.parameters(recurse=False)}
@@ -66,7 +66,7 @@ def _watched(model: nn.Module, times: dict[str, float]) -> Iterator[None]:
         bank.watcher = _Clock(bank, times)
     for name, parameter in model.named_parameters():
         if parameter not in of_banks and parameter.requires_grad:
-            handles.append(parameter.register_post_accumulate_grad_hook(_noting(name, times)))
+            handles.append(parameter.register_post_accumulate_grad_hook(_recorder(name, times)))
     try:
         yield
     finally:
@@ -76,24 +76,26 @@ def _watched(model: nn.Module, times: dict[str, float]) -> Iterator[None]:
             handle.remove()
 
 
-def _noting(name: str, times: dict[str, float]) -> Callable[[Tensor], None]:
-    def note(_: Tensor) -> None:
+def _recorder(name: str, times: dict[str, float]) -> Callable[[Tensor], None]:
+    def record(_: Tensor) -> None:
         times[name] = time.perf_counter()
 
-    return note
+    return record
 
 
 def measure_timeline(
     model: nn.Module, optimizer: Optimizer, loss_of: Callable[[int], Tensor], steps: int = 20
 ) -> Timeline:
-    """Trains on this process alone, and tells when what was final; changes the model.
+    """Trains without communication and measures when each gradient is final; changes the model.
 
-    In a job of several processes all measure at once, from a common start of each step, since they may share a machine: whoever
-    waits for a sum waits for the slowest.
+    In a job of several processes all measure at once, from a common start of each step, because they may share a machine and a
+    sum is complete only when the slowest process has added its part.
 
     Args:
-        loss_of: the loss of a step, by its number.
-        steps: how many count.
+        model: is trained.
+        optimizer: of the model.
+        loss_of: step number → loss.
+        steps: number of measured steps, after WARM_UP others.
     """
     joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     names: list[str] = []
@@ -126,22 +128,22 @@ def measure_timeline(
 
 
 def _measure_drag(compute: Callable[[int], None], steps: int) -> float:
-    """How much longer each round of an all-reduce takes beside `compute`, as a mean over processes and steps."""
+    """Additional seconds of each round of an all-reduce beside `compute`, as a mean over processes and steps."""
     sums = torch.zeros(2, dtype=torch.float64)  # alone, beside
     for step in range(steps):
-        for place in (0, 1):
+        for is_beside in (0, 1):
             arrived: list[float] = []
             dist.barrier()
             start = time.perf_counter()
-            work = dist.all_reduce(torch.zeros(PROBE_NUMBERS), async_op=True)
+            work = dist.all_reduce(torch.zeros(PROBE_ELEMENTS), async_op=True)
             assert work is not None
             work.get_future().add_done_callback(lambda _, arrived=arrived: arrived.append(time.perf_counter()))
-            if place:
+            if is_beside:
                 compute(step)
             work.wait()
             while not arrived:  # the callback may come a moment later
                 time.sleep(1e-4)
-            sums[place] += arrived[0] - start
+            sums[is_beside] += arrived[0] - start
     dist.all_reduce(sums)
     alone, beside = (sums / (steps * dist.get_world_size())).tolist()
     return max(0.0, beside - alone) / (2 * (dist.get_world_size() - 1))

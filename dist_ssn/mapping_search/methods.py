@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ssn.cluster import load_cluster
+from dist_ssn.cost.alternatives import per_node
 from dist_ssn.cost.fabric import Fabric, fabric_of
 from dist_ssn.cost.overlap import Exposure, messages_of, predict
 from dist_ssn.cost.timeline import Timeline, measure_timeline
-from dist_ssn.cost.ways import per_node
 from dist_ssn.errors import RecipeError
 from dist_ssn.mapping_search.aligned import aligned_plan
 from dist_ssn.mapping_search.grouping import (

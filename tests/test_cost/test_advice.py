@@ -68,7 +68,7 @@ def test_the_largest_budget_that_a_network_hides() -> None:
     [
         (0.1, 0.1, 10, True, "share: a step takes 0."),
         (1.0, 1.0, 1e5, False, "the network's sake: it takes 0.0% of a dense step"),
-        (0.1, 1.0, 100, False, "of a step, and its compute takes 900.0 ms more"),
+        (0.1, 1.0, 100, False, "of communication in a step, and its compute takes 900.0 ms more"),
     ],
 )
 def test_a_recommendation_also_says_dont(dense: float, shared: float, mbit: float, pays: bool, said: str) -> None:
@@ -94,10 +94,10 @@ def test_a_budget_to_begin_with(hides: float, budget: float, why: str, monkeypat
 def test_what_is_said_of_extremes() -> None:
     advice = advise(measured(1.0, 1.0), pair(10))
     for changes, said in (
-        ({"crossover_mbit": 0.0}, "At no bandwidth"),
+        ({"crossover_mbit": 0.0}, "at no bandwidth"),
         ({"crossover_mbit": math.inf}, "at every bandwidth"),
         ({"crossover_mbit": 3100.0}, "Below 3.1 Gbit/s"),
-        ({"hidden_budget": None}, "At 10 Mbit/s any bank"),
+        ({"hidden_budget": None}, "At 10 Mbit/s every bank"),
     ):
         assert any(said in sentence for sentence in sentences(dataclasses.replace(advice, **changes), pair(10)))
     assert [bandwidth(mbit) for mbit in (0.05, 95.6, 940, 2e6)] == [
@@ -134,7 +134,7 @@ def test_compute_is_kept_and_taken_from_a_file(tmp_path: Path, capsys: pytest.Ca
     assert elsewhere["ways"][0]["exposed_ms_per_step"] < first["ways"][0]["exposed_ms_per_step"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compute.json"]
     assert main([*SMALL, "--cluster=local", f"--compute={file}", "--batch_size=4"]) == 2
-    assert "was measured with batch_size 8, and here it is 4" in capsys.readouterr().err
+    assert "was measured with batch_size 8, and this recipe has 4" in capsys.readouterr().err
 
 
 def _broken(**changes: object) -> str:
