@@ -12,7 +12,6 @@ from rich.console import Console
 
 from dist_ssn.errors import UserError
 from dist_ssn.report.coefficients import Coefficients, coefficients_table, draw_coefficients, read_coefficients
-from dist_ssn.report.offline import offline_files, read_offline
 from dist_ssn.report.page import Grid, Page, Picture, ledger_grid, prediction_grid, runs_grid
 from dist_ssn.report.plot import plot_loss_against_bytes, plot_loss_against_seconds, plot_loss_against_steps
 from dist_ssn.report.results import result_files, results_grid
@@ -32,20 +31,16 @@ _NUMBERS = (
 
 
 def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
-    """The rows of runs, from their `summary.json` or from what W&B keeps of them.
+    """The rows of runs, from their `summary.json`.
 
     Args:
-        paths: summaries, folders of runs, or folders of folders of runs; W&B's offline runs, or a folder of them.
+        paths: summaries, folders of runs, or folders of folders of runs.
 
     Raises:
         UserError: a path has no summary, or one that cannot be read; says which field is missing.
     """
     rows = []
     for file in dict.fromkeys(file for path in paths for file in _files(Path(path))):
-        if file.suffix == ".wandb":
-            rows.append(read_offline(file))
-            _check(rows[-1], str(file))
-            continue
         try:
             content = json.loads(file.read_text())
             found = content["rows"]
@@ -65,17 +60,31 @@ def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Summaries, or W&B's logs where there are none."""
+    """The summaries that `path` means."""
+    if path.suffix == ".wandb":
+        raise UserError(_not_wandb(path))
     if path.is_file():
         return [path]
     if (path / "summary.json").is_file():
         return [path / "summary.json"]
-    if found := sorted(path.glob("*/summary.json")) or offline_files(path):
+    if found := sorted(path.glob("*/summary.json")):
         return found
+    if any(path.glob("run-*.wandb")) or any(path.glob("*run-*/run-*.wandb")):
+        raise UserError(_not_wandb(path))
     raise UserError(
-        f"there is no summary.json in {path}: give the folder of a finished run, a folder of such folders, a W&B offline run, "
-        "or results of a benchmark"
+        f"there is no summary.json in {path}: give the folder of a finished run, a folder of such folders, or results of a "
+        "benchmark"
     )
+
+
+def _not_wandb(path: Path) -> str:
+    """Where to look instead of W&B's log: W&B's folder lies in the run's, unless WANDB_DIR names another place."""
+    parents = (*path.parents, *path.resolve().parents)
+    run = next((str(folder) for folder in parents if (folder / "summary.json").is_file()), None)
+    where = (
+        f"give the run's folder, {run}" if run else "give the run's folder, where summary.json and metrics.jsonl lie"
+    )
+    return f"{path} is W&B's log of a run, which dist-ssn does not read: {where}"
 
 
 def _beside(content: dict[str, Any]) -> dict[str, Any]:
