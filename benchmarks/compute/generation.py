@@ -135,7 +135,7 @@ SWEEPS = {"size": sizes, "depth": depths, "kinds": kinds}
 def tables(lines: Iterable[Line]) -> list[Table]:
     """By size and depth; and the kinds, a row for each morph and a column for each layer and batch."""
     lines = list(lines)
-    by_number = Table("weights", "bank", "ns per number to make: median (min-max)", "ns per number, its gradient")
+    by_number = Table("weights", "bank", "ns per element, generation: median (min-max)", "ns per element, gradient")
     for line in latest((line for line in lines if line["what"] != "kinds"), ("what", "layers", "bank")).values():
         texts = ["{:.2f} ({:.2f}-{:.2f})".format(*line[way]) for way in ("make_ns", "back_ns")]
         by_number.add_row(f"{line['layers']} × {line['width']}²", f"{line['bank']:,}", *texts)

@@ -1,1 +1,1 @@
-"""The tables and figures of README and docs, made from the lines under `benchmarks/results`."""
+"""Tables and figures of README and docs, made from the lines under `benchmarks/results`."""

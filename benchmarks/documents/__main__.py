@@ -1,7 +1,7 @@
-"""The tables and figures of README and docs that stand between marks, from the lines under results/.
+"""Makes the tables and figures of README and docs from the lines under `benchmarks/results`.
 
     python -m benchmarks.documents            # `make report`
-    python -m benchmarks.documents --check    # changes nothing; fails where a document is not what the lines say
+    python -m benchmarks.documents --check    # changes nothing; fails if a document differs from the lines
 
 A document holds each table between two marks, `<!-- results: NAME -->` and `<!-- /results -->`; NAME is one of TABLES.
 """
@@ -15,15 +15,14 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.documents import costs, quality, runs, sizes
-from benchmarks.documents import searches as ways
+from benchmarks.documents import costs, quality, runs, searches, sizes
 from benchmarks.documents.figures import FIGURES
 
 ROOT = Path(__file__).parents[2]
 TABLES: dict[str, Callable[[], str]] = {
     **quality.TABLES,
     **sizes.TABLES,
-    **ways.TABLES,
+    **searches.TABLES,
     **runs.TABLES,
     **costs.TABLES,
 }
@@ -31,10 +30,14 @@ _MARKED = re.compile(r"(<!-- results: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- /resul
 
 
 def filled(text: str, tables: Mapping[str, Callable[[], str]]) -> str:
-    """A document with its tables made anew.
+    """The document `text` with its tables made anew.
+
+    Args:
+        text: Markdown with marks.
+        tables: name of a table → the function that makes it.
 
     Raises:
-        KeyError: it asks for a table that nobody makes.
+        KeyError: A mark names a table that is not in `tables`.
     """
     return _MARKED.sub(lambda found: f"{found[1]}{tables[found['name']]()}\n{found[3]}", text)
 
@@ -44,7 +47,11 @@ def documents() -> list[Path]:
 
 
 def stale(write: bool) -> list[Path]:
-    """Documents and figures that differ from what the lines say; `write`: makes them anew."""
+    """Documents and figures that differ from the results.
+
+    Args:
+        write: Also makes them anew.
+    """
     found = []
     for path in documents():
         text = path.read_text()

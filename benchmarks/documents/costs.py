@@ -1,4 +1,4 @@
-"""Tables of what sharing costs and saves: generation, memory, predictions, scaling, time to a target."""
+"""Tables of costs and savings: generation, memory, predictions, scaling, time to a target."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.network import latency, prediction, probe, scaling, time_to_targ
 from benchmarks.result_files import lines_of
 
 GENERATION = "2026-11-26T06:38"
-"""Since then weights are made as they are now."""
+"""Time of the last change to how weights are made: lines before it measured other code."""
 MODELS = {
     "gpt-256": "GPT, width 256",
     "gpt-512": "GPT, width 512",
@@ -20,7 +20,7 @@ MODELS = {
 
 
 def step_time() -> str:
-    """Every measurement of generation as it is, model by model."""
+    """Every step-time measurement of the present generation code, model by model."""
     rows = []
     lines = [line for line in lines_of("step_time") if line.get("time", "") >= GENERATION]
     for line in sorted(lines, key=lambda line: (line.get("device") == "cuda", list(MODELS).index(line["model"]))):
@@ -36,8 +36,8 @@ def step_time() -> str:
         "steps",
         "dense ms: median (min-max)",
         "shared ms",
-        "of medians",
-        "of the fastest",
+        "ratio of medians",
+        "ratio of the fastest",
     )
     return grid(headings, rows)
 

@@ -1,4 +1,4 @@
-"""Figures of the docs. The same lines make the same bytes: no date, no version, no font of the machine's own is in them."""
+"""Figures of the docs. The same lines give the same bytes: a figure holds no date, no version and no font of the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def budgets(path: Path) -> None:
-    """Loss at the best rate against the budget, beside dense: mean, and each seed as a point."""
+    """Loss at the best learning rate against the budget, beside dense: the mean as a line, each seed as a point."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for optimizer, marker in (("adamw", "o"), ("sgd", "s")):
@@ -41,7 +41,7 @@ def budgets(path: Path) -> None:
 
 
 def curves(path: Path) -> None:
-    """A plot per task: loss against budget, mean and each seed, beside dense and the mapping that was the default before."""
+    """A plot per task: loss against budget, mean and each seed, beside dense and the former default mapping."""
     tasks = [task for task in sizes.MODELS if max(len(sizes.on_curves(task, name)) for name in (None, "scale")) > 2]
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -71,7 +71,7 @@ def curves(path: Path) -> None:
 
 
 def quickstart(path: Path) -> None:
-    """The newest run of each side of `make train`."""
+    """Loss against bytes for the newest run of each model of `make train`."""
     plot_loss_against_bytes(list(latest(lines_of("quickstart"), ("name",)).values()), path)
 
 
@@ -80,4 +80,4 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "quality_curves.png": curves,
     "loss_against_bytes.png": quickstart,
 }
-"""File in docs/ → how to draw it."""
+"""File in docs/ → the function that draws it."""

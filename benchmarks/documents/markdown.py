@@ -1,4 +1,4 @@
-"""Tables as Markdown, and the few ways in which numbers are written in them."""
+"""Markdown tables, and the formats of the figures in them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def grid(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def from_rich(table: Table) -> str:
-    """The same table as on the terminal, with what stands under it."""
+    """A terminal table as Markdown, with its caption below."""
     rows = zip(*([str(cell) for cell in column.cells] for column in table.columns), strict=True)
     made = grid([str(column.header) for column in table.columns], rows)
     return f"{made}\n\n{table.caption}." if table.caption else made
 
 
 def middle(values: Sequence[float], shown: str = ".0f") -> str:
-    """median (min-max)"""
+    """Text "median (min-max)"."""
     return f"{statistics.median(values):{shown}} ({min(values):{shown}}-{max(values):{shown}})"
 
 
 def mean(values: Sequence[float], shown: str = ".3f", unit: str = "") -> str:
-    """mean (one by one), or, of more than three values, mean ± standard deviation."""
+    """Text "mean (each value)"; for more than three values "mean ± standard deviation"."""
     middle = f"{statistics.mean(values):{shown}}"
     if len(values) == 1:
         return f"{middle}{unit} (one seed)"
@@ -36,7 +36,7 @@ def mean(values: Sequence[float], shown: str = ".3f", unit: str = "") -> str:
 
 
 def difference(values: Sequence[float], shown: str = "+.3f") -> str:
-    """Differences seed by seed: mean ± standard error."""
+    """Text "mean ± standard error" of differences seed by seed."""
     error = f" ± {statistics.stdev(values) / len(values) ** 0.5:{shown.removeprefix('+')}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{shown}}{error}"
 
@@ -46,12 +46,12 @@ def each(values: Iterable[float], shown: str = ".3f") -> str:
 
 
 def bold_least(values: Sequence[float], shown: Callable[[float], str]) -> list[str]:
-    """Texts, the first of the least values in bold."""
+    """Texts of the values, the first of the least in bold."""
     least = min(range(len(values)), key=lambda index: values[index])
     return [f"**{shown(value)}**" if index == least else shown(value) for index, value in enumerate(values)]
 
 
 def short(rate: float) -> str:
-    """A learning rate: 1.2e-2, 0.2."""
+    """Text of a learning rate, such as 1.2e-2 or 0.2."""
     digits, _, power = f"{rate:.1e}".partition("e")
     return f"{float(digits):g}e{int(power)}" if rate < 0.05 else f"{rate:g}"

@@ -1,4 +1,4 @@
-"""Tables of quality by rate, morph and length, and of `transformers`' models."""
+"""Tables of quality by learning rate, morph and length of run, and of models of `transformers`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _by_identity() -> dict[str, Line]:
 
 
 def lengths(task: str) -> str:
-    """Losses of `target` by side and steps, means over the seeds that are there; bold: at or below dense's."""
+    """Mean losses of suite `target` by method and steps, with the number of seeds. Bold: at or below dense's."""
     losses = {side: losses_of(runs) for side, runs in all_runs(task, lines_of("quality"), []).items()}
     sizes = {
         side_of(line): line["parameters"]
@@ -55,7 +55,7 @@ def lengths(task: str) -> str:
 
 
 def losses_by_budget(optimizer: str) -> dict[float | None, dict[float, list[float]]]:
-    """budget (None: dense) → rate → the loss of each seed."""
+    """budget (None: dense) → learning rate → the loss of each seed."""
     found: dict[float | None, dict[float, list[float]]] = {}
     wanted = {identity(one) for one in budget_cells()}
     for line in lines_of("quality"):
@@ -67,7 +67,7 @@ def losses_by_budget(optimizer: str) -> dict[float | None, dict[float, list[floa
 
 
 def budgets(optimizer: str) -> str:
-    """Mean losses of three seeds by budget and rate."""
+    """Mean losses of three seeds by budget and learning rate."""
     found = losses_by_budget(optimizer)
     rates = sorted({rate for losses in found.values() for rate, seeds in losses.items() if len(seeds) == len(SEEDS)})
     rows = []
@@ -99,7 +99,7 @@ def morphs(task: str) -> str:
     found.sort(key=lambda item: sign * statistics.mean(run[what] for run in item[1]))
     rows = [[name, each((scale * run[what] for run in runs), shown)] for name, runs in found]
     quality = "accuracy in %" if sign < 0 else "validation loss"
-    return grid((f"{MODELS[task]}, rate {short(rate)}", f"{quality}, by mapping seed"), rows)
+    return grid((f"{MODELS[task]}, learning rate {short(rate)}", f"{quality}, by mapping seed"), rows)
 
 
 def four_architectures() -> str:

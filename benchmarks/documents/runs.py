@@ -1,4 +1,4 @@
-"""Tables of what runs do on a network: faults, bytes at the interface, overlap, hostile files."""
+"""Tables of runs on a network: faults, bytes at the interface, overlap; and of hostile files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Line = dict[str, Any]
 
 
 def faults() -> str:
-    """Both engines in one row; the newest line of each cell counts."""
+    """A row per fault, with both engines; the newest line of each cell counts."""
     found = latest(lines_of("faults"), ("fault", "engine"))
     rows = []
     for name in FAULTS:
@@ -47,7 +47,7 @@ def _same(texts: Iterable[str]) -> str:
 
 
 def elastic() -> str:
-    """One row per change, one number per repetition."""
+    """A row per change of the group, a figure per repetition."""
     found = [line for line in lines_of("elastic") if "→" in line["change"]]
     rows = []
     for change in dict.fromkeys(line["change"] for line in found):
@@ -56,11 +56,11 @@ def elastic() -> str:
         ]
         again = (_same(str(line["steps_lost"]) for line in side) for side in sides)
         rows.append([change, *(each((line["seconds"] for line in side), ".1f") for side in sides), *again])
-    return grid(("ranks", "10 % bank, s", "dense, s", "steps made again: bank", "dense"), rows)
+    return grid(("ranks", "10 % bank, s", "dense, s", "steps repeated: bank", "dense"), rows)
 
 
 def lab_bytes() -> str:
-    """One row per engine and size."""
+    """A row per engine and size: bytes that each host sent over the plan's."""
     rows = []
     for line in latest(lines_of("lab_bytes"), ("engine", "parameters")).values():
         hosts = [f"{ratio:.4f}" for ratio in line["sent_to_plan"]]
@@ -70,7 +70,7 @@ def lab_bytes() -> str:
 
 
 def fuzz() -> str:
-    headings = ("reader", "inputs", "taken: the change did not matter", "other failures", "slowest, s")
+    headings = ("reader", "inputs", "accepted: the change did not matter", "other failures", "slowest, s")
     rows = [
         [
             line["reader"],
@@ -79,11 +79,11 @@ def fuzz() -> str:
         ]
         for line in latest(lines_of("fuzz"), ("reader",)).values()
     ]
-    return grid((*headings, "most beyond the good file, bytes per byte"), rows)
+    return grid((*headings, "extra memory, bytes per byte of the file"), rows)
 
 
 def overlap() -> str:
-    """The runs of the newest commit."""
+    """A row per overlap setting, from the runs of the newest commit."""
     found = lines_of("overlap")
     found = [line for line in found if line["commit"] == found[-1]["commit"]]
     rows = []
@@ -101,21 +101,24 @@ def overlap() -> str:
 
 
 def delay() -> str:
-    """Losses by way and rate; bold: the best rate of each way."""
+    """Losses by overlap setting and learning rate. Bold: the best learning rate of each setting."""
     found = lines_of("delay")
     rates = sorted({line["rate"] for line in found})
     rows = []
-    for way in dict.fromkeys(line["way"] for line in found):
+    for setting in dict.fromkeys(line["way"] for line in found):
         cells = [
-            [line["validation_loss"] for line in found if line["way"] == way and line["rate"] == rate] for rate in rates
+            [line["validation_loss"] for line in found if line["way"] == setting and line["rate"] == rate]
+            for rate in rates
         ]
         best = bold_least([statistics.mean(cell) for cell in cells], lambda value: f"{value:.3f}")
-        rows.append([way, *(f"{text} {mean(cell).partition(' ')[2]}" for text, cell in zip(best, cells, strict=True))])
-    return grid(("", *(f"rate {short(rate)}" for rate in rates)), rows)
+        rows.append(
+            [setting, *(f"{text} {mean(cell).partition(' ')[2]}" for text, cell in zip(best, cells, strict=True))]
+        )
+    return grid(("", *(f"lr {short(rate)}" for rate in rates)), rows)
 
 
 def hooks() -> str:
-    """Bytes per step with torch's hooks, on 2 processes."""
+    """Bytes per step under torch's communication hooks, on 2 processes."""
     found = latest(lines_of("engine_bytes"), ("engine", "budget", "ranks", "rank"))
     names = {
         "ddp": "no hook",

@@ -1,4 +1,4 @@
-"""Tables of quality by other ways: longer runs, larger models, weight decay, a teacher, pruning, found plans."""
+"""Tables of quality under further options: longer runs, larger models, weight decay, a teacher, pruning, found plans."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from benchmarks.documents.markdown import bold_least, difference, grid, mean, short
 from benchmarks.documents.sizes import KINDS, MODELS, losses, mean_of, of_wider
-from benchmarks.quality import further_suites as ways
-from benchmarks.quality import searches
+from benchmarks.quality import further_suites, searches
 from benchmarks.quality.cells import LOW, RATES, SEEDS, at_best, identity, seeds_of
 from benchmarks.quality.tasks import TASKS
 from benchmarks.result_files import latest, lines_of
@@ -24,13 +23,13 @@ LARGER_NAMES = {"gpt-large": "GPT, 8 layers of width 288", "lstm-large": "LSTM, 
 
 
 def _measured(cells: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
-    """Cells of a suite that were measured, and their lines."""
+    """Measured cells of a suite, each with its line."""
     known = {identity(line): line for line in lines_of("quality")}
     return ((one, known[identity(one)]) for one in cells if identity(one) in known)
 
 
 def _columns(runs: list[Line]) -> list[str]:
-    """How many seeds, losses, and accuracies where there are any."""
+    """Cells of a row: number of seeds, losses, and accuracies if the task has them."""
     accuracy = [100 * run["validation_accuracy"] for run in runs if "validation_accuracy" in run]
     return [str(len(runs)), losses(runs), *([mean(accuracy, ".2f")] if accuracy else [])]
 
@@ -39,7 +38,7 @@ _HEADINGS = ("seeds", "validation loss", "accuracy in %")
 
 
 def _best_of(cells: Iterable[Line]) -> dict[tuple[str, float], list[Line]]:
-    """(kind, budget) → the runs at the best of its rates: the one with the most seeds, of these the least mean loss.
+    """(kind, budget) → runs at its best learning rate: the one with the most seeds; among equals, the least mean loss.
 
     A wider model's budget is a number of parameters.
     """
@@ -53,7 +52,7 @@ def _best_of(cells: Iterable[Line]) -> dict[tuple[str, float], list[Line]]:
 
 
 def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[list[str]]:
-    """For each kind and budget: its name, parameters, losses, their distance from dense's of the same seeds, and its rate."""
+    """Cells of each kind and budget: name, parameters, losses, distance to dense with the same seeds, learning rate."""
     names = {**KINDS, "equal": "dense, as small as 10 %"}
     for (kind, budget), runs in best.items():
         dense = best.get(("dense", 0.1), [])
@@ -66,50 +65,56 @@ def _sides(best: dict[tuple[str, float], list[Line]]) -> Iterator[list[str]]:
 
 
 def longer(task: str) -> str:
-    """A row per kind and budget, each at the best of its rates: as long as usual, and four times as long."""
+    """A row per kind and budget, each at its best learning rate: runs of the usual length, and four times as long."""
     lines, steps = lines_of("quality"), 4 * TASKS[task]["steps"]
-    best = _best_of(one for one in ways.longer() if one["task"] == task)
+    best = _best_of(one for one in further_suites.longer() if one["task"] == task)
     rows = []
     for (kind, budget), (name, size, *longer_run) in zip(best, _sides(best), strict=True):
         usual = f"{mean_of(at_best(lines, task, kind, budget)[1]):.3f}" if budget == 0.1 and task in RATES else ""
         if budget > 1 and (runs := of_wider(task)):
             usual = f"{mean_of(runs):.3f}"
         rows.append([name, size, usual, *longer_run])
-    headings = ("parameters", f"{steps // 4:,} steps", f"{steps:,} steps", "from dense", "rate of the longer run")
+    headings = (
+        "parameters",
+        f"{steps // 4:,} steps",
+        f"{steps:,} steps",
+        "from dense",
+        "learning rate of the longer run",
+    )
     return grid((LONGER_NAMES[task], *headings), rows)
 
 
 def larger(task: str) -> str:
-    """A model of ten times the weights: a row per kind, each at the best of its rates."""
-    best = _best_of(one for one in ways.larger(SEEDS) if one["task"] == task)
-    headings = ("parameters", "validation loss", "from dense", "best rate")
+    """A row per kind of a model with ten times the weights, each at its best learning rate."""
+    best = _best_of(one for one in further_suites.larger(SEEDS) if one["task"] == task)
+    headings = ("parameters", "validation loss", "from dense", "best learning rate")
     return grid((LARGER_NAMES[task], *headings), list(_sides(best)))
 
 
 def teacher(task: str) -> str:
-    """A row per budget and way to teach, and the mean difference that a teacher makes, seed by seed, with its standard error."""
+    """A row per budget and teacher option, with the mean difference to no teacher, seed by seed, and its standard error."""
     found: dict[tuple[float, str], dict[int, Line]] = {}
-    for one, line in _measured(one for one in ways.distill() if one["task"] == task):
+    for one, line in _measured(one for one in further_suites.distill() if one["task"] == task):
         found.setdefault((one["overrides"]["share.budget"], one["way"]), {})[one["seed"]] = line
     rows = []
-    for (budget, way), runs in found.items():
+    for (budget, option), runs in found.items():
         alone = found[budget, "none"]
         apart = [runs[seed]["validation_loss"] - alone[seed]["validation_loss"] for seed in runs.keys() & alone.keys()]
         seeds, loss, *accuracy = _columns(list(runs.values()))
-        shown = "" if way == "none" else difference(apart)
-        rows.append([f"{budget:.0%} bank", way, seeds, loss, shown, *accuracy])
-    headings = ("the teacher's part", "seeds", "validation loss", "from none", "accuracy in %")
+        shown = "" if option == "none" else difference(apart)
+        rows.append([f"{budget:.0%} bank", option, seeds, loss, shown, *accuracy])
+    headings = ("teacher", "seeds", "validation loss", "from no teacher", "accuracy in %")
     return grid((MODELS[task], *headings)[: len(rows[0])], rows)
 
 
 def decays(task: str, budget: float) -> str:
-    """A row per kind, a column per weight decay, at the kind's best rate under the usual one; mean losses, best in bold."""
+    """A row per kind, a column per weight decay, at the kind's best learning rate under the usual decay. Bold: least mean loss."""
     usual = TASKS[task]["optimizer.weight_decay"]
     found: dict[str, dict[float, list[Line]]] = {}
-    for one, line in _measured(one for one in ways.decay() if one["task"] == task):
+    for one, line in _measured(one for one in further_suites.decay() if one["task"] == task):
         if one["overrides"].get("share.budget", 0.1) == budget:
             found.setdefault(one["kind"], {}).setdefault(one["overrides"]["optimizer.weight_decay"], []).append(line)
-    shown = sorted((usual, *ways.DECAYS))
+    shown = sorted((usual, *further_suites.DECAYS))
     rows = []
     for kind, by_decay in found.items():
         rate, at_usual = at_best(lines_of("quality"), task, kind, budget)
@@ -117,28 +122,28 @@ def decays(task: str, budget: float) -> str:
         means = bold_least([mean_of(runs) for runs in columns.values()], "{:.3f}".format)
         texts = dict(zip(columns, means, strict=True))
         rows.append([KINDS[kind], short(rate), *(texts.get(value, "") for value in shown)])
-    return grid((f"{MODELS[task]}, {budget:.0%}", "rate", *(f"decay {value:g}" for value in shown)), rows)
+    return grid((f"{MODELS[task]}, {budget:.0%}", "learning rate", *(f"decay {value:g}" for value in shown)), rows)
 
 
 def pruned(task: str) -> str:
-    """A row per way to prune, beside what is as small from the start."""
+    """A row per pruning option, beside banks that are as small from the start."""
     found: dict[str, list[Line]] = {}
-    for one, line in _measured(one for one in ways.prune() if one["task"] == task):
+    for one, line in _measured(one for one in further_suites.prune() if one["task"] == task):
         found.setdefault(one["way"], []).append(line)
     rows = []
-    for way, runs in found.items():
+    for option, runs in found.items():
         sent, kept = runs[0]["parameters"], runs[0].get("kept_numbers")
-        rows.append([way, f"{sent:,}", "" if kept is None else f"{kept:,}", *_columns(runs)])
-    return grid((MODELS[task], "sent", "left of what is pruned", *_HEADINGS)[: len(rows[0])], rows)
+        rows.append([option, f"{sent:,}", "" if kept is None else f"{kept:,}", *_columns(runs)])
+    return grid((MODELS[task], "sent", "left after pruning", *_HEADINGS)[: len(rows[0])], rows)
 
 
 def search(task: str) -> str:
-    """Plain and found mappings after full training, best first."""
+    """Plain mappings and mappings that a search found, after full training, best first."""
     return grid(searches.HEADINGS, list(map(list, searches.rows(lines_of("searches"), task))))
 
 
 def beside_controls() -> str:
-    """What the paper's search gains beside the two controls, task by task: mean difference seed by seed, its standard error."""
+    """Gain of the paper's search over the two controls, task by task: mean difference seed by seed, and its standard error."""
     known = latest(lines_of("searches"), searches.KEYS)
     rows = []
     for task in searches.TASKS:
@@ -160,10 +165,10 @@ def _of(name: str, function: Callable[[str], str], tasks: Iterable[str]) -> dict
 TABLES: dict[str, Callable[[], str]] = {
     **_of("longer", longer, LONGER_NAMES),
     **_of("larger", larger, LARGER_NAMES),
-    **_of("decay", lambda task: decays(task, 0.1), ways.WAYS),
+    **_of("decay", lambda task: decays(task, 0.1), further_suites.WAYS),
     "decay-lstm-2": lambda: decays("lstm", LOW),
-    **_of("teacher", teacher, ways.WAYS),
-    **_of("pruned", pruned, ways.WAYS),
+    **_of("teacher", teacher, further_suites.WAYS),
+    **_of("pruned", pruned, further_suites.WAYS),
     **_of("search", search, searches.TASKS),
     "search-beside-controls": beside_controls,
 }

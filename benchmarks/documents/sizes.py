@@ -97,7 +97,7 @@ def mappings() -> str:
         shapes = by_mapping(task).get("shape")
         default = losses(at_best(lines_of("quality"), task, "shared")[1])
         rows.append([MODELS[task], default, before, losses(shapes) if shapes else ""])
-    return grid(("", "blocks", "one bank per range of scales", "a bank per shape, at the rate of that"), rows)
+    return grid(("", "blocks", "one bank per range of scales", "a bank per shape, at that learning rate"), rows)
 
 
 def at(budget: float, task: str) -> str:
@@ -113,7 +113,7 @@ def at(budget: float, task: str) -> str:
         if "validation_accuracy" in runs[0]:
             row.append(mean([100 * run["validation_accuracy"] for run in runs], ".2f"))
         rows.append(row)
-    headings = [f"{MODELS[task]}, {budget:.0%}", "parameters", "best rate", "validation loss", "accuracy in %"]
+    headings = [f"{MODELS[task]}, {budget:.0%}", "parameters", "best learning rate", "validation loss", "accuracy in %"]
     return grid(headings[: len(rows[0])], rows)
 
 
@@ -147,7 +147,7 @@ def goals() -> str:
         apart = ""
         if "validation_accuracy" in found["dense"][0]:
             points = [100 * mean_of(found[kind], "validation_accuracy") for kind in ("shared", "dense", best)]
-            apart = f"{points[0] - points[1]:+.2f} (it: {points[2] - points[1]:+.2f})"
+            apart = f"{points[0] - points[1]:+.2f} (other: {points[2] - points[1]:+.2f})"
         controls = sum(kind in others for kind in ("equal", "shallow", *CONTROLS))
         rows.append(
             [
@@ -158,16 +158,27 @@ def goals() -> str:
             ]
         )
     middle = ("from dense", "in points", "best other mapping")
-    headings = ("", "dense", "10 % bank", *middle, "best else of its size", "kinds tried, and the bank beside them")
+    headings = (
+        "",
+        "dense",
+        "10 % bank",
+        *middle,
+        "best other method of its size",
+        "other methods tried, and the best of them",
+    )
     return grid(headings, rows)
 
 
 def _beside(bank: Sequence[Line], other: Sequence[Line]) -> str:
-    """In words; level: apart by no more than the larger of the two standard deviations between seeds."""
+    """The comparison in words, by the larger of the two standard deviations between seeds."""
     deviations = [statistics.stdev(run["validation_loss"] for run in runs) for runs in (bank, other) if len(runs) > 1]
     if mean_of(bank) <= mean_of(other):
-        return "none better"
-    return "level with the best" if mean_of(bank) - mean_of(other) <= max(deviations) else "the best one is better"
+        return "none is better"
+    return (
+        "the best is within one standard deviation"
+        if mean_of(bank) - mean_of(other) <= max(deviations)
+        else "the best is better"
+    )
 
 
 def on_curves(task: str, mapping: str | None = None) -> dict[float, list[Line]]:
@@ -205,8 +216,8 @@ def curve() -> str:
             for task in tasks:
                 shown = mapping is None or budget >= 1 or budget not in now[task]
                 runs = found[task].get(budget, []) if shown else []
-                level = len(runs) == len(seeds_of(task)) and mean_of(runs) <= mean_of(dense[task])
-                texts.append(f"**{_in_curve(runs, task)}**" if level else _in_curve(runs, task))
+                reached = len(runs) == len(seeds_of(task)) and mean_of(runs) <= mean_of(dense[task])
+                texts.append(f"**{_in_curve(runs, task)}**" if reached else _in_curve(runs, task))
             if any(texts):
                 rows.append([f"{100 * budget:g} %{name and ', '}{name}", *texts])
     return grid(["budget", *(MODELS[task] for task in tasks)], rows)

@@ -42,7 +42,7 @@ def measure(name: str) -> Line:
 
 def table(lines: Iterable[Line]) -> Table:
     """The newest probe of each link."""
-    shown = Table("link", "latency, µs: told", "found", "bandwidth, Mbit/s: told", "found")
+    shown = Table("link", "latency set, µs", "measured", "bandwidth set, Mbit/s", "measured")
     for (name,), line in latest(lines, ("link",)).items():
         pairs = [(line["told"][key], line["found"][key]) for key in ("latency_us", "bandwidth_mbit")]
         shown.add_row(name, *(f"{value:,g}" for pair in pairs for value in pair))

@@ -180,7 +180,7 @@ def table(runs: dict[str, Runs], lines: Iterable[Line]) -> Table:
     columns = [
         "side",
         "sent per step, kB (ring)",
-        "best rate (tried)",
+        "best learning rate (tried)",
         "steps to the target",
         "final loss there: mean (seeds)",
     ]

@@ -198,7 +198,7 @@ def rows(lines: Iterable[Line]) -> Iterator[tuple[str, ...]]:
             yield f"{name}: {side}", f"{found[0]['parameters']:,}", f"{rate:g}", mean(losses), apart
 
 
-HEADINGS = ("", "parameters", "best rate", "validation loss, mean (seed by seed)", "from its dense twin")
+HEADINGS = ("", "parameters", "best learning rate", "validation loss, mean (seed by seed)", "from its dense twin")
 
 
 def main() -> None:
