@@ -1,7 +1,8 @@
-"""One bank for all layers, read by all in the same way: the measuring device of "pretrain" and "gradients".
+"""One bank that all layers read alike, for the measurements of "pretrain" and "gradients".
 
 Every weight mixes the same K square templates, resized to its shape, by K coefficients of its own. So coefficients of different
-layers mean the same, and their gradients meet at the same numbers of the bank.
+layers are comparable, and their gradients reach the same elements of the bank.
+
 Source: Plummer et al., arXiv 2006.10598, section 3.3 ("mapping layers to parameter groups").
 """
 
@@ -17,22 +18,25 @@ from dist_ssn.plan.rules import spread
 
 
 def aligned_plan(specs: Specs, budget: int, templates: int, seed: int) -> Plan:
-    """A plan of one bank of about `budget` numbers, no template larger than the largest weight.
+    """A plan of one bank of about `budget` parameters, with no template larger than the largest weight.
 
-    It is for measuring alone: weights smaller than a template read it shrunk, which no ordinary plan does.
+    It serves for measurements only: a weight smaller than a template reads it scaled down, which no ordinary plan does.
 
     Args:
-        budget: numbers; templates: K.
+        specs: the model's weights.
+        budget: number of parameters.
+        templates: K.
+        seed: of the plan.
 
     Raises:
-        BudgetError: not even K templates of one number fit.
+        BudgetError: the budget is too small for K templates of one element.
     """
     weights = specs.weights
     room = (budget - templates * len(weights)) // templates
     side = math.isqrt(max(0, min(room, max(weight.numel for weight in weights))))
     if side < 1:
         raise BudgetError(
-            f"a budget of {budget:,} numbers is too small to compare {len(weights)} weights by {templates} templates: use the "
+            f"a budget of {budget:,} parameters is too small to compare {len(weights)} weights by {templates} templates: use the "
             "method weights-free, or fewer templates"
         )
     std = group_std(weights)

@@ -17,20 +17,21 @@ from dist_ssn.mapping_search.trials import Line, Trials
 from dist_ssn.plan import Plan
 
 _MARGIN = 0.8
-"""Part of the seconds that is planned; the rest is for a machine that slows down."""
+"""Fraction of the seconds that is planned; the rest is for a machine that slows down."""
 _CALIBRATION = 4
 _ASK_EVERY = 4
-"""Steps between two looks at the clock, which all ranks must take together."""
+"""Steps between two checks of the clock, which all ranks must make together."""
 
 Report = Callable[[Line], None]
 
 
 def auto(setting: Setting, trials: Trials, report: Report = lambda _: None) -> tuple[Plan, str]:
-    """The best plan of the search, and what was tried in words.
+    """The best plan of the search, and a summary of the trials in words.
 
     Args:
-        trials: what an earlier, killed search of the same recipe has tried; new trials are added.
-        report: called with each trial, also those that are known already.
+        setting: recipe, weights and options.
+        trials: the trials of an earlier, killed search of the same recipe; new ones are added.
+        report: called with each trial, including those of the earlier search.
 
     Raises:
         UserError: the budget is too small for one trial.
@@ -60,7 +61,7 @@ class _Auto:
                     try:
                         rung.append((self._trial(candidate, place, steps), candidate))
                     except OutOfTime:
-                        best = best or rung  # of a rung that was cut short not everybody has a result
+                        best = best or rung  # in a rung that was cut short, not every candidate has a result
                         raise
                     tried += 1
                 best = sorted(rung, key=lambda pair: pair[0])
@@ -95,7 +96,7 @@ class _Auto:
         return known["candidates"], known["first"]
 
     def _calibrate(self) -> tuple[float, float]:
-        """Seconds of a step, and those that a trial takes besides its steps: building the model, and the evaluation."""
+        """Seconds of a step, and of a trial besides its steps (building the model, and the evaluation)."""
         start = time.monotonic()
         run = ShortRun(self.setting.recipe, self.setting.world, self.setting.plan("auto"), LEAST_STEPS)
         run.step()
@@ -105,7 +106,7 @@ class _Auto:
         return (time.monotonic() - ready) / _CALIBRATION, ready - start
 
     def _left(self) -> float:
-        """Seconds of the budget that are left; infinite where it is one of steps. Rank 0's clock counts."""
+        """Seconds of the budget that are left, by rank 0's clock; infinite if the budget is one of steps."""
         limit = self.setting.options.max_seconds
         if limit is None:
             return math.inf
@@ -126,7 +127,7 @@ class _Auto:
     # ------------------------------------------------------------ plans and trials
 
     def _planned(self, wanted: list[Candidate]) -> list[Candidate]:
-        """Those that have a plan at this budget, each plan once."""
+        """The candidates that have a plan at this budget, each plan once."""
         found: dict[str, Candidate] = {}
         for candidate in wanted:
             try:
@@ -134,7 +135,7 @@ class _Auto:
             except (
                 BudgetError,
                 RecipeError,
-            ) as error:  # too small a budget for so many groups; a short run that diverged
+            ) as error:  # a budget too small for the number of groups; a short run that diverged
                 self.report({"kind": "left out", **self._shown(candidate), "reason": str(error)})
                 continue
             if plan.fingerprint not in found:
@@ -159,7 +160,7 @@ class _Auto:
         return known["weights"]
 
     def _trial(self, candidate: Candidate, rung: int, steps: int) -> float:
-        """The validation loss after so many steps; infinite where training diverged."""
+        """Validation loss after `steps` steps; infinite if training diverged."""
         plan = self.plans[candidate]
         line = self.trials.find(kind="trial", plan=plan.fingerprint, steps=steps)
         if line is None:

@@ -1,4 +1,4 @@
-"""Successive halving as arithmetic: which candidates, how many steps each in each rung, within a budget of steps.
+"""Successive halving as arithmetic: the candidates, and their steps in each rung, within a budget of steps.
 
 Source: Jamieson & Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization", arXiv 1502.07943.
 Letters: n candidates, h steps of each in the first rung; every rung keeps the better half for twice the steps.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dist_ssn.errors import UserError
 
 LEAST_STEPS = 8
-"""Of a trial: after fewer, losses say nothing."""
+"""Least number of steps of a trial: after fewer, losses say nothing."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class Candidate:
 
     @property
     def method(self) -> str:
+        """The mapping without its number of groups."""
         return self.mapping.partition(":")[0]
 
     @property
     def groups(self) -> int | None:
+        """Number of groups, where the mapping gives it."""
         number = self.mapping.partition(":")[2]
         return int(number) if number else None
 
@@ -38,11 +40,11 @@ MAPPINGS = (
     *("gradients:4", "pretrain:4", "depth:4", "random:2"),
 )
 MORPHS = ("auto", "hash")
-"""What a search tries where the recipe names no morph; the order is that in which a smaller budget leaves candidates out."""
+"""Morphs that a search tries if the recipe names none. A smaller budget leaves out the last candidates first."""
 
 
 def candidates(morph: str) -> list[Candidate]:
-    """All candidates, today's defaults first, so that a search is never without them."""
+    """All candidates, with the defaults of `share` first, so that every search includes them."""
     morphs = MORPHS if morph == "auto" else (morph,)
     ranked = [
         (i + 3 * j, i, Candidate(mapping, name)) for i, mapping in enumerate(MAPPINGS) for j, name in enumerate(morphs)
@@ -51,7 +53,7 @@ def candidates(morph: str) -> list[Candidate]:
 
 
 def rungs_of(count: int, first: int, most: int) -> list[tuple[int, int]]:
-    """(candidates, steps of each) in each rung; no trial is longer than `most` steps."""
+    """The rungs, as (number of candidates, steps of each); no trial is longer than `most` steps."""
     rungs = [(count, min(first, most))]
     while rungs[-1][0] > 2:
         kept, steps = rungs[-1]
@@ -60,18 +62,24 @@ def rungs_of(count: int, first: int, most: int) -> list[tuple[int, int]]:
 
 
 def steps_of(rungs: Sequence[tuple[int, int]], overhead: int = 0) -> int:
-    """All steps of the rungs together, where each trial costs `overhead` steps besides its own."""
+    """Sum of the rungs' steps, where each trial costs `overhead` steps besides its own."""
     return sum(count * (steps + overhead) for count, steps in rungs)
 
 
 def schedule(
     wanted: Sequence[Candidate], budget: int, most: int, costs: dict[str, int], overhead: int = 0
 ) -> tuple[int, int]:
-    """(how many of the first candidates to try, steps of each in the first rung): as many as the budget has room for.
+    """The largest number of candidates that a budget allows.
 
     Args:
-        budget: steps in all; most: of one trial; costs: steps that a method itself takes, once for each number of groups.
-        overhead: of each trial and method, in steps: what is not training, where the budget is one of time.
+        wanted: all candidates, the most important first.
+        budget: steps in all.
+        most: steps of the longest trial.
+        costs: method → steps that it takes itself, once for each number of groups.
+        overhead: cost of each trial and method besides its training steps, in steps, where the budget is one of time.
+
+    Returns:
+        (number of candidates to try, steps of each in the first rung).
 
     Raises:
         UserError: the budget is too small for one trial.

@@ -1,4 +1,4 @@
-"""The methods: each finds which weights share a bank. Letters: M weights, K templates, B numbers in the bank."""
+"""The methods of a search: each chooses the weights that share a bank. Letters: M weights, K templates."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dist_ssn.mapping_search.grouping import (
     by_kmeans,
     by_ward,
     features,
+    indices_to_group,
     mapping_of,
-    to_group,
 )
 from dist_ssn.mapping_search.setting import Found, OutOfTime, Setting
 from dist_ssn.mapping_search.short import ShortRun
@@ -31,38 +31,47 @@ from dist_ssn.plan import Plan
 from dist_ssn.plan.budget import resolve_budget
 from dist_ssn.plan.mapping import map_weights
 from dist_ssn.plan.overlap import Overlap
-from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank import Bank, banks_of
 
 STEPS = {"pretrain": 100, "gradients": 24}
-"""Of their short runs, where the user does not say."""
-SEEN = 2**16
-"""Numbers of the bank, evenly spread over it, at which gradients are compared: M of them are kept for each."""
-_AT_RANDOM = 4
+"""Default length of their short runs."""
+COMPARED_ELEMENTS = 2**16
+"""Elements of the bank, evenly spread over it, at which gradients are compared; M values are kept for each of them."""
+_RANDOM_GROUPS = 4
 
 
 def method_steps(name: str, setting: Setting) -> int:
-    """The training steps that a method takes."""
+    """Number of training steps that a method takes."""
     return 0 if name not in STEPS else setting.options.short_steps or min(STEPS[name], setting.recipe.steps)
 
 
 def weights_free(setting: Setting) -> Found:
-    """From shapes, depth, kind and one forward and backward at initialization; Ward's clustering. No training."""
+    """Groups by shape, depth, kind and the gradient of one step at initialization, with Ward's clustering. No training."""
     weights = setting.specs.weights
-    labels, note = by_ward(features(weights, _first_gradients(setting))[to_group(weights)], setting.options.groups)
+    labels, note = by_ward(
+        features(weights, _first_gradients(setting))[indices_to_group(weights)], setting.options.groups
+    )
     return Found(mapping_of(weights, labels), note)
 
 
 def sensitivity(setting: Setting) -> dict[str, float]:
-    """weight → how much the loss feels a change of it: RMS of its gradient at initialization × its initial deviation.
+    """Sensitivity of the loss to each weight: RMS of its gradient at initialization × its initial standard deviation.
 
-    In units of the mean over all numbers, and between a quarter and four times that: a first gradient is a rough guide.
+    It is divided by the mean over all elements of all weights and limited to between 1/4 and 4, because a first gradient is a
+    rough guide.
+
+    Returns:
+        Weight name → sensitivity.
+
+    Raises:
+        RecipeError: no gradient reaches the weights.
     """
     weights = setting.specs.weights
-    felt = [gradient * weight.init_std for gradient, weight in zip(_first_gradients(setting), weights, strict=True)]
-    mean = sum(one * weight.numel for one, weight in zip(felt, weights, strict=True)) / setting.specs.numel
+    raw = [gradient * weight.init_std for gradient, weight in zip(_first_gradients(setting), weights, strict=True)]
+    mean = sum(one * weight.numel for one, weight in zip(raw, weights, strict=True)) / setting.specs.numel
     if not 0 < mean < float("inf"):
         raise RecipeError("search: no gradient reaches these weights at initialization: use --split=size")
-    return {weight.name: min(4.0, max(0.25, one / mean)) for one, weight in zip(felt, weights, strict=True)}
+    return {weight.name: min(4.0, max(0.25, one / mean)) for one, weight in zip(raw, weights, strict=True)}
 
 
 def _first_gradients(setting: Setting) -> list[float]:
@@ -84,7 +93,7 @@ def _square(parameter: Tensor) -> float:
 
 
 def pretrain(setting: Setting) -> Found:
-    """The paper's: a short run with everything in one bank; K-means over the layers' K coefficients.
+    """The paper's method: a short run with all weights in one bank, then K-means over the layers' K coefficients.
 
     Source: Plummer et al., arXiv 2006.10598, section 3.3.
     """
@@ -94,15 +103,17 @@ def pretrain(setting: Setting) -> Found:
     weights = setting.specs.weights
     vectors = bank.coefficients.detach().double().cpu().view(len(weights), -1).numpy()
     _check_finite(vectors, "pretrain", steps)
-    labels, note = by_kmeans(vectors[to_group(weights)], setting.options.groups, setting.recipe.share.seed)
+    labels, note = by_kmeans(vectors[indices_to_group(weights)], setting.options.groups, setting.recipe.share.seed)
     return Found(mapping_of(weights, labels), f"K = {vectors.shape[1]}, {steps} steps, {note}", steps)
 
 
 def gradients(setting: Setting) -> Found:
-    """Together what agrees, apart what conflicts: clustering by the cosine of layers' gradients on the bank that all read.
+    """Clustering by the cosine of layers' gradients on one bank that all of them read.
 
-    The cosine is taken on each rank in each step, and averaged over both. Source of the measure: Yu et al. 2020, "Gradient
-    surgery for multi-task learning", arXiv 2001.06782, section 2.2, there between tasks.
+    Layers whose gradients agree share a bank; layers whose gradients conflict do not. The cosine is computed on each rank in
+    each step, and averaged over both.
+
+    Source: Yu et al. 2020, "Gradient surgery for multi-task learning", arXiv 2001.06782, section 2.2 (there between tasks).
     """
     run, bank = _aligned_run(setting, steps := method_steps("gradients", setting))
     bank.watcher = cosines = Cosines(bank)
@@ -114,48 +125,51 @@ def gradients(setting: Setting) -> Found:
     matrix = mean.cpu().numpy()
     _check_finite(matrix, "gradients", steps)
     weights = setting.specs.weights
-    grouped = to_group(weights)
+    grouped = indices_to_group(weights)
     labels, note = by_distance(distances_of(matrix[np.ix_(grouped, grouped)]), setting.options.groups)
     return Found(mapping_of(weights, labels), f"{steps} steps, {note}", steps)
 
 
 def distances_of(cosines: np.ndarray) -> np.ndarray:
-    """1 − cosine, symmetric, zero on the diagonal: what clustering asks for, which rounding does not give by itself."""
+    """Distances 1 − cosine, [M, M], made symmetric and zero on the diagonal: clustering needs both, and rounding breaks them."""
     distances = np.clip(1 - (cosines + cosines.T) / 2, 0.0, 2.0)
     np.fill_diagonal(distances, 0.0)
     return distances
 
 
 class Cosines:
-    """A bank's `Watcher`: the mean, over backward passes, of the cosine between what two weights add to its gradient."""
+    """A bank's `Watcher`: cosine between the gradients that two weights add to the bank, averaged over backward passes."""
 
     def __init__(self, bank: Bank):
         size = bank.group.size
-        self.places = torch.arange(0, size, -(-size // SEEN), device=bank.bank.device)
+        self.places = torch.arange(0, size, -(-size // COMPARED_ELEMENTS), device=bank.bank.device)
         self.parts = torch.zeros(len(bank.group.slots), len(self.places), device=bank.bank.device)
         self.before = torch.zeros(len(self.places), device=bank.bank.device)
         self.total = torch.zeros(len(self.parts), len(self.parts), dtype=torch.float64, device=bank.bank.device)
         self.passes = 0
 
     def read(self, index: int) -> None:
-        """Nothing to note."""
+        """Does nothing: a forward does not matter here."""
 
     def begin(self, sums: dict[str, Tensor]) -> None:
+        """Starts a backward pass."""
         self.parts.zero_()
         self.before.zero_()
 
     def grown(self, index: int, sums: dict[str, Tensor]) -> None:
+        """Records the part that weight `index` has added to the bank's gradient."""
         now = sums["bank"][self.places]
         self.parts[index] += now - self.before
         self.before = now
 
     def collect(self, sums: dict[str, Tensor]) -> None:
+        """Adds the cosines of the finished backward pass."""
         unit = torch.nn.functional.normalize(self.parts.double(), dim=1)
         self.total += unit @ unit.T
         self.passes += 1
 
     def mean(self) -> Tensor:
-        """[M, M]."""
+        """Mean cosines, [M, M]."""
         return self.total / max(1, self.passes)
 
 
@@ -164,7 +178,7 @@ def _aligned_run(setting: Setting, steps: int) -> tuple[ShortRun, Bank]:
     assert share.budget is not None
     plan = aligned_plan(specs, resolve_budget(share.budget, specs), setting.options.templates, share.seed)
     run = ShortRun(setting.recipe, setting.world, plan, steps)
-    (bank,) = [module for module in run.model.modules() if isinstance(module, Bank)]
+    (bank,) = banks_of(run.model)
     return run, bank
 
 
@@ -181,10 +195,14 @@ def _check_finite(values: np.ndarray, method: str, steps: int) -> None:
 
 
 def network(setting: Setting) -> Found:
-    """Stages by depth, as many as leave the least communication exposed on the cluster, as `dist_ssn.cost` predicts it.
+    """Stages by depth; their number is the one with the shortest step on the cluster, as `dist_ssn.cost` predicts it.
 
-    A stage's bank is final when the backward of its first layer is done, so late stages travel while early ones compute. Compute
-    is measured here. Of numbers of groups within 2 % of the fastest step the smallest is taken: more banks learn no better.
+    A stage's bank is final when the backward of its first layer is done, so the banks of late stages are sent while early
+    stages compute. Compute is measured on this machine. Among the numbers of stages within 2 % of the fastest step, the
+    smallest is taken, because more banks learn no better.
+
+    Raises:
+        RecipeError: no cluster is given.
     """
     if setting.options.cluster is None:
         raise RecipeError("search: the method network needs a cluster's file or name, as in --cluster=ethernet-1g")
@@ -207,7 +225,7 @@ def _cost(plan: Plan, own: dict[str, int], timeline: Timeline, fabric: Fabric) -
 
 
 def cheapest(costs: dict[int, Exposure]) -> int:
-    """The smallest number of groups whose step takes at most 2 % longer than the fastest."""
+    """Smallest number of groups whose step takes at most 2 % longer than the fastest."""
     fastest = min(cost.step for cost in costs.values())
     return min(count for count, cost in costs.items() if cost.step <= 1.02 * fastest)
 
@@ -223,21 +241,21 @@ def _by_depth(setting: Setting, count: int) -> dict[str, str]:
 
 
 def _named(setting: Setting, mapping: str) -> dict[str, str]:
-    """A mapping of `plan.mapping`, with its groups parted as those of all found ones are."""
+    """A named mapping of `plan.mapping`, with the separations that `mapping_of` makes in every found mapping."""
     weights = setting.specs.weights
     groups = map_weights(weights, mapping, setting.recipe.share.seed)
     label = {weight.name: i for i, group in enumerate(groups.values()) for weight in group}
-    return mapping_of(weights, [label[weights[i].name] for i in to_group(weights)])
+    return mapping_of(weights, [label[weights[i].name] for i in indices_to_group(weights)])
 
 
 def random(setting: Setting) -> Found:
-    """A control: groups of about equal numbers of weights, drawn by share.seed."""
-    count = min(setting.options.groups or _AT_RANDOM, len(setting.specs.weights))
+    """A baseline: groups of about equal numbers of weights, drawn by share.seed."""
+    count = min(setting.options.groups or _RANDOM_GROUPS, len(setting.specs.weights))
     return Found(_named(setting, f"random:{count}"), f"{count} groups drawn by seed {setting.recipe.share.seed}")
 
 
 def manual(setting: Setting) -> Found:
-    """A control: the recipe's own mapping, by hand or by name."""
+    """A baseline: the recipe's own mapping, by hand or by name."""
     plan = setting.plan(setting.recipe.share.mapping)
     return Found({slot.name: group.name for group, slot in plan.slots()}, "the recipe's own mapping")
 
@@ -250,4 +268,4 @@ METHODS: dict[str, Callable[[Setting], Found]] = {
     "random": random,
     "manual": manual,
 }
-"""name → the function from a setting to what it found; `auto` (auto.py) tries several of them."""
+"""Name → method. `auto` (auto.py) tries several of them."""

@@ -1,4 +1,4 @@
-"""A search from a recipe to a plan's file: what is checked before, and what is written and shown after."""
+"""A search from a recipe to a plan's file: the checks before it, and its output."""
 
 from __future__ import annotations
 
@@ -35,9 +35,13 @@ def run(
     options: Mapping[str, Any],
     report: Callable[[Line], None] = lambda _: None,
 ) -> Plan:
-    """Searches as `dist_ssn.search` says.
+    """Does what `dist_ssn.search` documents.
 
     Args:
+        recipe: as there.
+        method: as there.
+        output: as there.
+        options: as there.
         report: called on rank 0 with each trial of auto, and at the end with {"kind": "found", "note": …}.
     """
     chosen = read_options(options)
@@ -49,30 +53,30 @@ def run(
         setting = Setting(recipe, world, specs, chosen)
         if chosen.split == "sensitivity":
             setting = dataclasses.replace(setting, demand=setting.agree(sensitivity(setting)))
-        tell = report if world.rank == 0 else lambda _: None
+        report = report if world.rank == 0 else lambda _: None
         if method == AUTO:
             path = chosen.trials or (None if output is None else Path(output).with_suffix(".trials.jsonl"))
             trials = Trials(
                 path, _key(recipe, chosen.short_steps, chosen.templates, chosen.split), writes=world.rank == 0
             )
             trials.lines = setting.agree(trials.lines)
-            plan, note = auto(setting, trials, tell)
+            plan, note = auto(setting, trials, report)
         else:
             found = METHODS[method](setting)
             plan, note = setting.plan(found.mapping), f"{method}: {found.note}"
-        # Another kind of processor rounds otherwise, so ranks could cluster otherwise: rank 0's plan is everybody's.
+        # Another kind of processor rounds differently, so ranks could cluster differently: all ranks use rank 0's plan.
         plan = Plan.from_json(setting.agree(plan.to_json()))
         if output is not None and world.rank == 0:
             write_whole(Path(output), plan.to_json() + "\n")
-        tell({"kind": "found", "note": note})
+        report({"kind": "found", "note": note})
         return plan
 
 
 def check_search(recipe: Recipe, method: str, output: str | os.PathLike[str] | None) -> None:
-    """What can be said before anything is built.
+    """Checks a search before anything is built.
 
     Raises:
-        UserError: an unknown method, a recipe that is dense or gives what is sought, a folder that does not exist.
+        UserError: an unknown method, a recipe that is dense or that already has a plan or mapping, a folder that does not exist.
     """
     share = recipe.share
     if method not in METHODS and method != AUTO:
@@ -104,11 +108,15 @@ _OF_METHODS: dict[str, tuple[str, ...]] = {
     "max_seconds": (AUTO,),
     "trials": (AUTO,),
 }
-"""option → the methods that it goes with."""
+"""Option → the methods that use it."""
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raises: RecipeError, where an option is given that the method would not look at."""
+    """Checks that the method uses each given option.
+
+    Raises:
+        RecipeError: the method would ignore an option.
+    """
     for name, value in options.items():
         if value is not None and method not in _OF_METHODS[name]:
             raise RecipeError(
@@ -117,7 +125,7 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
 
 
 def _specs(recipe: Recipe) -> Any:
-    """The weights of the recipe's model, as `train` would see them."""
+    """The weights of the recipe's model, as `train` finds them."""
     from dist_ssn.train.data import data_hints
     from dist_ssn.train.models import build_model
 
@@ -127,7 +135,7 @@ def _specs(recipe: Recipe) -> Any:
 
 
 def _key(recipe: Recipe, *options: Any) -> str:
-    """What trials depend on: all of a recipe but how a run is named, kept and tracked."""
+    """Hash of everything that trials depend on: the recipe without the run's name, its output and its trackers."""
     settings = json.loads(recipe.to_json())
     for name in ("name", "output", "wandb", "checkpoint", "engine", "threads"):
         del settings[name]

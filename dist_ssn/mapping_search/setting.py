@@ -1,4 +1,4 @@
-"""What a search starts from: the recipe, the model's weights, and the options."""
+"""The setting of a search: the recipe, the model's weights, and the options."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of a search.
+    """Options of a search.
 
     Args:
-        groups: number of groups; None: chosen by silhouette (random: 4, network: whatever is cheapest)
-        short_steps: of the short run of pretrain (100) and gradients (24); None: those
-        templates: K of pretrain and gradients: how many numbers describe a layer
-        split: the budget between groups in proportion to their "size", or to their weights' "sensitivity" as well
-        cluster: file or name of a cluster (network)
-        max_steps: all steps of an auto search together; None: as many as the recipe's run has
-        max_seconds: instead of max_steps
-        trials: JSON-lines file of what was tried, from which a killed auto search goes on; None: beside the output
+        groups: number of groups; None: chosen by silhouette (random: 4; network: the cheapest number).
+        short_steps: steps of the short run of pretrain and gradients; None: 100 and 24.
+        templates: K of pretrain and gradients: number of coefficients that describe a layer.
+        split: the budget is split between groups in proportion to their "size", or also to their weights' "sensitivity".
+        cluster: file or name of a cluster (network).
+        max_steps: sum of the steps of an auto search; None: as many as the recipe's run has.
+        max_seconds: duration of an auto search, instead of max_steps.
+        trials: JSON-lines file of the trials, from which a killed auto search resumes; None: beside the output.
     """
 
     groups: int | None = None
@@ -48,7 +48,11 @@ LEAST = {"groups": 1, "short_steps": 1, "templates": 2, "max_steps": 1, "max_sec
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
-    """The options, checked. Raises: RecipeError, with what is wrong in one sentence."""
+    """The options, checked.
+
+    Raises:
+        RecipeError: an option is unknown or has an impossible value.
+    """
     known = {field.name for field in dataclasses.fields(Options)}
     for name, value in given.items():
         if name not in known:
@@ -71,7 +75,7 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is given; `go_on`, asked before each step, is False when a budget of seconds is spent."""
+    """Input of a method; it calls `go_on` before each step, and stops when that is False (a budget of seconds is spent)."""
 
     recipe: Recipe
     world: World
@@ -79,10 +83,10 @@ class Setting:
     options: Options
     go_on: Callable[[], bool] = lambda: True
     demand: Mapping[str, float] | None = None
-    """Of each weight, where the budget is split by it."""
+    """Weight name → sensitivity, where the budget is split by it."""
 
     def plan(self, mapping: str | Mapping[str, str], morph: str | None = None) -> Plan:
-        """The plan at the recipe's budget."""
+        """The plan of a mapping at the recipe's budget."""
         share = self.recipe.share
         assert share.budget is not None
         how = {"morph": morph or share.morph, "seed": share.seed, "demand": self.demand}
@@ -99,7 +103,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Found:
-    """What a method found: weight → group, the choices that it made in words, and the training steps that it took."""
+    """Result of a method.
+
+    Args:
+        mapping: weight → group.
+        note: the method's choices in words.
+        steps: training steps that it took.
+    """
 
     mapping: dict[str, str]
     note: str

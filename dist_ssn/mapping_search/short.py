@@ -1,4 +1,4 @@
-"""Short runs: the first steps of `train`, without folder, checkpoints or trackers, and with the schedule squeezed to them."""
+"""Short runs: the first steps of `train`, without folder, checkpoints or trackers, and with a schedule of that length."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dist_ssn.train.optim import build_optimizer, build_schedule
 from dist_ssn.train.recipe.schema import EngineConfig, Recipe, ScheduleConfig, ShareConfig
 
 
-def squeezed(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe for a run of so many steps: warm-up and milestones keep their places in it. DDP trains, whatever the engine."""
+def shortened(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe for a run of `steps` steps: warm-up and milestones keep their relative places, and the engine is DDP."""
     schedule = recipe.schedule
     part = steps / recipe.steps
     milestones = sorted({max(1, round(part * milestone)) for milestone in schedule.milestones})
@@ -32,14 +32,17 @@ def squeezed(recipe: Recipe, steps: int) -> Recipe:
 
 
 class ShortRun:
-    """A model that follows `plan` (None: dense), trained on all ranks by DDP.
+    """A model, trained on all ranks by DDP.
 
     Args:
-        steps: the length of the run that the schedule is made for.
+        recipe: gives model, data, optimizer and schedule.
+        world: this process among the job's.
+        plan: of the shared model; None: dense.
+        steps: length of the schedule.
     """
 
     def __init__(self, recipe: Recipe, world: World, plan: Plan | None, steps: int):
-        self.world, self.recipe = world, squeezed(recipe, steps)
+        self.world, self.recipe = world, shortened(recipe, steps)
         self.task, self.model = build(dataclasses.replace(self.recipe, share=ShareConfig()), world)
         if plan is not None:
             share(self.model, plan=plan)
@@ -52,7 +55,15 @@ class ShortRun:
         self.done = 0
 
     def run(self, steps: int, go_on: Callable[[], bool] = lambda: True) -> bool:
-        """Makes so many steps; False where `go_on`, asked before each, ended it early."""
+        """Makes `steps` steps.
+
+        Args:
+            steps: number of optimizer steps.
+            go_on: called before each step; False ends the run.
+
+        Returns:
+            False if `go_on` ended the run early.
+        """
         for _ in range(steps):
             if not go_on():
                 return False
@@ -60,7 +71,7 @@ class ShortRun:
         return True
 
     def step(self) -> None:
-        """One optimizer step, with the batch and the random numbers that `train` has in it."""
+        """Makes one optimizer step, with the batch and the random numbers of the same step in `train`."""
         state = np.random.SeedSequence((self.recipe.seed, self.done, self.world.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]))
         for micro in range(self.recipe.accumulation):
@@ -79,7 +90,7 @@ class ShortRun:
             return self.task.loss(model(inputs), targets) / recipe.accumulation
 
     def validation_loss(self) -> float:
-        """Nats, the mean over all ranks; infinite where training has diverged."""
+        """Validation loss in nats, the mean over all ranks; infinite if training has diverged."""
         with CommMeter() as meter:
             means = evaluate(self.model, self.task, self.recipe, self.world, meter, self._autocast())
         found = means["validation_loss"]

@@ -15,6 +15,7 @@ class Progress:
     """Shows trials as they end: on a terminal in place, elsewhere as one table at the end.
 
     Args:
+        console: prints the table.
         shown: False: nothing is printed.
     """
 
@@ -25,7 +26,7 @@ class Progress:
         self._live: Live | None = None
 
     def report(self, line: Line) -> None:
-        """Takes a line of a search, and the note at its end; rank 0 alone is given them."""
+        """Adds a line of a search, or the note at its end; only rank 0 calls it."""
         if line["kind"] == "found":
             self.note = line["note"]
             return
@@ -50,7 +51,7 @@ class Progress:
 
 
 def trial_table(lines: list[Line]) -> Table:
-    """One line per trial, in their order; the best of each rung is marked."""
+    """A table with one line per trial, in their order; the best of each rung is marked."""
     table = Table("rung", "mapping", "morph", "banks", "steps", "validation loss", "seconds", title="search")
     losses: dict[int, list[float]] = {}
     for line in lines:

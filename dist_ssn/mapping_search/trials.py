@@ -1,4 +1,4 @@
-"""What a search has tried, as JSON lines: each line is written at once, so a killed search loses at most what was under way."""
+"""Trials of a search, as JSON lines. Each line is written at once, so a killed search loses at most the trial in progress."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ Line = dict[str, Any]
 
 
 class Trials:
-    """The lines of one search (`key`) in a file that may hold those of others; without a file, in memory alone.
+    """The lines of one search, in a file that may hold those of other searches; without a file, in memory only.
 
     Args:
-        path: the file; None: nothing is kept. Only one process writes: the others give `writes=False`.
-        key: what the search depends on; lines of another key are left alone.
+        path: the file; None: nothing is written.
+        key: hash of everything that the search depends on; lines with another key are left alone.
+        writes: False on all processes but one.
 
     Raises:
-        UserError: the file cannot be read or written, or is not of this kind.
+        UserError: the file cannot be read or written, or is not a file of trials.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, key: str, writes: bool = True):
@@ -43,12 +44,12 @@ class Trials:
                 raise UserError(
                     f"search: line {number} of {path} is not a trial: give another file, or remove this one"
                 ) from None
-        if torn:  # a kill came while the last line was being written: that trial is the one that is lost
+        if torn:  # the search was killed while the last line was being written: that trial is lost
             self._write(path, whole + "\n" if whole else "", "w")
         return lines
 
     def find(self, **wanted: Any) -> Line | None:
-        """The first line that has these values."""
+        """The first line with these values; None if there is none."""
         return next((line for line in self.lines if all(line.get(k) == v for k, v in wanted.items())), None)
 
     def add(self, **values: Any) -> Line:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dist_ssn.cost.overlap import Exposure
 from dist_ssn.errors import BudgetError, UserError
 from dist_ssn.mapping_search.aligned import aligned_plan
-from dist_ssn.mapping_search.grouping import by_distance, by_kmeans, by_ward, features, mapping_of, to_group
+from dist_ssn.mapping_search.grouping import by_distance, by_kmeans, by_ward, features, indices_to_group, mapping_of
 from dist_ssn.mapping_search.halving import LEAST_STEPS, Candidate, candidates, rungs_of, schedule, steps_of
 from dist_ssn.mapping_search.methods import cheapest, distances_of
 from dist_ssn.model.specs import LayerSpec, Specs
@@ -58,7 +58,7 @@ def test_layers_that_a_model_has_once_stand_alone() -> None:
     """Under any labels; the groups around them stay as they are."""
     weights = [weight("stem", 0.1), weight("0.up"), weight("0.down"), weight("1.up"), weight("1.down"), weight("head")]
     ups, downs = {"0.up": "group-1", "1.up": "group-1"}, {"0.down": "group-2", "1.down": "group-2"}
-    assert to_group(weights) == [1, 2, 3, 4]
+    assert indices_to_group(weights) == [1, 2, 3, 4]
     assert mapping_of(weights, [0, 1, 0, 1]) == {"stem": "group-0", **ups, **downs, "head": "group-3"}
 
 

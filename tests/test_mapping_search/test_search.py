@@ -23,7 +23,7 @@ from dist_ssn.mapping_search.aligned import aligned_plan
 from dist_ssn.mapping_search.methods import METHODS, Cosines, sensitivity
 from dist_ssn.mapping_search.run import _key, run
 from dist_ssn.mapping_search.setting import Options, Setting
-from dist_ssn.mapping_search.short import ShortRun, squeezed
+from dist_ssn.mapping_search.short import ShortRun, shortened
 from dist_ssn.mapping_search.trials import Trials
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Plan
@@ -131,9 +131,9 @@ def test_a_short_run_is_the_beginning_of_train(more: tuple[str, ...], tmp_path: 
     assert short.validation_loss() == pytest.approx(row["validation_loss"], abs=1e-9)
 
 
-def test_a_schedule_is_squeezed_with_the_run() -> None:
+def test_a_schedule_is_shortened_with_the_run() -> None:
     long = recipe("steps=100", "schedule.warmup=10", "schedule.name=step", "schedule.milestones=[50, 80]")
-    short = squeezed(long, 20)
+    short = shortened(long, 20)
     assert (short.steps, short.schedule.warmup, short.schedule.milestones) == (20, 2, (10, 16))
 
 
