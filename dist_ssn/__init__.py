@@ -8,8 +8,11 @@ model = torch.nn.parallel.DistributedDataParallel(model)             # sends a t
 from dist_ssn.comm.meter import CommMeter
 from dist_ssn.mapping_search import search
 from dist_ssn.plan import Morph, Plan, make_plan
-from dist_ssn.sharing.attach import materialize, share, shared_plan, summary
+from dist_ssn.sharing.attach import share
+from dist_ssn.sharing.bank_set import shared_plan
+from dist_ssn.sharing.materialize import materialize
 from dist_ssn.sharing.optimizer_groups import parameter_groups
+from dist_ssn.sharing.summary import summary
 
 __all__ = [
     "CommMeter",

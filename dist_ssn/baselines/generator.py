@@ -12,7 +12,6 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,14 +19,7 @@ from torch import Tensor, nn
 
 from dist_ssn.errors import PlanError
 from dist_ssn.model.specs import LayerSpec
-from dist_ssn.sharing.autograd import Values
-
-
-@dataclass(frozen=True)
-class Members:
-    """The weights that a generator makes, under the name by which layers ask a bank's group for them."""
-
-    slots: tuple[LayerSpec, ...]
+from dist_ssn.sharing.weight_source import Values
 
 
 class Generator(nn.Module):
@@ -40,16 +32,25 @@ class Generator(nn.Module):
 
     def __init__(self, control: str, weights: Sequence[LayerSpec], seed: int):
         super().__init__()
-        self.control, self.seed, self.group = control, seed, Members(tuple(weights))
+        self.control, self.seed, self.weights = control, seed, tuple(weights)
 
     @abstractmethod
     def make(self, index: int, parameters: Mapping[str, Tensor | None]) -> Tensor:
         """The weight [R, C] from these values of the parameters; differentiable."""
 
     @property
-    def bank(self) -> Tensor:
-        """A parameter that has the device and the dtype of all."""
-        return next(iter(self.parameters()))
+    def device(self) -> torch.device:
+        """Device of all parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of all parameters."""
+        return next(self.parameters()).dtype
+
+    def weight_name(self, index: int) -> str:
+        """Full name of weight `index` in the model."""
+        return self.weights[index].name
 
     def values(self) -> Values:
         """The present parameters, to make a weight again from just these."""
@@ -63,9 +64,9 @@ class Generator(nn.Module):
         values: Values | None = None,
     ) -> Tensor:
         """The weight in its shape, or only its `rows` [m] as [m, C]; arguments as of `Bank.forward`."""
-        weight = self.group.slots[index]
+        weight = self.weights[index]
         parameters = self._parameters if values is None else values.checked(weight.name)
-        with torch.autocast(self.bank.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             made = self.make(index, parameters)
             if weight.zero_row is not None:
                 made = made * (torch.arange(weight.rows, device=made.device) != weight.zero_row).unsqueeze(1)
@@ -87,7 +88,7 @@ class Generator(nn.Module):
 
     def extra_repr(self) -> str:
         numbers = sum(p.numel() for p in self.parameters())
-        return f"{self.control}: {numbers} numbers for {sum(w.numel for w in self.group.slots)}"
+        return f"{self.control}: {numbers} numbers for {sum(w.numel for w in self.weights)}"
 
 
 def draw_for(seed: int, what: str) -> np.random.RandomState:

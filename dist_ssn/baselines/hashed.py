@@ -66,9 +66,9 @@ class Hashed(Generator):
 
     def _prepare(self) -> None:
         """Indices and signs [n] of each weight, on the buckets' device."""
-        device, dtype = self.bank.device, self.bank.dtype
+        device, dtype = self.device, self.dtype
         self._tables = []
-        for i, weight in enumerate(self.group.slots):
+        for i, weight in enumerate(self.weights):
             size = self.get_parameter(f"buckets{self._array_of[i]}").numel()
             draw = draw_for(self.seed, f"hash {weight.name}")
             index = torch.from_numpy(draw.randint(0, size, weight.numel).astype(np.int32)).to(device)
@@ -79,11 +79,11 @@ class Hashed(Generator):
         buckets = parameters[f"buckets{self._array_of[index]}"]
         assert buckets is not None
         place, sign = self._tables[index]
-        return (buckets.view(-1).index_select(0, place) * sign).view(self.group.slots[index].rows, -1)
+        return (buckets.view(-1).index_select(0, place) * sign).view(self.weights[index].rows, -1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Hashed:
-        before = (self.bank.device, self.bank.dtype)
+        before = (self.device, self.dtype)
         super()._apply(fn, recurse)
-        if (self.bank.device, self.bank.dtype) != before:
+        if (self.device, self.dtype) != before:
             self._prepare()
         return self

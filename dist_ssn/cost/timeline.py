@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank import Bank, banks_of
 
 WARM_UP = 3
 PROBE_ELEMENTS = 2**14
@@ -58,7 +58,7 @@ class _Clock:
 @contextmanager
 def _watched(model: nn.Module, times: dict[str, float]) -> Iterator[None]:
     """Fills `times` with the last moment at which each gradient grew, of weights and of the model's own parameters."""
-    banks = [module for module in model.modules() if isinstance(module, Bank)]
+    banks = banks_of(model)
     before = [bank.watcher for bank in banks]
     of_banks = {p for bank in banks for p in bank.parameters(recurse=False)}
     handles = []

@@ -1,24 +1,24 @@
-"""What a training loop needs of an engine, and no more."""
+"""`Engine`: what a training loop needs of an engine, and the parts that all engines share."""
 
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dist_ssn.engines.overlap.delay import Delay, without_delay
+from dist_ssn.engines.overlap.delay import Delay
+from dist_ssn.engines.overlap.exchange import Exchange
+from dist_ssn.engines.whole_state import OptimizerState, load_whole_state, whole_state
 from dist_ssn.errors import UserError
 
-OptimizerState = dict[str, dict[str, Any]]
-"""name of a parameter → the optimizer's tensors and plain numbers for it ("exp_avg": …, "step": …)."""
 
-
-class Engine(Protocol):
+class Engine(ABC):
     """Trains one model on several processes. Made in two stages, since some engines replace parameters::
 
         module = SomeEngine.prepare(share(model, 0.1))                      # in place where it can be
@@ -32,17 +32,30 @@ class Engine(Protocol):
             with engine.accumulating(last):
                 engine.backward(loss_of(engine.model(inputs)) / accumulation, last)
         engine.step()
+
+    An engine of your own subclasses this and adds `accumulating` and `backward`, and options of its own to `__init__`. With
+    one process, every engine works as if there were none.
+
+    Args:
+        model: shared or dense, on its device.
+        optimizer: over the model's parameters, made after `share` and `prepare`.
+        scheduler: stepped with the optimizer.
+        clip_norm: global norm to which `step` clips the gradients; None does not clip.
+        options: options of the engine.
+
+    Raises:
+        UserError: the model has nothing to train, or the optimizer holds parameters of another model.
     """
 
+    replicated: bool = True
+    """Whether every process holds all parameters whole, so that they can be compared."""
     rank: int
     world_size: int
     module: nn.Module
     """The model itself: for evaluation, on all processes together."""
     model: nn.Module
-    """What to call for a forward in training."""
+    """Call this for a forward in training."""
     optimizer: Optimizer
-    replicated: bool
-    """Whether every process holds all parameters whole, so that they can be compared."""
 
     def __init__(
         self,
@@ -53,75 +66,76 @@ class Engine(Protocol):
         clip_norm: float | None = None,
         **options: Any,
     ) -> None:
-        """Each engine has options of its own. With one process, all work as if there were no engine."""
-        ...
+        assert not options, f"options that the engine does not take: {options}"
+        check_optimizer(model, optimizer, clip_norm)
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.world_size = dist.get_world_size() if joined else 1
+        self.module = self.model = model
+        self.optimizer, self.scheduler, self.clip_norm = optimizer, scheduler, clip_norm
+        self._averaged = True
+        """Whether the gradients that exist now are the mean over all processes."""
+        self._exchange: Exchange | None = None
+        """Averages gradients in the engine's place, as its overlap setting says."""
+
+    @property
+    def delay(self) -> Delay | None:
+        """The step that is delayed by one, under overlap "delay"."""
+        return self._exchange if isinstance(self._exchange, Delay) else None
 
     @staticmethod
     def prepare(model: nn.Module) -> nn.Module:
-        """Replaces the parameters by what the engine works on, before the optimizer is made; returns the model."""
-        ...
+        """Replaces the parameters by what the engine works on, before the optimizer is made; returns the model.
 
+        Here nothing is replaced: the engine works on whole parameters.
+        """
+        return model
+
+    @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Put around forward and backward of one micro-batch: nothing is averaged unless it is the step's last."""
-        ...
 
+    @abstractmethod
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Gradients of `loss`, a scalar: this process's mean, divided by the number of micro-batches."""
-        ...
+        """Computes gradients of `loss`, a scalar: this process's mean, divided by the number of micro-batches."""
 
     def step(self) -> Tensor | None:
-        """Clips by the global norm, updates parameters and learning rate, drops the gradients; returns the norm if clipping."""
-        ...
+        """Clips by the global norm, updates parameters and learning rate, drops the gradients.
+
+        Returns:
+            The global norm of the gradients before clipping (a scalar, not copied to the host), None without `clip_norm`.
+
+        Raises:
+            UserError: the last micro-batch was not marked as such, so that the processes would drift apart.
+        """
+        if not self._averaged:
+            raise UserError("step() after accumulating(last=False): the step's last micro-batch needs last=True")
+        norm = None if self.clip_norm is None else self._clip(self.clip_norm)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._exchange is not None:
+            self._exchange.stepped()
+        return norm
+
+    def _clip(self, clip_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], clip_norm)
 
     def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
-        """The whole parameters by name, and the optimizer's state for each; all processes call, rank 0's answer counts."""
-        ...
+        """The whole parameters by name, and the optimizer's state for each; all processes call, rank 0's answer counts.
+
+        Here every process holds everything: nothing is sent.
+        """
+        return whole_state(self.module, self.optimizer, self.delay)
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """The reverse: takes what `gathered` returned, which every process holds whole."""
-        ...
-
-
-def whole_state(
-    model: nn.Module, optimizer: Optimizer, delay: Delay | None = None
-) -> tuple[dict[str, Tensor], OptimizerState]:
-    """What `Engine.gathered` returns where every process holds whole parameters."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    state = {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()}
-    for name, entries in delay.state().items() if delay is not None else ():
-        state.setdefault(name, {}).update(entries)
-    return {name: parameter.detach() for parameter, name in names.items()}, state
-
-
-def load_whole_state(
-    model: nn.Module,
-    optimizer: Optimizer,
-    parameters: dict[str, Tensor],
-    state: OptimizerState,
-    delay: Delay | None = None,
-) -> None:
-    """What `Engine.scatter` does where every process holds whole parameters."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parameters[name])
-    if delay is not None:
-        delay.load(state)
-    by_index = optimizer_state_by_index(model, optimizer, state)
-    optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def optimizer_state_by_index(
-    model: nn.Module, optimizer: Optimizer, state: OptimizerState
-) -> dict[int, dict[str, Any]]:
-    """`state` as `Optimizer.load_state_dict` counts parameters."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    known = without_delay(state)
-    return {index: known[name] for index, name in enumerate(ordered) if name in known}
+        load_whole_state(self.module, self.optimizer, parameters, optimizer, self.delay)
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, clip_norm: float | None) -> None:
-    """What every engine asks of its arguments.
+    """Refuses arguments that no engine can work with.
 
     Raises:
         UserError: there is nothing to train, the optimizer holds parameters of another model, or clip_norm is not above 0.

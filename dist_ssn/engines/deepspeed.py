@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
-from dist_ssn.engines.base import OptimizerState, check_optimizer, load_whole_state, whole_state
+from dist_ssn.engines.base import Engine
 from dist_ssn.engines.overlap.delay import without_delay
-from dist_ssn.engines.world.divergence import check_plans
+from dist_ssn.engines.whole_state import OptimizerState, load_whole_state, whole_state
+from dist_ssn.engines.world.divergence import require_one_plan
 from dist_ssn.errors import UserError
 
 _REFUSED = {
@@ -40,14 +41,15 @@ _REFUSED_ZERO = {
 }
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """Trains a model by `deepspeed.initialize`.
 
     Args:
         config: the user's own configuration, a dict or the path of a JSON file.
         stage: ZeRO's, 0 to 3; 1 where neither this nor the configuration says one.
 
-    Raises: UserError when DeepSpeed is not installed, or what was asked for contradicts itself or would be wrong.
+    Raises:
+        UserError: DeepSpeed is not installed; or an option or the configuration contradicts another or would be wrong.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class DeepSpeedEngine:
         config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         stage: int | None = None,
     ) -> None:
-        check_optimizer(model, optimizer, clip_norm)
+        super().__init__(model, optimizer, scheduler=scheduler, clip_norm=clip_norm)
         settings = settings_of(model, config, stage, clip_norm)
         deepspeed = _deepspeed(next(model.parameters()).device)
         self.stage: int = settings["zero_optimization"]["stage"]
@@ -70,16 +72,9 @@ class DeepSpeedEngine:
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         with purpose("initialization"):
-            check_plans(model)
+            require_one_plan(model)
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-        self.module: nn.Module = model
-        self.model: nn.Module = self._engine
-        self.optimizer, self.scheduler = optimizer, scheduler
-
-    @staticmethod
-    def prepare(model: nn.Module) -> nn.Module:
-        """The model as it is: DeepSpeed takes parameters apart itself."""
-        return model
+        self.model = self._engine
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -91,7 +86,8 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Gradients of `loss`: this process's mean, divided by the number of micro-batches.
 
-        Raises: UserError when a gradient comes in parts at stage 2 or 3, which send it as soon as it first grows.
+        Raises:
+            UserError: a gradient comes in parts at stage 2 or 3, which send it as soon as it first grows.
         """
         try:
             with purpose("gradients"):

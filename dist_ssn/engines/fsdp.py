@@ -16,24 +16,27 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.meter import purpose
-from dist_ssn.engines.base import (
-    OptimizerState,
-    check_optimizer,
-    load_whole_state,
-    optimizer_state_by_index,
-    whole_state,
-)
-from dist_ssn.engines.world.divergence import check_plans
+from dist_ssn.engines.base import Engine
+from dist_ssn.engines.whole_state import OptimizerState, load_whole_state, optimizer_state_by_index, whole_state
+from dist_ssn.engines.world.divergence import require_one_plan
+from dist_ssn.engines.world.join import is_distributed
 from dist_ssn.errors import UserError
 
 
-class FSDPEngine:
+class FSDPEngine(Engine):
     """Trains a model whose parameters `prepare` has sharded.
 
     The banks belong to the root's group: they are gathered before a step's first forward and stay until its last backward,
     however many layers read them and however many micro-batches there are. With one process nothing is sharded.
 
-    Raises: UserError when `prepare` was forgotten, or the optimizer holds parameters of another model.
+    Args:
+        model: see `Engine`; sharded by `prepare`.
+        optimizer: see `Engine`.
+        scheduler: see `Engine`.
+        clip_norm: see `Engine`.
+
+    Raises:
+        UserError: `prepare` was forgotten; or see `Engine`.
     """
 
     replicated = False
@@ -46,16 +49,11 @@ class FSDPEngine:
         scheduler: LRScheduler | None = None,
         clip_norm: float | None = None,
     ) -> None:
-        joined = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if joined else 0
-        self.world_size = dist.get_world_size() if joined else 1
-        if self.world_size > 1 and not isinstance(model, FSDPModule):
+        if is_distributed() and not isinstance(model, FSDPModule):
             raise UserError(
                 "the model is not sharded yet: model = FSDPEngine.prepare(model) comes before the optimizer is made"
             )
-        check_optimizer(model, optimizer, clip_norm)
-        self.module = self.model = model
-        self.optimizer, self.scheduler, self.clip_norm = optimizer, scheduler, clip_norm
+        super().__init__(model, optimizer, scheduler=scheduler, clip_norm=clip_norm)
 
     @staticmethod
     def prepare(
@@ -67,12 +65,13 @@ class FSDPEngine:
             mesh: one dimension to shard over all its processes, two to replicate over the first (HSDP); None: all processes.
             mp_policy: the dtypes of gathered parameters and of the reduction.
 
-        Raises: ShareError on every rank, when the ranks' models follow different plans.
+        Raises:
+            ShareError: on every rank, when the ranks' models follow different plans.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not is_distributed():
             return model
         with purpose("initialization"):
-            check_plans(model)
+            require_one_plan(model)
             for tensor in (*model.parameters(), *model.buffers()):
                 if not isinstance(tensor, DTensor):  # a block that the user has sharded already
                     dist.broadcast(tensor.detach(), src=0)
@@ -93,20 +92,10 @@ class FSDPEngine:
         """Gradients of `loss`: this process's mean, divided by the number of micro-batches."""
         loss.backward()
 
-    def step(self) -> Tensor | None:
-        """Clips by the norm over all processes, updates the parts, drops the gradients; returns the norm if clipping."""
-        norm = None
-        if self.clip_norm is not None:
-            with purpose("gradients"):
-                norm = nn.utils.clip_grad_norm_(
-                    [p for p in self.module.parameters() if p.requires_grad], self.clip_norm
-                )
-                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+    def _clip(self, clip_norm: float) -> Tensor:
+        with purpose("gradients"):  # the norm is over all processes
+            norm = super()._clip(clip_norm)
+            return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
         """Whole parameters and optimizer state on the CPU; one all-gather for each tensor."""

@@ -20,14 +20,13 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dist_ssn.comm.in_flight import waiting
 from dist_ssn.comm.meter import book, purpose
-from dist_ssn.engines.base import OptimizerState, check_optimizer, load_whole_state, whole_state
-from dist_ssn.engines.overlap.delay import Delay
+from dist_ssn.engines.base import Engine
 from dist_ssn.engines.overlap.exchange import make_exchange
-from dist_ssn.engines.world.divergence import check_plans
+from dist_ssn.engines.world.divergence import require_one_plan
 from dist_ssn.engines.world.mpi import load_mpi
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import Overlap, least_alone, parse_overlap
-from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank import banks_of
 
 PIECE_BYTES = 2**30
 """A message is sent in pieces of at most this size: before MPI 4, a count had to be below 2³¹."""
@@ -42,7 +41,7 @@ class _Message:
 
 
 class MPISum:
-    """A flat tensor that is being summed over all processes of `comm`, in pieces; see `exchange.Sum`."""
+    """A flat tensor that is being summed over all processes of `comm`, in pieces; see `overlap.sums.Sum`."""
 
     def __init__(self, mpi: Any, comm: Any, tensor: Tensor, cuda_aware: bool):
         self._mpi, self._size = mpi, comm.size
@@ -67,7 +66,7 @@ class MPISum:
         return self._tensor
 
 
-class MPIEngine:
+class MPIEngine(Engine):
     """Trains a model with one copy per process, started by `mpirun` or by Slurm's `srun --mpi=…`.
 
     Gradients are summed by `Iallreduce`. A message starts when its last gradient is final, in the middle of backward; MPI wants
@@ -78,10 +77,9 @@ class MPIEngine:
         cuda_aware: hand gradients on a CUDA device to MPI as they are; otherwise they go through host memory.
         overlap: how gradients travel while processes compute, see `dist_ssn.plan.overlap`.
 
-    Raises: UserError when mpi4py is not installed, or no MPI has started these processes.
+    Raises:
+        UserError: mpi4py is not installed, or no MPI has started these processes.
     """
-
-    replicated = True
 
     def __init__(
         self,
@@ -93,44 +91,33 @@ class MPIEngine:
         cuda_aware: bool = False,
         overlap: str | Overlap = "none",
     ) -> None:
-        check_optimizer(model, optimizer, clip_norm)
+        super().__init__(model, optimizer, scheduler=scheduler, clip_norm=clip_norm)
         self._mpi = load_mpi()
-        joined = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if joined else 0
-        self.world_size = dist.get_world_size() if joined else 1
         if self._mpi.COMM_WORLD.size != self.world_size:
             raise UserError(
                 f"engine 'mpi': MPI knows {self._mpi.COMM_WORLD.size} processes and torch.distributed {self.world_size}: "
                 "start them by mpirun -n … or srun --mpi=…, not by torchrun"
             )
-        self.module = self.model = model
-        self.optimizer, self.scheduler, self.clip_norm = optimizer, scheduler, clip_norm
         self.cuda_aware = cuda_aware
         self._sends = False  # does the backward now under way end in averaged gradients?
-        self._averaged = True  # are the gradients that exist now the mean over all processes?
         self._started = 0  # messages of this step that are under way, in order
         self._fired: Counter[nn.Parameter] = Counter()  # how often each gradient has grown in this backward
         self._final: Counter[nn.Parameter] | None = None  # how often it grows in all: known after the first step
         self._ends: dict[nn.Parameter, int] = {}  # when it grew last in this backward
-        way = parse_overlap(overlap)
         self._comm = self._mpi.COMM_WORLD.Dup()
         apart = self._mpi.COMM_WORLD.Dup()  # what an exchange sends keeps an order of its own
-        self._exchange = make_exchange(model, way, lambda tensor: self._sum(tensor, apart), self.world_size)
-        self.delay = self._exchange if isinstance(self._exchange, Delay) else None
+        self._exchange = make_exchange(
+            model, parse_overlap(overlap), lambda tensor: self._sum(tensor, apart), self.world_size
+        )
         self._messages = _messages_of(model, self._exchange.parameters if self._exchange is not None else set())
         if self.world_size > 1:
             with purpose("initialization"):
-                check_plans(model)
+                require_one_plan(model)
                 for tensor in (*model.parameters(), *model.buffers()):
                     dist.broadcast(tensor.detach(), src=0)
             for message in self._messages:
                 for parameter in message.parameters:
                     parameter.register_post_accumulate_grad_hook(self._on_gradient)
-
-    @staticmethod
-    def prepare(model: nn.Module) -> nn.Module:
-        """The model as it is: every process keeps whole parameters."""
-        return model
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -151,32 +138,6 @@ class MPIEngine:
         if self._sends:
             self._finish()
         self._averaged = last
-
-    def step(self) -> Tensor | None:
-        """Clips, updates the parameters and the learning rate, drops the gradients; returns the norm if clipping.
-
-        Raises: UserError when the last micro-batch was not marked as such: the processes would drift apart.
-        """
-        if not self._averaged:
-            raise UserError("step() after accumulating(last=False): the step's last micro-batch needs last=True")
-        norm = None
-        if self.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], self.clip_norm)
-        self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self._exchange is not None:
-            self._exchange.stepped()
-        return norm
-
-    def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
-        """Every process holds everything: nothing is sent."""
-        return whole_state(self.module, self.optimizer, self.delay)
-
-    def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
-        """Every process takes everything."""
-        load_whole_state(self.module, self.optimizer, parameters, optimizer, self.delay)
 
     def _on_gradient(self, parameter: Tensor) -> None:
         """A gradient has grown: start every message that is complete, and whose predecessors have started."""
@@ -240,7 +201,7 @@ class MPIEngine:
 def _messages_of(model: nn.Module, apart: set[nn.Parameter]) -> list[_Message]:
     """One message per bank that is worth one, and one of everything else, but for parameters that are averaged `apart`."""
     trained = [p for p in model.parameters() if p.requires_grad and p not in apart]
-    of_bank = {module.bank for module in model.modules() if isinstance(module, Bank)}
+    of_bank = {bank.bank for bank in banks_of(model)}
     least = least_alone([bank.nbytes for bank in of_bank])
     banks = [p for p in trained if p in of_bank and p.nbytes >= least]
     rest = [p for p in trained if p not in of_bank or p.nbytes < least]

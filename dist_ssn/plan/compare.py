@@ -31,7 +31,7 @@ def plan_difference(mine: Plan, other: Plan) -> str | None:
     return f"budget or seed differ ({other.budget}, {other.seed}; the model has {mine.budget}, {mine.seed})"
 
 
-def check_plan(plan: Plan, specs: Specs) -> None:
+def require_plan_fits(plan: Plan, specs: Specs) -> None:
     """Refuses a plan that is not of the model with these specs.
 
     Raises:

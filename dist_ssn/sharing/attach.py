@@ -1,30 +1,28 @@
-"""`share` attaches a plan to a model, in place; `materialize` gives the dense model back."""
+"""`share`: attaches a plan to a model, in place."""
 
 from __future__ import annotations
 
-import copy
 import gc
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from dist_ssn.errors import PlanError, ShareError
 from dist_ssn.model.selectors import Selector
 from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan import Morph, Plan, make_plan
 from dist_ssn.plan.budget import Budget
-from dist_ssn.plan.compare import check_plan, plan_difference
+from dist_ssn.plan.compare import require_plan_fits
 from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet
 from dist_ssn.sharing.initial_values import initialize
-from dist_ssn.sharing.layers import share_layer, unshare_layer
+from dist_ssn.sharing.layers import share_layer
 
-_ATTRIBUTE = "dist_ssn"
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -73,48 +71,11 @@ def share(
                 f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model"
             )
         specs = find_specs(model, include=names)
-        check_plan(plan, specs)
+        require_plan_fits(plan, specs)
     check_order(model, specs)
     _warn_of_seeds(specs)
     _attach(model, plan, specs)
     return model
-
-
-class BankSet(nn.Module):
-    """All banks of a model, and the plan that they follow. Passes its input on, should a container call it."""
-
-    def __init__(self, plan: Plan, left_out: tuple[tuple[str, str], ...], device: torch.device, dtype: torch.dtype):
-        super().__init__()
-        self.plan, self.left_out = plan, left_out
-        for group in plan.groups:
-            if hasattr(self, group.name):
-                raise PlanError(f"group name {group.name!r} is taken by torch.nn.Module: choose another")
-            self.add_module(group.name, Bank(group, plan.seed, device, dtype))
-
-    def banks(self) -> Iterator[Bank]:
-        for group in self.plan.groups:
-            yield self.get_submodule(group.name)  # type: ignore[misc]
-
-    def forward(self, input: Any = None) -> Any:
-        return input
-
-    def get_extra_state(self) -> Tensor:
-        """The plan as bytes, so that a state dict says which plan it belongs to."""
-        return torch.frombuffer(bytearray(self.plan.to_json(indent=None).encode()), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuses a state dict of another plan.
-
-        Raises:
-            PlanError: says what the first difference is.
-        """
-        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
-            raise PlanError("the state dict holds no plan where one belongs: it was not written by dist_ssn")
-        difference = plan_difference(self.plan, Plan.from_json(bytes(state.cpu().tolist()).decode(errors="replace")))
-        if difference:
-            raise PlanError(
-                f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)"
-            )
 
 
 def check_order(model: nn.Module, specs: Specs) -> None:
@@ -174,7 +135,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
-    install(model, _ATTRIBUTE, banks, slots)
+    install(model, ATTRIBUTE, banks, slots)
 
 
 def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[str, dict[str, Any]]) -> None:
@@ -203,83 +164,3 @@ def owner_of(model: nn.Module, first: str) -> nn.Module:
     while path and isinstance(model.get_submodule(path), _CONTAINERS):
         path = path.rpartition(".")[0]
     return model.get_submodule(path)
-
-
-def _bank_sets(model: nn.Module) -> list[BankSet]:
-    return [module for module in model.modules() if isinstance(module, BankSet)]
-
-
-def shared_plan(model: nn.Module) -> Plan | None:
-    """The plan of a shared model (wrapped or not), None for a dense one.
-
-    Raises:
-        ShareError: several parts of the model were shared apart: ask each part.
-    """
-    sets = _bank_sets(model)
-    if len(sets) > 1:
-        raise ShareError(
-            f"{type(model).__name__} has {len(sets)} parts that were shared apart: ask each part for its plan"
-        )
-    return sets[0].plan if sets else None
-
-
-def materialize(model: nn.Module) -> nn.Module:
-    """An ordinary dense copy of a shared model: base classes, stored weights, ties as they were, no trace of a bank.
-
-    Raises:
-        ShareError: the model is not shared.
-    """
-    if not _bank_sets(model):
-        raise ShareError(f"{type(model).__name__} is not shared: there is nothing to materialize")
-    dense = copy.deepcopy(model)
-    made: dict[tuple[int, int], nn.Parameter] = {}
-    for module in list(dense.modules()):
-        slots: dict[str, tuple[Bank, int]] = module.__dict__.get("_dist_ssn_slots", {})
-        for bank, index in slots.values():
-            if (id(bank), index) not in made:
-                with torch.no_grad():
-                    made[id(bank), index] = nn.Parameter(bank(index).clone())
-        if slots:
-            unshare_layer(module, {name: made[id(bank), index] for name, (bank, index) in slots.items()})
-    for module in list(dense.modules()):
-        if isinstance(module._modules.get(_ATTRIBUTE), BankSet):
-            del module._modules[_ATTRIBUTE]
-    return dense
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Numbers of a model: trainable ones in all, those that stand for no weight, and the plans of what is shared."""
-
-    parameters: int
-    own_parameters: int
-    plans: tuple[Plan, ...]
-    left_out: tuple[tuple[str, str], ...] = ()
-    """Names of parameters of two or more dimensions that are stored as ever, each with the reason."""
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan of a model that was shared as a whole."""
-        return self.plans[0] if len(self.plans) == 1 else None
-
-    def __str__(self) -> str:
-        if not self.plans:
-            return f"dense model, {self.parameters:,} trainable parameters"
-        plans = ", and ".join(map(str, self.plans))
-        text = f"{self.parameters:,} trainable parameters: {plans}, and {self.own_parameters:,} of the model's own"
-        return f"{text}; left as they are: {left_out_text(self.left_out)}" if self.left_out else text
-
-
-def summary(model: nn.Module) -> Summary:
-    """Counts the trainable numbers of a model, shared or dense."""
-    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    sets = _bank_sets(model)
-    shared = sum(p.numel() for banks in sets for p in banks.parameters() if p.requires_grad)
-    left_out = tuple(entry for banks in sets for entry in banks.left_out)
-    return Summary(total, total - shared, tuple(banks.plan for banks in sets), left_out)
-
-
-def left_out_text(left_out: Sequence[tuple[str, str]], most: int = 8) -> str:
-    """What is not shared, with the reasons, as one line."""
-    more = f", and {len(left_out) - most} more" if len(left_out) > most else ""
-    return ", ".join(f"{name} ({reason})" for name, reason in left_out[:most]) + more

@@ -10,43 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dist_ssn.sharing.weight_source import WeightSource
 from dist_ssn.torch_private import graph_task_id
-
-if TYPE_CHECKING:
-    from dist_ssn.sharing.bank import Bank
-
-
-class Values(NamedTuple):
-    """The parameters that a weight was read from, and how often each had been written to by then.
-
-    They travel with the read, so that its backward sees the same tensors (`functional_call` swaps them), and the same
-    numbers or an error.
-    """
-
-    tensors: Mapping[str, Tensor | None]
-    versions: tuple[int, ...]
-
-    @staticmethod
-    def of(parameters: Mapping[str, Tensor | None]) -> Values:
-        return Values(dict(parameters), _versions(parameters))
-
-    def checked(self, weight: str) -> Mapping[str, Tensor | None]:
-        """The tensors.
-
-        Raises:
-            RuntimeError: one of them was written to after the read.
-        """
-        if _versions(self.tensors) != self.versions:
-            raise RuntimeError(
-                f"the bank of {weight} was modified in place between forward and backward, by an optimizer step perhaps: "
-                "its gradient would be wrong; call backward() first"
-            )
-        return self.tensors
 
 
 class Watcher(Protocol):
@@ -69,8 +39,30 @@ class Watcher(Protocol):
         ...
 
 
-def _versions(parameters: Mapping[str, Tensor | None]) -> tuple[int, ...]:
-    return tuple(p._version for p in parameters.values() if p is not None and not p.is_inference())
+class DifferentiableSource(WeightSource, Protocol):
+    """A source whose weights and gradients are computed by hand, without a graph of their own."""
+
+    watcher: Watcher | None
+    """Follows the growth of the gradient."""
+    anchored: Anchored | None
+    """The anchor of the present forward."""
+
+    def fast(
+        self, index: int, rows: Tensor | None, dtype: torch.dtype | None, values: Mapping[str, Tensor | None]
+    ) -> Tensor:
+        """The weight, without a graph."""
+        ...
+
+    def pull_back(
+        self,
+        gradient: Tensor,
+        index: int,
+        rows: Tensor | None,
+        values: Mapping[str, Tensor | None],
+        sums: dict[str, Tensor],
+    ) -> None:
+        """Adds to `sums`, by parameter, what the weight's `gradient` is for them."""
+        ...
 
 
 class Sums:
@@ -80,8 +72,8 @@ class Sums:
     died with an exception must leave nothing behind for the next.
     """
 
-    def __init__(self, bank: Bank, parameters: tuple[tuple[str, Tensor], ...]):
-        self.bank = weakref.ref(bank)
+    def __init__(self, source: DifferentiableSource, parameters: tuple[tuple[str, Tensor], ...]):
+        self.source = weakref.ref(source)
         self.parameters = parameters
         self.passes: dict[int, dict[str, Tensor]] = {}
 
@@ -94,24 +86,24 @@ class Sums:
         return self.passes[number]
 
     def watcher(self) -> Watcher | None:
-        bank = self.bank()
-        return None if bank is None else bank.watcher
+        source = self.source()
+        return None if source is None else source.watcher
 
     def collect(self) -> tuple[Tensor | None, ...]:
         sums = self.passes.pop(graph_task_id(), {})
         if (watcher := self.watcher()) is not None:
             watcher.collect(sums)
-        bank = self.bank()
-        if bank is not None and bank.anchored is not None and bank.anchored.sums is self:
-            bank.anchored = None
+        source = self.source()
+        if source is not None and source.anchored is not None and source.anchored.sums is self:
+            source.anchored = None
         return tuple(sums.get(name) for name, _ in self.parameters)
 
 
 class Anchored:
     """An anchor, and what belongs to it."""
 
-    def __init__(self, bank: Bank, parameters: tuple[tuple[str, Tensor], ...]):
-        self.sums = Sums(bank, parameters)
+    def __init__(self, source: DifferentiableSource, parameters: tuple[tuple[str, Tensor], ...]):
+        self.sums = Sums(source, parameters)
         with torch.inference_mode(False):
             self.tensor: Tensor = _Anchor.apply(self.sums, *(p for _, p in parameters))  # type: ignore[assignment]
 
@@ -140,19 +132,25 @@ class Generate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, anchor: Tensor, sums: Sums, bank: Bank, index: int, rows: Tensor | None, dtype: torch.dtype | None
+        ctx: Any,
+        anchor: Tensor,
+        sums: Sums,
+        source: DifferentiableSource,
+        index: int,
+        rows: Tensor | None,
+        dtype: torch.dtype | None,
     ) -> Tensor:
-        ctx.sums, ctx.bank, ctx.index, ctx.values = sums, bank, index, bank.values()
+        ctx.sums, ctx.source, ctx.index, ctx.values = sums, source, index, source.values()
         ctx.save_for_backward(rows)
-        return bank.fast(index, rows, dtype, ctx.values.tensors)
+        return source.fast(index, rows, dtype, ctx.values.tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        values = ctx.values.checked(ctx.bank.group.slots[ctx.index].name)
+        values = ctx.values.checked(ctx.source.weight_name(ctx.index))
         sums = ctx.sums.here()
-        ctx.bank.pull_back(gradient, ctx.index, rows, values, sums)
-        if ctx.bank.watcher is not None:
-            ctx.bank.watcher.grown(ctx.index, sums)
+        ctx.source.pull_back(gradient, ctx.index, rows, values, sums)
+        if ctx.source.watcher is not None:
+            ctx.source.watcher.grown(ctx.index, sums)
         return gradient.new_empty(0, dtype=values["bank"].dtype), None, None, None, None, None

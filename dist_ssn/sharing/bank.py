@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from dist_ssn.errors import ShareError
 from dist_ssn.plan.rules import EMBEDDING_SIZE
 from dist_ssn.plan.slots import Group
-from dist_ssn.sharing.autograd import Anchored, Generate, Values, Watcher
+from dist_ssn.sharing.autograd import Anchored, Generate, Watcher
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from dist_ssn.sharing.signed_path import fast_path
+from dist_ssn.sharing.weight_source import Values
 from dist_ssn.torch_private import graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
@@ -57,18 +58,18 @@ class Bank(nn.Module):
         self.group, self.seed = group, seed
         self.pure = False
         """Whether weights are made by the pure path always."""
-        sizes = {"bank": group.size, "projections": group.projection_numbers}
+        sizes = dict.fromkeys(PARAMETERS, 0) | {"bank": group.size, "projections": group.projection_numbers}
         self._ranges: list[dict[str, tuple[int, int]]] = []
         for slot in group.slots:
-            self._ranges.append({name: (sizes.get(name, 0), getattr(slot, name)) for name in _OWN})
+            self._ranges.append({name: (sizes[name], getattr(slot, name)) for name in _OWN})
             for name in _OWN:
-                sizes[name] = sizes.get(name, 0) + getattr(slot, name)
+                sizes[name] += getattr(slot, name)
         for name in PARAMETERS:
             values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
         self.register_buffer("thresholds", None)
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
-        self._fused = [fast_path(slot, seed, group.size) for slot in group.slots]
+        self._fast_paths = [fast_path(slot, seed, group.size) for slot in group.slots]
         self.watcher: Watcher | None = None
         self.anchored: Anchored | None = None
         self._warned = False  # of ZeRO-3, which would take it away after each use
@@ -77,6 +78,20 @@ class Bank(nn.Module):
     def _prepare(self) -> None:
         for slot in self.group.slots:
             prepare(slot, self.seed, self.bank)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters, and so of the weights."""
+        return self.bank.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the parameters, and so of the weights outside of autocast."""
+        return self.bank.dtype
+
+    def weight_name(self, index: int) -> str:
+        """Full name of the weight of slot `index` in the model."""
+        return self.group.slots[index].name
 
     def values(self) -> Values:
         """The present parameters, to make a weight again from just these."""
@@ -96,10 +111,10 @@ class Bank(nn.Module):
             values: make it, without a graph, from what an earlier read was made from.
         """
         if values is not None:
-            return self.fast(index, rows, dtype, values.checked(self.group.slots[index].name))
+            return self.fast(index, rows, dtype, values.checked(self.weight_name(index)))
         if hasattr(self.bank, "device_mesh"):
             raise ShareError(
-                f"the bank of {self.group.slots[index].name} is in parts here, by FSDP2: give it to the root's group, "
+                f"the bank of {self.weight_name(index)} is in parts here, by FSDP2: give it to the root's group, "
                 "fully_shard(model, reshard_after_forward=False), and make the root a module of your own if it is an nn.Sequential"
             )
         if self.pure or is_tracing():
@@ -116,7 +131,7 @@ class Bank(nn.Module):
         self, index: int, rows: Tensor | None, dtype: torch.dtype | None, values: Mapping[str, Tensor | None]
     ) -> Tensor:
         """A weight without a graph, with as few passes over its numbers as its morph allows."""
-        path, bank = self._fused[index], values["bank"]
+        path, bank = self._fast_paths[index], values["bank"]
         assert bank is not None
         if rows is not None or path is None:
             return self._make(index, rows, values, dtype)
@@ -209,7 +224,7 @@ class Bank(nn.Module):
         if self.thresholds is not None:
             gradient = gradient * (self.fast(index, rows, None, values) != 0)
         with _exact(bank.device.type):
-            path = self._fused[index]
+            path = self._fast_paths[index]
             if rows is None and path is not None:
                 mine = {name: self.own(sums[name], index, name) for name in own if name in sums and own[name].numel()}
                 path.pull_back(gradient.to(bank.dtype), bank, own, sums.get("bank"), mine)
@@ -284,6 +299,11 @@ class Bank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.group.size} numbers for {self.group.numel} in {len(self.group.slots)} weights"
+
+
+def banks_of(model: nn.Module) -> list[Bank]:
+    """All banks of a model, in the order of its modules; none for a dense model."""
+    return [module for module in model.modules() if isinstance(module, Bank)]
 
 
 def _exact(device: str) -> AbstractContextManager[object]:

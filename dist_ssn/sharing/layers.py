@@ -3,7 +3,7 @@
 `isinstance(layer, nn.Linear)` stays true, and the class's own `forward` runs. Around it:
 
 - a weight is generated once per forward, however often it is read;
-- whatever saves it for backward keeps a recipe instead and has it generated again, so that no copy of the model's weights is
+- whatever saves it for backward keeps a origin instead and has it generated again, so that no copy of the model's weights is
   alive between forward and backward;
 - under autocast it is made in the lower precision at once, where the operation would cast it anyhow.
 """
@@ -19,19 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssn.errors import ShareError
-from dist_ssn.sharing.autograd import Values
-from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.read_only import guarded, no_write
+from dist_ssn.sharing.weight_source import Values, WeightSource
 from dist_ssn.torch_private import Hooks, assert_soon, is_tracing, saved_tensor_hooks
 
 _CAST = (nn.Linear, nn.modules.conv._ConvNd)
 _state = threading.local()
 
 
-class _Recipe(NamedTuple):
-    """What is kept for backward instead of a generated weight."""
+class _Origin(NamedTuple):
+    """What is kept for backward instead of a generated weight: its source, its number there, and the values it was made from."""
 
-    bank: Bank
+    source: WeightSource
     index: int
     dtype: torch.dtype | None
     values: Values
@@ -40,15 +39,15 @@ class _Recipe(NamedTuple):
 class _Packed(NamedTuple):
     """A view of a generated weight, to be made again."""
 
-    recipe: _Recipe
+    origin: _Origin
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def make(self) -> Tensor:
         with torch.no_grad():
-            bank, index, dtype, values = self.recipe
-            weight = bank(index, dtype=dtype, values=values)
+            source, index, dtype, values = self.origin
+            weight = source(index, dtype=dtype, values=values)
             return weight.as_strided(self.shape, self.stride, self.offset)
 
 
@@ -58,14 +57,14 @@ class _Scope:
     def __init__(self, layer: nn.Module):
         self.layer = layer
         self.weights: dict[tuple[int, int, bool, torch.dtype | None], Tensor] = {}
-        self.recipes: dict[int, _Recipe] = {}
+        self.origins: dict[int, _Origin] = {}
 
-    def read(self, bank: Bank, index: int) -> Tensor:
-        dtype = _autocast_dtype(self.layer, bank)
-        key = (id(bank), index, torch.is_grad_enabled(), dtype)
+    def read(self, source: WeightSource, index: int) -> Tensor:
+        dtype = _autocast_dtype(self.layer, source)
+        key = (id(source), index, torch.is_grad_enabled(), dtype)
         if key not in self.weights:
-            weight = self.weights[key] = bank(index, dtype=dtype)
-            self.recipes[weight.untyped_storage().data_ptr()] = _Recipe(bank, index, dtype, bank.values())
+            weight = self.weights[key] = source(index, dtype=dtype)
+            self.origins[weight.untyped_storage().data_ptr()] = _Origin(source, index, dtype, source.values())
         return self.weights[key]
 
     def __enter__(self) -> _Scope:
@@ -73,7 +72,7 @@ class _Scope:
         _state.scope = self
         # Only the innermost pair of hooks is called, so those around us (an activation checkpoint's, say) are called by us.
         around = saved_tensor_hooks()
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(*_hooks(self.recipes, around))
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(*_hooks(self.origins, around))
         self.hooks.__enter__()
         return self
 
@@ -84,13 +83,13 @@ class _Scope:
 
 
 def _hooks(
-    recipes: dict[int, _Recipe], around: Hooks | None
+    origins: dict[int, _Origin], around: Hooks | None
 ) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
     def pack(tensor: Tensor) -> Any:
         plain = tensor.layout is torch.strided and tensor.numel()  # sparse tensors have no storage to ask for
-        recipe = recipes.get(tensor.untyped_storage().data_ptr()) if plain else None
-        if recipe is not None:
-            return _Packed(recipe, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        origin = origins.get(tensor.untyped_storage().data_ptr()) if plain else None
+        if origin is not None:
+            return _Packed(origin, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         if around is not None:
             return around[0](tensor)
         # Trap: an operation's own output, kept as it is, would make a cycle through its node that is never collected.
@@ -112,11 +111,11 @@ def _hooks(
     return pack, unpack
 
 
-def _autocast_dtype(layer: nn.Module, bank: Bank) -> torch.dtype | None:
-    """The dtype that the layer's operation would cast its weight to right now, None for the bank's own."""
+def _autocast_dtype(layer: nn.Module, source: WeightSource) -> torch.dtype | None:
+    """The dtype that the layer's operation would cast its weight to right now, None for the source's own."""
     lowered = isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
-    device = bank.bank.device.type
-    if not lowered or bank.bank.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    device = source.device.type
+    if not lowered or source.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
@@ -220,14 +219,14 @@ class _SharedEmbedding(SharedLayer):
         few = input.numel() * _ROW_COST < layer.num_embeddings and not layer.scale_grad_by_freq
         if not few or is_tracing():
             return super().forward(input)
-        bank, index = layer.__dict__["_dist_ssn_slots"]["weight"]
+        source, index = layer.__dict__["_dist_ssn_slots"]["weight"]
         rows = input.reshape(-1).long()
         inside = ((rows >= 0) & (rows < layer.num_embeddings)).all()
         if rows.device.type != "cpu":
             assert_soon(inside, "index out of range in embedding")
         elif not inside:
             raise IndexError("index out of range in self")
-        return bank(index, rows).view(*input.shape, layer.embedding_dim)
+        return source(index, rows).view(*input.shape, layer.embedding_dim)
 
 
 @functools.cache
@@ -252,16 +251,16 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
 def _weight_property(name: str) -> property:
     def read(layer: nn.Module) -> Tensor:
-        bank, index = layer.__dict__["_dist_ssn_slots"][name]
+        source, index = layer.__dict__["_dist_ssn_slots"][name]
         if layer._parameters.get(name) is not None:  # put there behind our back, by functional_call say
-            raise ShareError(no_write(bank.group.slots[index].name))
+            raise ShareError(no_write(source.weight_name(index)))
         try:
             if is_tracing():
-                return bank(index)
+                return source(index)
             scope: _Scope | None = getattr(_state, "scope", None)
             if scope is not None:
-                return scope.read(bank, index)
-            return guarded(bank(index), bank.group.slots[index].name)
+                return scope.read(source, index)
+            return guarded(source(index), source.weight_name(index))
         except AttributeError as error:  # which nn.Module.__getattr__ would turn into "no attribute 'weight'"
             raise RuntimeError(f"generating {name} failed: {error}") from error
 
@@ -273,7 +272,7 @@ def _new_layer(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def share_layer(layer: nn.Module, slots: dict[str, tuple[Bank, int]]) -> None:
+def share_layer(layer: nn.Module, slots: dict[str, tuple[WeightSource, int]]) -> None:
     """Makes `layer` generate the parameters named in `slots`, in place.
 
     The banks are not registered as its submodules: they belong to the model's root.

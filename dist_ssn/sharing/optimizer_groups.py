@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from dist_ssn.errors import UserError
-from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank import banks_of
 
 _EXPONENT = 3 / 8
 """How the rate under Adam grows with the number of uses (measured: docs/results/quality.md)."""
@@ -33,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01, lr: float | N
         raise UserError(f"weight_decay must be 0 or more, got {weight_decay!r}")
     if lr is not None and not 0 < lr < math.inf:
         raise UserError(f"lr must be a number above 0, or None to leave rates to the optimizer, got {lr!r}")
-    banks = [module for module in model.modules() if isinstance(module, Bank)]
+    banks = banks_of(model)
     of_bank = {id(p): bank for bank in banks for p in bank.parameters(recurse=False)}
     decayed = {id(p) for bank in banks for p in (bank.bank, bank.differences)}
     numel, size = (sum(getattr(bank.group, name) for bank in banks) for name in ("numel", "size"))

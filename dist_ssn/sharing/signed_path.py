@@ -23,13 +23,13 @@ from dist_ssn.plan.slots import Slot
 from dist_ssn.sharing.morphs import sign_start, sign_table, split_difference, split_gains
 
 
-def fast_path(slot: Slot, seed: int, bank: int) -> Fused | None:
+def fast_path(slot: Slot, seed: int, bank: int) -> SignedPath | None:
     """The fast path of a weight read from a bank of `bank` numbers, if it has one: whole chunks of the morph "offset"."""
     fits = slot.morph == "offset" and slot.numel % slot.chunk == 0 and slot.zero_row is None
-    return Fused(slot, seed, bank) if fits else None
+    return SignedPath(slot, seed, bank) if fits else None
 
 
-class Fused:
+class SignedPath:
     """One weight's fast path: made once, so that a step finds everything worked out that does not change."""
 
     def __init__(self, slot: Slot, seed: int, bank: int):

@@ -27,7 +27,7 @@ from dist_ssn.comm import CommMeter
 from dist_ssn.engines import Engine, World, check_equal, engine_class, init_world
 from dist_ssn.engines.world.heartbeat import Watch
 from dist_ssn.errors import Preempted, UserError
-from dist_ssn.sharing.attach import shared_plan
+from dist_ssn.sharing.bank_set import shared_plan
 from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside, write_whole
 from dist_ssn.train.build import build
 from dist_ssn.train.checkpoint.saver import Saver, last_checkpoint

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssn.model.specs import find_specs
-from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank import banks_of
 from dist_ssn.train.recipe.schema import PruneConfig, ShareConfig
 
 
@@ -35,7 +35,7 @@ def sparsity(config: PruneConfig, step: int, steps: int) -> float:
 def with_thresholds(model: nn.Module, config: PruneConfig) -> nn.Module:
     """Gives a shared model's banks a threshold for each weight where its weights are pruned; so a checkpoint has them."""
     if config.final and config.what == "weights":
-        for bank in _banks(model):
+        for bank in banks_of(model):
             bank.register_buffer("thresholds", torch.zeros(len(bank.group.slots), device=bank.bank.device))
     return model
 
@@ -50,7 +50,7 @@ class Pruner:
 
     def __init__(self, config: PruneConfig, share: ShareConfig, model: nn.Module, step: int, steps: int) -> None:
         self._config, self._steps = config, steps
-        self._banks = _banks(model)
+        self._banks = banks_of(model)
         self._thresholds = config.what == "weights" and bool(self._banks)
         self._held: list[tuple[nn.Parameter, float]] = []  # what is held at zero itself, and its unit
         if config.what == "bank":
@@ -101,10 +101,6 @@ class Pruner:
             made = [parameter for parameter, _ in self._held]
         kept = sum(int(numbers.count_nonzero()) for numbers in made)
         return {"what": self._config.what, "numbers": sum(numbers.numel() for numbers in made), "kept": kept}
-
-
-def _banks(model: nn.Module) -> list[Bank]:
-    return [module for module in model.modules() if isinstance(module, Bank)]
 
 
 def _smallest(sizes: Tensor, part: float) -> Tensor:

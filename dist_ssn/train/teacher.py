@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dist_ssn.errors import UserError
 from dist_ssn.files import read_text
-from dist_ssn.sharing.attach import shared_plan
+from dist_ssn.sharing.bank_set import shared_plan
 from dist_ssn.train.build import share_as
 from dist_ssn.train.checkpoint.store import load_model
 from dist_ssn.train.data import Task, logits_of

@@ -83,7 +83,7 @@ def test_gradients_are_those_of_plain_autograd(name: str) -> None:
     model = control(made("gpt").double(), name, 0.15)
     generator = generator_of(model)
     dense = made("gpt").double()
-    weights = {w.name: generator(i) for i, w in enumerate(generator.group.slots)}
+    weights = {w.name: generator(i) for i, w in enumerate(generator.weights)}
     own = {n: p for n, p in model.named_parameters() if "dist_ssn_control" not in n}
     tokens = torch.randint(0, 256, (2, 16))
 
@@ -126,7 +126,7 @@ def test_lowrank_has_low_rank() -> None:
     model = control(made("gpt"), "lowrank", 0.2)
     generator = generator_of(model)
     assert isinstance(generator, Matrices)
-    for index, weight in enumerate(generator.group.slots):
+    for index, weight in enumerate(generator.weights):
         rank = generator.matrices[index].rank
         assert rank is not None
         assert torch.linalg.matrix_rank(generator(index).double(), rtol=1e-5) == rank, weight.name
@@ -144,7 +144,7 @@ def test_hashed_numbers_are_signed_buckets_of_their_own_array() -> None:
     model = control(made("wide_resnet"), "hashed", 0.1)
     generator = generator_of(model)
     assert isinstance(generator, Hashed)
-    for index, weight in enumerate(generator.group.slots):
+    for index, weight in enumerate(generator.weights):
         buckets = generator.get_parameter(f"buckets{index}")
         known = {round(value, 6) for value in buckets.abs().flatten().tolist()}
         found = {round(value, 6) for value in generator(index).abs().flatten().tolist()}

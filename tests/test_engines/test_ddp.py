@@ -14,10 +14,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from dist_ssn import share
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import DDPEngine, init_world
-from dist_ssn.engines.ddp import bucket_limit
+from dist_ssn.engines.ddp import _bucket_limit
 from dist_ssn.errors import UserError
+from dist_ssn.plan import Group
+from dist_ssn.plan.overlap import bucket_bytes
+from dist_ssn.sharing.bank import Bank
 from testing.ranks import RanksFailed, run_ranks
 
 distributed = pytest.mark.distributed
@@ -123,9 +127,10 @@ class Banks(nn.Module):
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.dist_ssn = nn.ModuleDict({f"group{i}": nn.Module() for i in range(len(sizes))})
-        for group, size in zip(self.dist_ssn.values(), sizes, strict=True):
-            group.bank = nn.Parameter(torch.full((size,), 0.01))
+        groups = [Group(f"group{i}", size, 0.01, slots=()) for i, size in enumerate(sizes)]
+        self.dist_ssn = nn.ModuleDict({group.name: Bank(group, seed=0) for group in groups})
+        for parameter in self.dist_ssn.parameters():
+            nn.init.constant_(parameter, 0.01)
         self.own = nn.ModuleList(nn.LayerNorm(16) for _ in range(10))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -171,20 +176,23 @@ def test_buckets() -> None:
 
 
 def test_bucket_choice() -> None:
-    def named(**sizes: int) -> list[tuple[str, nn.Parameter]]:
-        names = {"own": "norm.weight", "a": "dist_ssn.a.bank", "b": "inner.dist_ssn.b.bank"}
-        return [(names[key], nn.Parameter(torch.empty(size, device="meta"))) for key, size in sizes.items()]
+    mib = 2**20
+    assert bucket_bytes([], own=50 * mib) is None
+    assert bucket_bytes([400], own=400) == 800
+    assert bucket_bytes([100 * mib], own=mib) == 101 * mib
+    assert bucket_bytes([100 * mib], own=40 * mib) == 25 * mib
+    assert bucket_bytes([100 * mib, 7 * mib], own=mib) == 7 * mib
+    assert bucket_bytes([400, 400], own=mib) == 2**16
+    assert bucket_bytes([100 * mib, 400], own=mib) == 101 * mib + 400  # a small bank rides along
+    assert bucket_bytes([64_000, 4 * 999], own=mib) == mib + 4 * 16_999
+    assert bucket_bytes([64_000, 4_000], own=mib) == 2**16
 
-    mib = 2**18  # numbers of 4 bytes
-    assert bucket_limit(named(own=50 * mib)) is None
-    assert bucket_limit(named(own=100, a=100)) == 800
-    assert bucket_limit(named(own=mib, a=100 * mib)) == 101 * 2**20
-    assert bucket_limit(named(own=40 * mib, a=100 * mib)) == 25 * 2**20
-    assert bucket_limit(named(own=mib, a=100 * mib, b=7 * mib)) == 7 * 2**20
-    assert bucket_limit(named(own=mib, a=100, b=100)) == 2**16
-    assert bucket_limit(named(own=mib, a=100 * mib, b=100)) == 101 * 2**20 + 400  # a small bank rides along
-    assert bucket_limit(named(own=mib, a=16_000, b=999)) == 2**20 + 4 * 16_999
-    assert bucket_limit(named(own=mib, a=16_000, b=1_000)) == 2**16
+
+def test_only_the_banks_of_the_model_count_as_banks() -> None:
+    model = share(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), 0.5)
+    trainable = list(model.parameters())
+    assert _bucket_limit(model, trainable) == sum(p.nbytes for p in trainable)  # one bank, and biases with it
+    assert _bucket_limit(nn.Linear(4, 4), trainable) is None
 
 
 def _buffers(rank: int, n: int) -> None:

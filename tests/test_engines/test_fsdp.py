@@ -14,7 +14,7 @@ import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines.fsdp import FSDPEngine
 from dist_ssn.errors import ShareError
-from dist_ssn.sharing.attach import BankSet
+from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.bank import Bank
 from testing.ranks import run_ranks
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dist_ssn.engines.overlap.sums import Start, Sum
 from dist_ssn.torch_private import at_end_of_backward
-
-if TYPE_CHECKING:
-    from dist_ssn.engines.overlap.exchange import Start, Sum
 
 PREFIX = "delay_"
 """How the names of what a checkpoint keeps of a delay begin, among an optimizer's."""

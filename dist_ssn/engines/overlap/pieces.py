@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dist_ssn.engines.overlap.sums import Start, Sum
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import Overlap, Piece, pieces_of
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.torch_private import at_end_of_backward
-
-if TYPE_CHECKING:
-    from dist_ssn.engines.overlap.exchange import Start, Sum
 
 
 class PieceSender:

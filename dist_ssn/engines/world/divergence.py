@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ssn.comm.meter import purpose
+from dist_ssn.engines.world.join import is_distributed
 from dist_ssn.errors import ShareError, UserError
-from dist_ssn.sharing.attach import shared_plan
 from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank_set import shared_plan
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 OWN = "the model's own parameters"
@@ -45,7 +46,7 @@ def check_equal(model: nn.Module, step: int) -> None:
     Raises:
         UserError: on every rank, when they differ: says which bank, and on which ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not is_distributed():
         return
     sums = fingerprints(model)
     mine = torch.stack(list(sums.values()))
@@ -73,10 +74,13 @@ def _difference(names: list[str], by_rank: list[list[int]], step: int) -> str:
     )
 
 
-def check_plans(model: nn.Module) -> None:
-    """Costs 16 bytes. DDP copies rank 0's parameters to all, but not the plan by which each rank reads them.
+def require_one_plan(model: nn.Module) -> None:
+    """Refuses ranks whose models follow different plans. Costs 16 bytes.
 
-    Raises: ShareError on every rank, when not all have one plan.
+    DDP copies rank 0's parameters to all, but not the plan by which each rank reads them.
+
+    Raises:
+        ShareError: on every rank, when not all have one plan.
     """
     plan = shared_plan(model)
     number = int(plan.fingerprint, 16) >> 1 if plan is not None else 0

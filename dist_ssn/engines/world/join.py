@@ -51,6 +51,11 @@ class World:
         self.close()
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of several that have met."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def end_process_group() -> None:
     """Ends torch.distributed's process group for good.
 

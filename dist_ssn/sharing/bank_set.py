@@ -1,0 +1,73 @@
+"""`BankSet`: all banks of a shared model, as one module of its root, with the plan that they follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_ssn.errors import PlanError, ShareError
+from dist_ssn.plan import Plan
+from dist_ssn.plan.compare import plan_difference
+from dist_ssn.sharing.bank import Bank
+
+ATTRIBUTE = "dist_ssn"
+"""Name of the bank set in the module that owns it."""
+
+
+class BankSet(nn.Module):
+    """All banks of a model, and the plan that they follow. Passes its input on, should a container call it."""
+
+    def __init__(self, plan: Plan, left_out: tuple[tuple[str, str], ...], device: torch.device, dtype: torch.dtype):
+        super().__init__()
+        self.plan, self.left_out = plan, left_out
+        for group in plan.groups:
+            if hasattr(self, group.name):
+                raise PlanError(f"group name {group.name!r} is taken by torch.nn.Module: choose another")
+            self.add_module(group.name, Bank(group, plan.seed, device, dtype))
+
+    def banks(self) -> Iterator[Bank]:
+        for group in self.plan.groups:
+            yield self.get_submodule(group.name)  # type: ignore[misc]
+
+    def forward(self, input: Any = None) -> Any:
+        return input
+
+    def get_extra_state(self) -> Tensor:
+        """The plan as bytes, so that a state dict says which plan it belongs to."""
+        return torch.frombuffer(bytearray(self.plan.to_json(indent=None).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuses a state dict of another plan.
+
+        Raises:
+            PlanError: says what the first difference is.
+        """
+        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise PlanError("the state dict holds no plan where one belongs: it was not written by dist_ssn")
+        difference = plan_difference(self.plan, Plan.from_json(bytes(state.cpu().tolist()).decode(errors="replace")))
+        if difference:
+            raise PlanError(
+                f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)"
+            )
+
+
+def bank_sets(model: nn.Module) -> list[BankSet]:
+    """All bank sets of a model: one where it was shared as a whole, none where it is dense."""
+    return [module for module in model.modules() if isinstance(module, BankSet)]
+
+
+def shared_plan(model: nn.Module) -> Plan | None:
+    """The plan of a shared model (wrapped or not), None for a dense one.
+
+    Raises:
+        ShareError: several parts of the model were shared apart: ask each part.
+    """
+    sets = bank_sets(model)
+    if len(sets) > 1:
+        raise ShareError(
+            f"{type(model).__name__} has {len(sets)} parts that were shared apart: ask each part for its plan"
+        )
+    return sets[0].plan if sets else None

@@ -1,0 +1,37 @@
+"""`materialize`: from a shared model to an ordinary dense one."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from dist_ssn.errors import ShareError
+from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet, bank_sets
+from dist_ssn.sharing.layers import unshare_layer
+
+
+def materialize(model: nn.Module) -> nn.Module:
+    """An ordinary dense copy of a shared model: base classes, stored weights, ties as they were, no trace of a bank.
+
+    Raises:
+        ShareError: the model is not shared.
+    """
+    if not bank_sets(model):
+        raise ShareError(f"{type(model).__name__} is not shared: there is nothing to materialize")
+    dense = copy.deepcopy(model)
+    made: dict[tuple[int, int], nn.Parameter] = {}
+    for module in list(dense.modules()):
+        slots: dict[str, tuple[Bank, int]] = module.__dict__.get("_dist_ssn_slots", {})
+        for bank, index in slots.values():
+            if (id(bank), index) not in made:
+                with torch.no_grad():
+                    made[id(bank), index] = nn.Parameter(bank(index).clone())
+        if slots:
+            unshare_layer(module, {name: made[id(bank), index] for name, (bank, index) in slots.items()})
+    for module in list(dense.modules()):
+        if isinstance(module._modules.get(ATTRIBUTE), BankSet):
+            del module._modules[ATTRIBUTE]
+    return dense
