@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssn.model.specs import find_specs
-from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sharing.bank import Bank, banks_of
 from dist_ssn.train.recipe.schema import PruneConfig, ShareConfig
 
 
