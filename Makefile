@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-benchmarks bench report faults soak lint wheel clean
+.PHONY: help setup train test test-quick test-benchmarks bench report faults soak lint docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ lint: $(READY) ## check style, formatting and types
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
+docs: $(READY) ## build the documentation's site in site/, with every warning an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
+
 wheel: $(READY) ## build the wheel and try it in an environment of its own, outside the repository
 	rm -rf dist
 	$(PY) -m build --wheel --outdir dist
@@ -59,5 +62,5 @@ wheel: $(READY) ## build the wheel and try it in an environment of its own, outs
 	cp tests/wheel_smoke.py $$away && cd $$away && venv/bin/python wheel_smoke.py && venv/bin/dist-ssn --help >/dev/null
 
 clean: ## remove the environment and everything that was built (runs/ stays)
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
