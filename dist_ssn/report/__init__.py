@@ -1,12 +1,13 @@
-"""Tables and plots from the files that runs leave behind, never from numbers typed by hand."""
+"""Tables and plots, made only from the files that runs write."""
 
 from __future__ import annotations
 
-from dist_ssn.report.compare import read_rows, report
+from dist_ssn.report.compare import draw, read_rows, report
 from dist_ssn.report.plot import plot_loss_against_bytes, plot_loss_against_steps
 from dist_ssn.report.table import human_bytes, human_number, summary_table
 
 __all__ = [
+    "draw",
     "human_bytes",
     "human_number",
     "plot_loss_against_bytes",

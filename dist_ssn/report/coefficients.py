@@ -1,4 +1,4 @@
-"""The learned coefficients by which weights mix what they read: a row of numbers per weight, as a picture and for the terminal."""
+"""Learned coefficients, with which weights mix their templates: a row per weight, as a picture and for the terminal."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from dist_ssn.train.checkpoint.folder import latest
 _MOST_COLUMNS = 12
 
 Coefficients = Mapping[str, np.ndarray]
-"""weight → its coefficients [c]; c may differ from weight to weight."""
+"""Weight name → its coefficients [c]; c may differ between weights."""
 
 
 def read_coefficients(folder: Path) -> Coefficients:
-    """Those in the newest checkpoint of a run; none where it is dense, or its weights have none, or it kept no checkpoint.
+    """Coefficients in the newest checkpoint of a run; none if it is dense, has no checkpoint, or its weights have none.
+
+    Args:
+        folder: the run's.
 
     Raises:
         UserError: the checkpoint cannot be read.
@@ -48,7 +51,7 @@ def read_coefficients(folder: Path) -> Coefficients:
 
 
 def coefficients_table(coefficients: Coefficients, title: str) -> Table:
-    """A row per weight; what is above 0 is blue and what is below is red, more so the larger it is beside the largest."""
+    """Table with a row per weight: positive values are blue, negative ones red, and larger ones stronger."""
     most = max(len(row) for row in coefficients.values())
     shown = min(most, _MOST_COLUMNS)
     largest = max(float(np.abs(row).max()) for row in coefficients.values()) or 1.0

@@ -1,4 +1,4 @@
-"""`dist-ssn report`: runs and measurements, as tables on the terminal; and as a page, Markdown and pictures in a folder."""
+"""Reports of runs and measurements, as tables on the terminal, and as a page, Markdown and pictures: `dist-ssn report`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dist_ssn.report.table import columns_of, human_bytes, summary_table
 
 BANDWIDTHS = (10, 100, 1000)
 """Mbit/s at which a run's time is modelled."""
-_NUMBERS = (
+_REQUIRED = (
     "parameters",
     "optimizer_bytes",
     "bytes_per_step_logical",
@@ -37,7 +37,7 @@ def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
         paths: summaries, folders of runs, or folders of folders of runs.
 
     Raises:
-        UserError: a path has no summary, or one that cannot be read; says which field is missing.
+        UserError: a path has no summary, or one that cannot be read; the message names the missing field.
     """
     rows = []
     for file in dict.fromkeys(file for path in paths for file in _files(Path(path))):
@@ -60,7 +60,7 @@ def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The summaries that `path` means."""
+    """The summaries at `path`: the file itself, or those in the folder."""
     if path.suffix == ".wandb":
         raise UserError(_not_wandb(path))
     if path.is_file():
@@ -78,7 +78,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _not_wandb(path: Path) -> str:
-    """Where to look instead of W&B's log: W&B's folder lies in the run's, unless WANDB_DIR names another place."""
+    """Message for a path of W&B's log; W&B's folder lies in the run's, unless WANDB_DIR names another place."""
     parents = (*path.parents, *path.resolve().parents)
     run = next((str(folder) for folder in parents if (folder / "summary.json").is_file()), None)
     where = (
@@ -88,7 +88,7 @@ def _not_wandb(path: Path) -> str:
 
 
 def _beside(content: dict[str, Any]) -> dict[str, Any]:
-    """What a summary of one run says of it beside its row: bytes by purpose, seconds, and those in which it waited."""
+    """Facts that the summary of a single run has besides its row: bytes by purpose, seconds, and seconds of waiting."""
     purposes, seconds, ledger = (content.get(key) for key in ("ring_bytes_by_purpose", "seconds", "ledger"))
     found: dict[str, Any] = {}
     if isinstance(purposes, dict) and all(isinstance(count, int | float) for count in purposes.values()):
@@ -96,7 +96,7 @@ def _beside(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content.get("prediction"), list):
         found["prediction"] = content["prediction"]
     rows = [row for row in ledger if isinstance(row, dict)] if isinstance(ledger, list) else []
-    # Where nobody has noted who waited for a collective, all of its time counts; on CUDA there is no time at all.
+    # Without the waiting time of a collective, all of its time counts; on CUDA there is no time at all.
     waits = [row.get("seconds" if row.get("exposed_seconds") is None else "exposed_seconds") for row in rows]
     known = [wait for wait in waits if isinstance(wait, int | float)]
     if isinstance(seconds, int | float) and len(known) == len(rows):
@@ -107,7 +107,7 @@ def _beside(content: dict[str, Any]) -> dict[str, Any]:
 def _check(row: Any, where: str) -> None:
     if not isinstance(row, dict) or not isinstance(row.get("name"), str):
         raise UserError(f"{where} has no name: expected what dist-ssn train writes")
-    for key in _NUMBERS:
+    for key in _REQUIRED:
         value = row.get(key)
         if not isinstance(value, int | float) and not (value is None and key == "validation_loss" and key in row):
             raise UserError(f"{where} ({row['name']}): {key} is {value!r}, expected a number")
@@ -118,15 +118,17 @@ def report(
     output: str | os.PathLike[str] | None = None,
     console: Console | None = None,
 ) -> list[Path]:
-    """Prints the comparing table of runs; writes it into a folder, with plots of their losses and their bytes by purpose.
+    """Prints a table that compares runs, and writes it into a folder with plots of their losses and their bytes by purpose.
 
-    Where weights mix what they read by learned coefficients, these are shown, too.
+    Learned coefficients of a run's weights are shown, too.
 
     Args:
-        paths: see `read_rows`; or results of benchmarks (`*.jsonl`, or a folder of such files), which are tables beside.
+        paths: see `read_rows`; or results of benchmarks (`*.jsonl`, or a folder of such files), which become further tables.
         output: folder for `index.html`, `report.md` and the PNGs that they show; None writes nothing.
+        console: prints the tables; None: standard output.
 
-    Returns: the files written; there is no plot against bytes when every run was a single process, which sends nothing.
+    Returns:
+        The files written. There is no plot against bytes if every run was a single process, which sends nothing.
 
     Raises:
         UserError: see `read_rows` and `results_grid`; or a file cannot be written.
@@ -141,7 +143,7 @@ def report(
         console.print(summary_table(rows))
     for grid in grids:
         console.print(grid.terminal())
-    if len(rows) == 1:  # of several runs, they are in the page alone
+    if len(rows) == 1:  # for several runs, only the page shows them
         for name, found in coefficients.items():
             console.print(coefficients_table(found, f"coefficients of {name}"))
     if output is None:
@@ -165,7 +167,7 @@ def report(
 def _page(
     rows: Sequence[dict[str, Any]], pictures: Sequence[Picture], results: Sequence[Path], grids: Sequence[Grid]
 ) -> Page:
-    """All that is reported, in the order of the page."""
+    """The page with all parts, in their order."""
     ledgers = {str(row["name"]): row["ring_bytes_by_purpose"] for row in rows if row.get("ring_bytes_by_purpose")}
     parts = [
         runs_grid(columns_of(rows), rows) if rows else None,
@@ -176,10 +178,10 @@ def _page(
     ]
     names = ", ".join([*(str(row["name"]) for row in rows), *(str(path) for path in results)])
     counts = [(len(rows), "run", "runs"), (len(results), "set of results", "sets of results")]
-    told = " and ".join(f"{count} {one if count == 1 else more}" for count, one, more in counts if count)
+    contents = " and ".join(f"{count} {one if count == 1 else more}" for count, one, more in counts if count)
     return Page(
         "Runs compared",
-        f"{told}, from the files that they left: {names}.",
+        f"{contents}, from the files that they wrote: {names}.",
         [part for part in parts if part is not None],
     )
 
@@ -206,19 +208,22 @@ def draw(rows: Sequence[dict[str, Any]], folder: Path) -> list[Picture]:
             there = [modelled(run, mbit) for run in runs]
             file, link = f"loss_at_{mbit}_mbit.png", f"{mbit:,} Mbit/s"
             plot_loss_against_seconds(there, folder / file, f"seconds at {link} (modelled)")
-            caption = f"seconds at {link}: each run's compute, and its bytes at that rate, nothing hidden"
+            caption = f"seconds at {link}: each run's compute plus the transfer of its bytes, nothing overlapped"
             made.append(_picture(file, caption, there, "seconds", lambda s: f"{s:,.0f} s"))
     return made
 
 
 def _coefficients(paths: Sequence[str | os.PathLike[str]], console: Console) -> dict[str, Coefficients]:
-    """Run's folder → what its last checkpoint has of them; runs without any are left out, with a word where it is damaged."""
+    """Coefficients in each run's last checkpoint, by the run's folder.
+
+    Runs without coefficients are left out; so are damaged checkpoints, with a line on the console.
+    """
     files = dict.fromkeys(file for path in paths for file in _files(Path(path)))
     found: dict[str, Coefficients] = {}
     for folder in (file.resolve().parent for file in files if file.name == "summary.json"):
         try:
             coefficients = read_coefficients(folder)
-        except UserError as error:  # the report needs no checkpoint for all else
+        except UserError as error:  # the rest of the report needs no checkpoint
             console.print(f"left out: {error}", highlight=False, markup=False, soft_wrap=True)
             continue
         if coefficients:
@@ -236,7 +241,10 @@ def _draw_coefficients(coefficients: dict[str, Coefficients], folder: Path) -> l
 
 
 def modelled(run: dict[str, Any], mbit: float) -> dict[str, Any]:
-    """The run, as long as its compute and the transfer of its bytes would take together: one number, however it was overlapped."""
+    """The run with modelled seconds: its compute plus the transfer of its bytes at `mbit` Mbit/s, without overlap.
+
+    Runs with different overlap settings become comparable by this.
+    """
     waited = run["exposed_seconds"] / run["seconds"]
     history = [
         {**point, "seconds": (1 - waited) * point["seconds"] + 8e-6 * point["ring_bytes"] / mbit}

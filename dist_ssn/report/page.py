@@ -1,6 +1,6 @@
-"""A report as one static page and as Markdown: tables that read without colours, pictures with a text that says what is seen.
+"""A report as one static page and as Markdown: tables that need no colours, and pictures with a descriptive text.
 
-Nothing is fetched and no script runs. Names come from files that anybody may have written, so all text is escaped.
+The page loads nothing and runs no script. Names come from files of unknown origin, so all text is escaped.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Grid:
     rows: Sequence[Sequence[str]]
 
     def terminal(self) -> Table:
+        """The table for the terminal."""
         table = Table(*map(escape, self.headings), title=escape(self.caption))
         for row in self.rows:
             table.add_row(*map(escape, row))
@@ -49,7 +50,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG beside the page, what it shows in a line, and what a person sees who looks at it."""
+    """A PNG beside the page, with a caption of one line and a text that describes the image."""
 
     file: str
     caption: str
@@ -58,14 +59,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """What a report shows, in this order."""
+    """The parts of a report, in this order."""
 
     title: str
     lead: str
     parts: Sequence[Grid | Picture]
 
     def html(self) -> str:
-        """The page; pictures lie in its own folder."""
+        """The page as HTML; pictures lie in its own folder."""
         body = "\n".join(_grid_html(part) if isinstance(part, Grid) else _picture_html(part) for part in self.parts)
         title, lead = html.escape(self.title), html.escape(self.lead)
         return (
@@ -75,7 +76,7 @@ class Page:
         )
 
     def markdown(self) -> str:
-        """The same, for where Markdown is read."""
+        """The page as Markdown."""
         parts = [_grid_markdown(part) if isinstance(part, Grid) else _picture_markdown(part) for part in self.parts]
         return "\n\n".join([f"# {_plain(self.title)}", _plain(self.lead), *parts]) + "\n"
 
@@ -112,14 +113,14 @@ def _picture_markdown(picture: Picture) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that means nothing else in Markdown."""
+    """Text with Markdown's special characters escaped."""
     for character in "\\`*[]<>|":
         text = text.replace(character, f"\\{character}")
     return " ".join(text.split())
 
 
 def runs_grid(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> Grid:
-    """The comparing table."""
+    """The table that compares runs."""
     headings = ["run", *(column.name for column in columns)]
     return Grid(
         "Runs; bytes are those that one rank sends",
@@ -129,16 +130,16 @@ def runs_grid(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> G
 
 
 def ledger_grid(ledgers: Mapping[str, Mapping[str, float]]) -> Grid | None:
-    """Bytes by purpose, a column per run; None if nobody has sent anything."""
+    """Bytes by purpose, a column per run; None if no run has sent anything."""
     purposes = sorted({purpose for ledger in ledgers.values() for purpose, count in ledger.items() if count})
     if not purposes:
         return None
     rows = [[purpose, *(human_bytes(ledger.get(purpose, 0)) for ledger in ledgers.values())] for purpose in purposes]
-    return Grid("What was sent, by purpose (ring bytes of one rank)", ["purpose", *ledgers], rows)
+    return Grid("Bytes sent, by purpose (ring bytes of one rank)", ["purpose", *ledgers], rows)
 
 
 def prediction_grid(rows: Sequence[Mapping[str, Any]]) -> Grid | None:
-    """What was said of runs beforehand, beside what they did; None if nothing was said of any."""
+    """Predictions for runs beside their measurements; None if no run has a prediction."""
     lines = []
     for row in rows:
         for line in row.get("prediction", ()):

@@ -1,4 +1,4 @@
-"""The mapping as a picture, layers × banks, and the budget's split between them, as PNG and for the terminal."""
+"""A picture of a plan: the mapping (weights × banks) and the budget's split between banks, as PNG and for the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from dist_ssn.errors import UserError
 from dist_ssn.plan import Plan
 
-# Okabe and Ito's palette (see plot.py); further banks begin again, and are told apart by their columns.
+# Okabe and Ito's palette (see plot.py). It repeats for further banks, which their columns distinguish.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 _WIDEST = 12  # characters of the longest bar in the terminal, where there are few banks
 _ROOM = 36  # characters for the longest bars of all banks together
@@ -28,14 +28,14 @@ def _colour(bank: int) -> str:
 
 
 def plan_picture(plan: Plan) -> Table:
-    """Weights from top to bottom, a column per bank: a bar as long as the weight's part of all numbers, where it reads."""
+    """Table of weights (rows) and banks (columns): a bar in the bank that a weight reads, as long as the weight's elements."""
     largest = max(slot.numel for _, slot in plan.slots())
     few = plan.groups[:_MOST_COLUMNS]
     widest = max(3, min(_WIDEST, _ROOM // len(few)))
     table = Table(padding=(0, 1, 0, 0), box=None)
     table.add_column("weight", overflow="fold")
-    for heading in ("numbers", *(f"{group.name}\n{group.size:,}" for group in few)):
-        table.add_column(heading, overflow="crop" if heading == "numbers" else "fold", vertical="bottom")
+    for heading in ("elements", *(f"{group.name}\n{group.size:,}" for group in few)):
+        table.add_column(heading, overflow="crop" if heading == "elements" else "fold", vertical="bottom")
     if len(plan.groups) > len(few):
         table.add_column(f"{len(plan.groups) - len(few)} more")
     for bank, group in enumerate(plan.groups):
@@ -49,24 +49,29 @@ def plan_picture(plan: Plan) -> Table:
 
 
 def _split(plan: Plan) -> dict[str, list[float]]:
-    """How the budget is split between banks, beside how many of the weights' numbers each of them makes."""
+    """Each bank's fraction of the weights' elements, and of the budget."""
     return {
-        "of the numbers": [group.numel / plan.numel for group in plan.groups],
+        "of the weights": [group.numel / plan.numel for group in plan.groups],
         "of the budget": [group.parameters / plan.parameters for group in plan.groups],
     }
 
 
 def check_picture(path: str | os.PathLike[str]) -> Path:
-    """The file, if a PNG may have that name. Raises: UserError."""
+    """The path of a PNG file.
+
+    Raises:
+        UserError: the name does not end in .png.
+    """
     if Path(path).suffix.lower() != ".png":
         raise UserError(f"the picture's file must end in .png, got {os.fspath(path)!r}")
     return Path(path)
 
 
 def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
-    """Draws weights × banks as a PNG: a bar where a weight reads a bank, as long as its numbers; above each bank its size.
+    """Draws weights × banks as a PNG: a bar in the bank that a weight reads, as long as the weight's elements.
 
-    Below them the budget's split: each bank's part of it (filled) beside its part of the weights' numbers (outlined).
+    Each bank's size is written above it. Below are each bank's fractions of the budget (filled) and of the weights' elements
+    (outlined).
 
     Raises:
         UserError: the file is no PNG by its name, or cannot be written.
@@ -93,14 +98,17 @@ def draw_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
     axes.grid(axis="x", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
-    axes.set_title(f"{plan.numel:,} numbers ← {plan.parameters:,} ({plan.parameters / plan.numel:.1%})", fontsize=8)
-    numbers, budget = _split(plan).values()
+    title = (
+        f"{plan.numel:,} elements of weights from {plan.parameters:,} parameters ({plan.parameters / plan.numel:.1%})"
+    )
+    axes.set_title(title, fontsize=8)
+    elements, budget = _split(plan).values()
     places = np.arange(banks)
-    below.bar(places + 0.3, numbers, 0.36, facecolor="none", edgecolor="#555555")
+    below.bar(places + 0.3, elements, 0.36, facecolor="none", edgecolor="#555555")
     below.bar(places + 0.7, budget, 0.36, color=[_colour(bank) for bank in range(banks)])
     below.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     below.tick_params(labelsize=6, length=0, labelbottom=False)
-    below.set_xlabel("of the numbers (outlined), of the budget (filled)", fontsize=7)
+    below.set_xlabel("of the weights (outlined), of the budget (filled)", fontsize=7)
     below.spines[["top", "right"]].set_visible(False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from dist_ssn.errors import UserError
 
-# Okabe and Ito's palette, told apart by colour-blind readers; styles and markers differ too, for print in grey.
+# Okabe and Ito's palette, which colour-blind readers can distinguish; styles and markers differ too, for print in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -22,7 +22,8 @@ def plot_loss_against_bytes(runs: Sequence[Mapping[str, Any]], path: str | os.Pa
     """Validation loss against the bytes that each rank has sent, on a logarithmic axis, as a PNG.
 
     Args:
-        runs: dicts with `name` and `history`, a list of dicts with `ring_bytes` and `validation_loss`.
+        runs: dicts with `name` and `history`, a list of dicts with `ring_bytes` and `validation_loss` (nats).
+        path: the PNG file.
 
     Raises:
         UserError: no run has sent anything (each was a single process), or the file cannot be written.
@@ -57,7 +58,7 @@ def _plot(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], x: st
             lines.append((index, str(run["name"]), points))
     if not lines:
         names = ", ".join(str(run["name"]) for run in runs) or "no runs"
-        why = " of several processes, and a single one sends nothing" if logarithmic else ""
+        why = " with several processes, and a single process sends nothing" if logarithmic else ""
         raise UserError(f"there is nothing to plot: none of the runs ({names}) has evaluations{why}")
     for index, name, points in lines:
         axes.plot(

@@ -14,14 +14,14 @@ MOST = 64 << 20
 
 
 def result_files(path: Path) -> list[Path]:
-    """The files that `path` means: itself, or those in a folder; none in the folder of a run, whose metrics are JSON lines too."""
+    """Result files at `path`: the file itself, or those in the folder; none in a run's folder, whose metrics are JSON lines too."""
     if path.suffix == ".jsonl":
         return [path]
     return [] if (path / "metrics.jsonl").exists() else sorted(path.glob("*.jsonl"))
 
 
 def results_grid(path: Path) -> Grid:
-    """A table of all measurements: what differs between them as columns, what does not in the caption; lists are left out.
+    """A table of all measurements: values that differ are columns, values that do not are in the caption, lists are left out.
 
     Raises:
         UserError: a file is too large, or has a line that is not a measurement.

@@ -32,7 +32,13 @@ def _less_sent(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the comparing table: its name, one for a narrow terminal, and what it says of a row."""
+    """A column of the table that compares runs.
+
+    Args:
+        name: its heading.
+        short: its heading on a narrow terminal.
+        cell: row → text.
+    """
 
     name: str
     short: str
@@ -40,9 +46,9 @@ class Column:
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """What runs are compared by; a validation accuracy where any row has one."""
+    """The columns for these rows; one for the validation accuracy only if a row has one."""
     columns = [
-        Column("trained numbers", "para-\nmeters", lambda row: human_number(row["parameters"])),
+        Column("trainable parameters", "para-\nmeters", lambda row: human_number(row["parameters"])),
         Column("optimizer state", "optim.\nstate", lambda row: human_bytes(row["optimizer_bytes"])),
         Column("logical per step", "a step\nlogical", lambda row: human_bytes(row["bytes_per_step_logical"])),
         Column("ring per step", "a step\nring", lambda row: human_bytes(row["bytes_per_step_ring"])),
@@ -58,10 +64,11 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
-    """One line per run: what it has, what it sends per rank, how long a step takes, and how good it is.
+    """Table with a line per run: parameters, optimizer state, bytes sent per rank, time of a step, validation loss.
 
     Args:
-        rows: dicts as `RunResult.row`; a validation accuracy gets a column where any row has one.
+        rows: dicts like `RunResult.row`; the validation accuracy has a column if a row has one.
+        title: of the table.
     """
     # Eighty columns are enough for three runs side by side: no vertical lines, short headings, names that wrap.
     table = Table(

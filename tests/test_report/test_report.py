@@ -124,7 +124,7 @@ def test_plots_are_pictures_with_a_line_for_each_run(tmp_path: Path) -> None:
 
 
 def test_runs_that_have_sent_nothing_have_no_place_on_an_axis_of_bytes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none of the runs \(alone\) has evaluations of several processes"):
+    with pytest.raises(UserError, match=r"none of the runs \(alone\) has evaluations with several processes"):
         plot_loss_against_bytes([row("alone", 0)], tmp_path / "plot.png")
     mixed = plot_loss_against_bytes([row("alone", 0), row("two", 1000)], tmp_path / "plot.png")
     assert has_colour(mixed, VERMILION) and not has_colour(mixed, BLUE)

@@ -48,7 +48,7 @@ def test_results_are_a_table(tmp_path: Path) -> None:
     assert [path.name for path in written] == ["index.html", "report.md"]
     page = (tmp_path / "page" / "index.html").read_text()
     assert "3 measurements (commit: abc)" in page and "&lt;b&gt;" in page and "<b>" not in page
-    assert "1 set of results, from the files that they left" in page
+    assert "1 set of results, from the files that they wrote" in page
     assert "ddp" in console.export_text() and "hosts" not in page
     assert "| mpi | – | – |" in (tmp_path / "page" / "report.md").read_text()
 
