@@ -1,4 +1,4 @@
-"""Reading files that somebody else may have written: nothing is allocated before its size is known to be within bounds."""
+"""Files: reading what somebody else may have written, within bounds; and writing that is either whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from dist_ssn.errors import UserError
 
 MIB = 1 << 20
 MOST_JSON = 64 * MIB
@@ -75,3 +77,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         # The last four: kinds of numbers that the library knows and this torch does not, or shapes that torch refuses.
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file that is, at every moment, either the former one or all of the new one.
+
+    Raises:
+        OSError: it cannot be written; the former file, if any, is untouched, and no partial file is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes as `replace_text`, with an error for the user.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        replace_text(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from dist_ssn.cost.overlap import Exposure, messages_of, predict
 from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.engines import World
 from dist_ssn.errors import UserError
-from dist_ssn.files import read_json
+from dist_ssn.files import read_json, replace_text
 from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan import Plan
 from dist_ssn.plan.overlap import Overlap
@@ -127,10 +126,8 @@ def save(measured: Measured, recipe: Recipe, path: Path) -> None:
     sides = {"dense": measured.dense.timeline, "shared": measured.shared.timeline}
     content = {"format": FORMAT, "recipe": _described(recipe)}
     content |= {name: _plain(timeline) for name, timeline in sides.items()}
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(content) + "\n")
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(content) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 

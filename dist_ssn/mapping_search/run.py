@@ -14,13 +14,13 @@ import torch
 
 from dist_ssn.engines import init_world
 from dist_ssn.errors import RecipeError, UserError, unknown_choice
+from dist_ssn.files import write_whole
 from dist_ssn.mapping_search.auto import auto
 from dist_ssn.mapping_search.methods import METHODS, sensitivity
 from dist_ssn.mapping_search.setting import Setting, read_options
 from dist_ssn.mapping_search.trials import Line, Trials
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Plan
-from dist_ssn.tracking import write_whole
 from dist_ssn.train.ranks.threads import processor_threads
 from dist_ssn.train.recipe.check import validate
 from dist_ssn.train.recipe.schema import Recipe

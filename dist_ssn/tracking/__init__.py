@@ -11,7 +11,6 @@ from dist_ssn.tracking.tracker import (
     check_wandb,
     jsonable,
     set_aside,
-    write_whole,
 )
 
 __all__ = [
@@ -23,5 +22,4 @@ __all__ = [
     "check_wandb",
     "jsonable",
     "set_aside",
-    "write_whole",
 ]

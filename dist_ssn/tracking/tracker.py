@@ -8,18 +8,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dist_ssn.errors import UserError, unknown_choice
-
-if TYPE_CHECKING:
-    from dist_ssn.train.recipe.schema import WandbConfig
-
-# What W&B calls its modes, and ours for each: "dryrun" is its older name of "offline".
-WANDB_MODES = {"disabled": "disabled", "offline": "offline", "dryrun": "offline", "online": "online", "run": "online"}
+from dist_ssn.errors import UserError
+from dist_ssn.files import replace_text
+from dist_ssn.tracking.wandb_settings import Draw, WandbSettings, wandb_mode
 
 
 class Tracker(Protocol):
@@ -51,9 +47,7 @@ class JsonLines:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [] if resume_step is None or not path.exists() else _lines_until(path.read_text(), resume_step)
-            aside = path.with_suffix(".tmp")
-            aside.write_text("".join(kept))
-            os.replace(aside, path)
+            replace_text(path, "".join(kept))
         except OSError as error:
             raise UserError(f"cannot write the metrics to {path}: {error}; give another folder as output") from error
         self._path = path
@@ -108,20 +102,6 @@ def set_aside(folder: Path) -> Path | None:
     aside = folder.parent / "old" / f"{folder.name}.{number}"
     os.replace(folder, aside)
     return aside
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is either the former one or all of the new one.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    aside = path.with_suffix(".tmp")
-    try:
-        aside.write_text(text)
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from error
 
 
 class Console:
@@ -204,20 +184,12 @@ class Trackers:
             tracker.close(row)
 
 
-def wandb_mode(config: WandbConfig, environment: Mapping[str, str]) -> str:
-    """The mode in force: the recipe's if it names one other than the default, else `WANDB_MODE`.
+def check_wandb(config: WandbSettings) -> None:
+    """Refuses to start without what W&B needs.
 
     Raises:
-        UserError: `WANDB_MODE` or the recipe has a mode that is not known.
+        UserError: W&B is asked for and not installed, or its mode is not known.
     """
-    name = config.mode if config.mode != "disabled" else environment.get("WANDB_MODE") or "disabled"
-    if name not in WANDB_MODES:
-        raise UserError(unknown_choice("W&B mode (wandb.mode, or the environment's WANDB_MODE)", name, WANDB_MODES))
-    return WANDB_MODES[name]
-
-
-def check_wandb(config: WandbConfig) -> None:
-    """Raises: UserError when W&B is asked for and not installed, or its mode is not known."""
     mode = wandb_mode(config, os.environ)
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise UserError(
@@ -227,15 +199,25 @@ def check_wandb(config: WandbConfig) -> None:
 
 
 def build_tracker(
-    config: WandbConfig,
+    config: WandbSettings,
     folder: Path,
     *,
     name: str,
     recipe: Mapping[str, Any],
     console: Console | None,
     resume_step: int | None,
+    draw: Draw | None = None,
 ) -> Trackers:
     """The trackers of rank 0: `folder/metrics.jsonl`, W&B if asked for, and the console if there is one.
+
+    Args:
+        config: settings of W&B.
+        folder: the run's folder.
+        name: the run's name.
+        recipe: the run's recipe, as W&B shows it.
+        console: shows progress.
+        resume_step: the step from which a run goes on; None starts anew.
+        draw: draws the pictures that W&B gets at the end; None: no pictures.
 
     Raises:
         UserError: the folder cannot be written, wandb is missing or does not start.
@@ -244,7 +226,9 @@ def build_tracker(
     if (mode := wandb_mode(config, os.environ)) != "disabled":
         from dist_ssn.tracking.wandb_tracker import WandbTracker
 
-        trackers.append(WandbTracker(config, mode, folder, name=name, recipe=recipe, resume=resume_step is not None))
+        trackers.append(
+            WandbTracker(config, mode, folder, name=name, recipe=recipe, resume=resume_step is not None, draw=draw)
+        )
     # After W&B, which may refuse to start: a folder without metrics is not taken for a run.
     trackers.append(JsonLines(folder / "metrics.jsonl", resume_step))
     return Trackers([*trackers, console] if console is not None else trackers)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dist_ssn.errors import UserError
-from dist_ssn.report.compare import draw
-
-if TYPE_CHECKING:
-    from dist_ssn.train.recipe.schema import WandbConfig
+from dist_ssn.tracking.wandb_settings import Draw, WandbSettings
 
 
 class WandbTracker:
@@ -24,6 +20,7 @@ class WandbTracker:
 
     Args:
         mode: "offline" or "online".
+        draw: draws the pictures that W&B gets at the end; None: no pictures.
         resume: go on with the W&B run that was started in `folder`, if there was one.
 
     Raises:
@@ -31,7 +28,15 @@ class WandbTracker:
     """
 
     def __init__(
-        self, config: WandbConfig, mode: str, folder: Path, *, name: str, recipe: Mapping[str, Any], resume: bool
+        self,
+        config: WandbSettings,
+        mode: str,
+        folder: Path,
+        *,
+        name: str,
+        recipe: Mapping[str, Any],
+        resume: bool,
+        draw: Draw | None = None,
     ) -> None:
         import wandb
 
@@ -54,7 +59,7 @@ class WandbTracker:
                 f"W&B did not start in mode {mode!r} ({error}): correct that, or set wandb.mode to offline or disabled"
             ) from error
         remembered.write_text(self._run.id)
-        self._table, self._image = wandb.Table, wandb.Image
+        self._table, self._image, self._draw_rows = wandb.Table, wandb.Image, draw
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self._run.log(dict(values), step=step)
@@ -70,18 +75,17 @@ class WandbTracker:
         self._run.finish(exit_code=int(row is None))
 
     def _draw(self, row: Mapping[str, Any]) -> None:
-        if all(point["validation_loss"] is None for point in row["history"]):
+        if self._draw_rows is None or all(point["validation_loss"] is None for point in row["history"]):
             return
         with tempfile.TemporaryDirectory() as folder:  # W&B keeps a copy
-            pictures = draw([dict(row)], Path(folder))
+            pictures = self._draw_rows([dict(row)], Path(folder))
             images = {
                 picture.file: self._image(f"{folder}/{picture.file}", caption=picture.caption) for picture in pictures
             }
             self._run.log({f"report/{Path(file).stem}": image for file, image in images.items()})
 
 
-def _chosen(config: WandbConfig, field: str, variable: str) -> Any:
+def _chosen(config: WandbSettings, field: str, variable: str) -> Any:
     """The recipe's value where it differs from the default; else None if the environment has one, for wandb to read."""
-    value = getattr(config, field)
-    default = next(entry.default for entry in fields(config) if entry.name == field)
+    value, default = getattr(config, field), getattr(type(config)(), field)
     return None if value == default and os.environ.get(variable) else value

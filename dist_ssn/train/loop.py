@@ -27,8 +27,10 @@ from dist_ssn.comm import CommMeter
 from dist_ssn.engines import Engine, World, check_equal, engine_class, init_world
 from dist_ssn.engines.world.heartbeat import Watch
 from dist_ssn.errors import Preempted, UserError
+from dist_ssn.files import write_whole
 from dist_ssn.sharing.bank_set import shared_plan
-from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside, write_whole
+from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside
+from dist_ssn.tracking.wandb_settings import Draw
 from dist_ssn.train.build import build
 from dist_ssn.train.checkpoint.saver import Saver, last_checkpoint
 from dist_ssn.train.evaluate import evaluate
@@ -70,11 +72,13 @@ class RunResult:
     model: nn.Module = field(repr=False)
 
 
-def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
+def train(recipe: Recipe, *, progress: bool = True, draw: Draw | None = None) -> RunResult:
     """Trains as `recipe` says, alone or as one of the processes that torchrun started.
 
     Args:
+        recipe: the recipe.
         progress: show a bar (on a terminal) or one line per evaluation (elsewhere), on rank 0.
+        draw: draws the pictures that W&B gets at the end (`dist_ssn.report.draw`); None: no pictures.
 
     Raises:
         UserError: the recipe, the data, a checkpoint or the model is not usable, or the loss is no longer finite.
@@ -85,11 +89,11 @@ def train(recipe: Recipe, *, progress: bool = True) -> RunResult:
     with init_world(recipe.engine.timeout_seconds) as world:
         if recipe.distill.teacher == DENSE:
             validate(recipe, world.world_size)  # before a teacher is trained for nothing
-            _train(dense_twin(recipe), world, progress)
-        return _train(recipe, world, progress)
+            _train(dense_twin(recipe), world, progress, draw)
+        return _train(recipe, world, progress, draw)
 
 
-def _train(recipe: Recipe, world: World, progress: bool) -> RunResult:
+def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None) -> RunResult:
     seconds = recipe.engine.timeout_seconds
     with (
         processor_threads(recipe.threads),
@@ -97,7 +101,7 @@ def _train(recipe: Recipe, world: World, progress: bool) -> RunResult:
         Watch(world, seconds) as watch,
         Stop(seconds, lambda why: f"{watch.missing(why)}; {last_checkpoint(recipe)}") as stop,
     ):
-        run = _Run(recipe, world, meter, watch, Saver(recipe, world, stop), progress)
+        run = _Run(recipe, world, meter, watch, Saver(recipe, world, stop), progress, draw)
         row = None
         with watch.blaming(run.saver.where_to_go_on):
             try:
@@ -112,10 +116,17 @@ def _train(recipe: Recipe, world: World, progress: bool) -> RunResult:
 
 class _Run:
     def __init__(
-        self, recipe: Recipe, world: World, meter: CommMeter, watch: Watch, saver: Saver, progress: bool
+        self,
+        recipe: Recipe,
+        world: World,
+        meter: CommMeter,
+        watch: Watch,
+        saver: Saver,
+        progress: bool,
+        draw: Draw | None,
     ) -> None:
         self.recipe, self.world, self.meter, self.watch, self.saver = recipe, world, meter, watch, saver
-        self.progress = progress and world.rank == 0
+        self.progress, self.draw = progress and world.rank == 0, draw
         self.console: Console | None = None
         self.tracker = Trackers([])
         self.folder = Path(recipe.output) / recipe.name
@@ -186,6 +197,7 @@ class _Run:
             recipe=json.loads(self.recipe.to_json()),
             console=self.console,
             resume_step=self.resumed_step,
+            draw=self.draw,
         )
         if plan is not None:
             self.tracker.table("plan", plan.rows())

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console as RichConsole
 
 from dist_ssn.errors import UserError
-from dist_ssn.tracking import Console, JsonLines, check_wandb, set_aside, write_whole
+from dist_ssn.files import write_whole
+from dist_ssn.tracking import Console, JsonLines, check_wandb, set_aside
 from dist_ssn.tracking.tracker import wandb_mode
 from dist_ssn.train.recipe.schema import WandbConfig
 
@@ -138,11 +139,12 @@ def test_a_missing_wandb_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
 OFFLINE = """
 import sys
 from pathlib import Path
-from dist_ssn.track import build_tracker
-from dist_ssn.train.recipe import WandbConfig
+from dist_ssn.report import draw
+from dist_ssn.tracking import build_tracker
+from dist_ssn.train.recipe.schema import WandbConfig
 folder, resume = Path(sys.argv[1]), None if sys.argv[2] == "new" else int(sys.argv[2])
 config = WandbConfig(mode="offline", project=sys.argv[3])
-tracker = build_tracker(config, folder, name="small", recipe={"steps": 2}, console=None, resume_step=resume)
+tracker = build_tracker(config, folder, name="small", recipe={"steps": 2}, console=None, resume_step=resume, draw=draw)
 tracker.table("plan", [{"weight": "a.weight", "bank": "all"}])
 for step in (1, 2):
     tracker.log(step, {"train_loss": 1.0 / step, "validation_loss": 2.0 / step})
