@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,30 @@ KINDS: dict[str, Kind] = {
     "unknown": Kind(Unknown, _floats(3, 6)),
     "tied": Kind(Tied, _tokens(*_FEW)),
 }
+
+STRUCTURES: dict[str, tuple[str, ...]] = {
+    "matrix": ("linear", "bilinear", "conv1d-hugging-face", "unknown"),
+    "convolution": ("conv1d", "conv2d", "conv3d", "conv2d-dilated"),
+    "transposed or grouped": (
+        *("conv1d-transposed", "conv2d-transposed", "conv3d-transposed"),
+        *("conv2d-grouped", "conv2d-depthwise"),
+    ),
+    "rows of an embedding": ("embedding-few", "embedding-padded-few", "embedding-by-frequency", "embedding-bag"),
+    "whole embedding": ("embedding-many", "embedding-padded-many", "tied"),
+    "recurrent": ("rnn", "lstm", "lstm-projected", "gru"),
+    "cell": ("rnn-cell", "lstm-cell", "gru-cell"),
+    "attention": ("attention-packed", "attention-separate", "attention-bias"),
+}
+"""The kinds by how a layer holds and reads its weights: each has its own way through the generation of weights."""
+
+
+def covering(choices: Sequence[str], least: int) -> list[tuple[str, str]]:
+    """Pairs (choice, kind): every choice with a kind of every structure, and every kind with at least `least` choices."""
+    pairs = []
+    for turn, kinds in enumerate(STRUCTURES.values()):
+        for number in range(max(len(choices), least * len(kinds))):
+            pairs.append((choices[(turn + number) % len(choices)], kinds[number % len(kinds)]))
+    return pairs
 
 
 class Twins(nn.Module):

@@ -1,7 +1,7 @@
 """Gradients: the hot path against its pure twin, and against plain autograd on materialized weights. float64, 1e-10.
 
-Every morph × every kind of layer × budgets, with and without gains and low-rank differences, and embeddings with a row that
-stays zero. What a budget cannot hold must raise; nothing is skipped.
+A covering array of morphs and kinds of layers, each at every budget, with and without gains and low-rank differences, and
+embeddings with a row that stays zero. What a budget cannot hold must raise; nothing is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,19 @@ from dist_ssn import Morph, Plan, make_plan, materialize, share
 from dist_ssn.errors import BudgetError, PlanError
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Group, Slot
-from testing.layer_kinds import KINDS, Inputs, Twins, banks_of, be_pure, loss_of, pulled_back, relative_error, shake
+from testing.layer_kinds import (
+    KINDS,
+    STRUCTURES,
+    Inputs,
+    Twins,
+    banks_of,
+    be_pure,
+    covering,
+    loss_of,
+    pulled_back,
+    relative_error,
+    shake,
+)
 
 BUDGETS = (0.02, 0.1, 0.5, 1.0, 2.0)
 DOWN, UP, ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")
@@ -30,6 +42,8 @@ CHOICES = {
 """Name of the case → what a user writes."""
 OPTIONS = [(False, 0), (True, 0), (False, 2), (True, 2)]
 """(gains, rank)."""
+CASES = covering([*CHOICES], least=2)
+"""(name of the choice, kind of layer)."""
 TOLERANCE = 1e-10
 
 Gradients = dict[str, Tensor | None]
@@ -78,20 +92,34 @@ def allowed_morphs(choice: str, bank: int, numel: int) -> set[str]:
     return allowed
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", CHOICES)
-def test_gradients_equal_those_of_plain_autograd(case: str, kind: str) -> None:
-    """The hot path gives, for all that can be trained and for the inputs, what the oracles give.
+def options_of(case: str, kind: str) -> list[tuple[bool, int]]:
+    """The options at each budget. They go round, so that every morph meets each of them at every budget."""
+    turn = [k for c, k in CASES if c == case].index(kind)
+    return [OPTIONS[(turn + number) % len(OPTIONS)] for number in range(len(BUDGETS))]
 
-    The options go round: every morph meets each of them at every budget, and so does every kind.
-    """
+
+def test_the_cases_cover_what_they_promise() -> None:
+    assert sorted(kind for kinds in STRUCTURES.values() for kind in kinds) == sorted(KINDS)
+    assert len(set(CASES)) == len(CASES)
+    structure_of = {kind: structure for structure, kinds in STRUCTURES.items() for kind in kinds}
+    met = {(case, structure_of[kind]) for case, kind in CASES}
+    assert met == {(case, structure) for case in CHOICES for structure in STRUCTURES}
+    for kind in KINDS:
+        assert len({case for case, k in CASES if k == kind}) >= 2, kind
+        assert {option for case, k in CASES if k == kind for option in options_of(case, kind)} == set(OPTIONS), kind
+    for case in CHOICES:
+        for number, budget in enumerate(BUDGETS):
+            assert {options_of(c, kind)[number] for c, kind in CASES if c == case} == set(OPTIONS), (case, budget)
+
+
+@pytest.mark.parametrize(("case", "kind"), CASES)
+def test_gradients_equal_those_of_plain_autograd(case: str, kind: str) -> None:
+    """The hot path gives, for all that can be trained and for the inputs, what the oracles give."""
     choice, seen = CHOICES[case], set()
     largest = max(weight.numel for weight in find_specs(Twins(KINDS[kind])).weights)
-    turn = list(CHOICES).index(case) + list(KINDS).index(kind)
-    for number, budget in enumerate(BUDGETS):
+    for number, (budget, (gains, rank)) in enumerate(zip(BUDGETS, options_of(case, kind), strict=True)):
         # The mixtures of templates need a bank of twice the weight: something large beside it, at a low budget.
         filler = int(3 * largest / budget) if case in DOWN else 0
-        gains, rank = OPTIONS[(turn + number) % len(OPTIONS)]
         what = f"{case}, {kind}, budget {budget}, gains {gains}, rank {rank}"
         model = Twins(KINDS[kind], filler).double()
         morph = Morph(choice, gains=gains, rank=rank)
