@@ -95,6 +95,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, extensions: Path) -> Iterator[N
     for name in [name for name in os.environ if name in OF_LAUNCHERS or name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # else scikit-learn counts the cores by a command
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,13 @@ def _stopped(name: str, folder: Path) -> None:
 
 def _go_on(rank: int, world_size: int, name: str, folder: str) -> dict[str, Any]:
     recipe = recipe_from_json((WRITTEN / "runs" / name / "recipe.json").read_text())
-    resume = {**vars(recipe.checkpoint), "resume": True}
-    changed = {**vars(recipe), "output": f"{folder}/runs", "checkpoint": type(recipe.checkpoint)(**resume)}
-    changed["data"] = type(recipe.data)(**{**vars(recipe.data), "path": f"{folder}/text.txt"})
-    result = train(type(recipe)(**changed), progress=False)
+    recipe = replace(
+        recipe,
+        output=f"{folder}/runs",
+        data=replace(recipe.data, path=f"{folder}/text.txt"),
+        checkpoint=replace(recipe.checkpoint, resume=True),
+    )
+    result = train(recipe, progress=False)
     return {"row": result.row, "tensors": {key: tensor.clone() for key, tensor in result.model.state_dict().items()}}
 
 

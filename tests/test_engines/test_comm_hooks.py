@@ -70,6 +70,7 @@ def plain() -> dict[str, Any]:
     return run_ranks(_train, 2, None)[0]
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_of_torch_compresses_the_bank(hook: str, plain: dict[str, Any]) -> None:
     ranks = run_ranks(_train, 2, hook)
@@ -85,6 +86,7 @@ def test_a_hook_of_torch_compresses_the_bank(hook: str, plain: dict[str, Any]) -
         assert 4 * result["banks"] <= result["last"] <= full
 
 
+@pytest.mark.distributed
 def test_compress_is_the_hook() -> None:
     ours, hook = run_ranks(_train, 2, "compress")[0], run_ranks(_train, 2, "fp16")[0]
     assert ours["last"] == 4 * ours["trainable"] / 2

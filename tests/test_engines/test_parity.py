@@ -70,6 +70,7 @@ def _on_rank(rank: int, world_size: int, name: str, budget: float) -> dict[str, 
     return train(name, budget, rank, world_size)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize(("name", "budget"), [("gpt", 0.1), ("gpt", 1.0), ("wide_resnet", 0.1), ("lstm", 0.1)])
 def test_ranks_together_do_what_one_process_does(name: str, budget: float, world_size: int) -> None:
@@ -94,6 +95,7 @@ def _differing(rank: int, world_size: int) -> str:
     return "nothing was raised"
 
 
+@pytest.mark.distributed
 def test_ranks_with_different_plans_stop_together() -> None:
     said = run_ranks(_differing, 2)
     assert said[0] == said[1] and "different plans" in said[0]

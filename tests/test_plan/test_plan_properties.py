@@ -229,6 +229,7 @@ def test_what_is_left_out_of_the_budget_stays_feasible(specs: Specs, morph: str,
         assert isinstance(plan_or_least(specs, least + more, morph=morph, mapping=mapping), Plan)
 
 
+@pytest.mark.processes
 def test_the_same_in_another_process() -> None:
     """Neither the hash seed nor the process matters: all ranks make the same plan."""
     here = fingerprints()

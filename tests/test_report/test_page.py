@@ -97,6 +97,7 @@ document.title = JSON.stringify({{wide: page.documentElement.scrollWidth, images
 </script>"""
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_all_of_it(folder: Path, tmp_path: Path, width: int) -> None:

@@ -194,6 +194,7 @@ def what_wandb_wrote(run: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.processes
 def test_an_offline_run_holds_history_plan_and_ledger_and_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     wandb_offline(tmp_path, "new", "dist_ssn", WANDB_PROJECT="from_the_environment")

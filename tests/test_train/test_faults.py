@@ -345,6 +345,7 @@ with stop.Stop(0.5, lambda why: f"rank 3 is missing ({why})"):
 """
 
 
+@pytest.mark.processes
 def test_a_process_that_waits_for_ever_ends() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", HANGS], env=environment, capture_output=True, text=True, timeout=100)

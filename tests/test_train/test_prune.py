@@ -98,6 +98,7 @@ def _train(rank: int, world_size: int, settings: Any) -> dict[str, Any]:
     return outcome(train(settings, progress=False))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("prune", [BANK, WEIGHTS], ids=["bank", "weights"])
 def test_ranks_prune_what_one_process_prunes(prune: PruneConfig, tmp_path: Path) -> None:
     one = alone(recipe(tmp_path / "one", prune=prune))

@@ -115,6 +115,7 @@ def _losses(rank: int, world_size: int, settings: Any) -> list[float]:
     return [point["validation_loss"] for point in train(settings, progress=False).row["history"]]
 
 
+@pytest.mark.distributed
 def test_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
     distill = DistillConfig(teacher="dense", hidden=("layers.0",))
     one = alone(recipe(tmp_path / "one", distill=distill))
@@ -127,6 +128,7 @@ def test_ranks_learn_what_one_process_learns(tmp_path: Path) -> None:
             torch.testing.assert_close(rank["tensors"][name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "engine", [EngineConfig(name="fsdp"), EngineConfig(name="deepspeed", stage=3)], ids=lambda e: e.name
 )

@@ -32,12 +32,14 @@ def _compare(rank: int, world_size: int, broken: int | None, what: str) -> tuple
     return said, meter.ledger.totals("metrics").logical_bytes
 
 
+@pytest.mark.distributed
 def test_equal_ranks_go_on_and_send_a_few_bytes() -> None:
     banks = len([name for name in fingerprints(made()) if name != OWN])
     assert banks == 2
     assert run_ranks(_compare, 2, None, "") == [("equal", 16 * (banks + 1))] * 2
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("broken", [0, 2])
 def test_one_bit_on_one_rank_is_found(broken: int) -> None:
     names = [name for name, _ in made().named_parameters()]

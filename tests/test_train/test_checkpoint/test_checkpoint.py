@@ -348,6 +348,7 @@ saved(Path(sys.argv[1]), made(), 2)
 """
 
 
+@pytest.mark.processes
 def test_a_killed_save_is_not_seen_and_is_cleaned(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
