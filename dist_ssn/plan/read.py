@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_ssn.errors import PlanError
 from dist_ssn.plan.mapping import GROUP_NAME
-from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
+from dist_ssn.plan.rules import RULES, SLOT_MORPHS
 from dist_ssn.plan.slots import LARGEST, Group, Slot
 
 FORMAT = 1
@@ -105,12 +105,11 @@ def _check_group(group: Group) -> None:
 def _problem(slot: Slot, bank: int) -> str | None:
     if not 2 <= len(slot.shape) <= _MOST_DIMENSIONS or min(slot.shape) < 1 or slot.numel > LARGEST:
         return f"its shape {slot.shape!r:.60} is no shape of a weight"
-    n, templates = slot.numel, slot.templates
     if not slot.name:
         return "its name is empty"
     if slot.morph not in SLOT_MORPHS:
         return f"unknown morph {slot.morph!r:.60}: known are {', '.join(SLOT_MORPHS)}"
-    if not 0 <= slot.start < bank or templates < 1 or min(slot.rank, slot.chunk, slot.coefficients) < 0:
+    if not 0 <= slot.start < bank or slot.templates < 1 or min(slot.rank, slot.chunk, slot.coefficients) < 0:
         return "start, templates, rank, chunk or coefficients are out of range"
     if slot.scale <= 0 or slot.init_std <= 0:
         return "scale and init_std must be above zero"
@@ -118,23 +117,11 @@ def _problem(slot: Slot, bank: int) -> str | None:
         return f"rank {slot.rank} is more than its matrix {slot.rows}×{slot.columns} has"
     if slot.zero_row is not None and not 0 <= slot.zero_row < slot.rows:
         return f"zero_row {slot.zero_row} is outside its {slot.rows} rows"
-    height, width = slot.template_shape
-    wanted: dict[str, tuple[bool, int]] = {
-        "avg": (templates * n <= bank, 0),
-        "wavg": (templates * n <= bank, templates),
-        "emb": (templates * n <= bank and templates <= EMBEDDING_SIZE, EMBEDDING_SIZE),
-        "repeat": (templates == 1, 0),
-        "mask": (templates == 1, MASK_WINDOW * (-(-n // bank) - 1)),
-        "inter": (0 < height <= slot.rows and 0 < width <= slot.columns and templates * height * width <= bank,
-                  templates if templates > 1 else 0),
-        "wavg-up": (width > 0 and templates * width <= bank and height * width >= n, height * templates),
-        "offset": (1 <= slot.chunk <= n, templates if templates > 1 else 0),
-        "hash": (1 <= slot.chunk <= bank, templates if templates > 1 else 0),
-    }  # fmt: skip
-    fits, coefficients = wanted[slot.morph]
-    if slot.chunk and slot.morph not in ("offset", "hash"):
+    rule = RULES[slot.morph]
+    fits, coefficients = rule.needs(slot, bank)
+    if slot.chunk and not rule.has_chunks:
         return f"morph {slot.morph!r} has no chunks"
-    if (height or width) and slot.morph not in ("inter", "wavg-up"):
+    if any(slot.template_shape) and not rule.has_template_shape:
         return f"morph {slot.morph!r} has no template_shape"
     if not fits:
         return f"its templates do not fit morph {slot.morph!r} and a bank of {bank}"

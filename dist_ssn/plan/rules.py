@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,7 +30,6 @@ MAX_TEMPLATES = 4
 CHUNK = 16
 """Parameters in a row with one sign, where the user names none: fewer learn no better, 64 learn worse (docs/results/quality.md)."""
 _LARGEST_OPTION = 10**9
-_DOWN, _UP, _ANY = ("avg", "wavg", "emb"), ("inter", "mask", "repeat", "wavg"), ("offset", "hash")
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def cut(weight: LayerSpec, bank: int, morph: Morph, cover: int = 1) -> Slot:
     slot = Slot(
         weight.name, weight.shape, name, 0, 1, 1.0, weight.init_std, zero_row=weight.zero_row, aliases=weight.aliases
     )
-    return _CUTS[name](slot, bank, morph, cover)
+    return RULES[name].cut(slot, bank, morph, cover)
 
 
 def _cut_average(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
@@ -183,18 +182,67 @@ def _cut_signed(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     return replace(slot, templates=templates, coefficients=templates if templates > 1 else 0, chunk=chunk)
 
 
-_CUTS: dict[str, Callable[[Slot, int, Morph, int], Slot]] = {
-    "avg": _cut_average,
-    "wavg": _cut_average,
-    "emb": _cut_average,
-    "inter": _cut_inter,
-    "mask": _cut_mask,
-    "repeat": _cut_repeat,
-    "wavg-up": _cut_mix,
-    "offset": _cut_signed,
-    "hash": _cut_signed,
+def _needs_average(slot: Slot, bank: int) -> tuple[bool, int]:
+    coefficients = {"avg": 0, "wavg": slot.templates, "emb": EMBEDDING_SIZE}[slot.morph]
+    fits = slot.templates * slot.numel <= bank and (slot.morph != "emb" or slot.templates <= EMBEDDING_SIZE)
+    return fits, coefficients
+
+
+def _needs_repeat(slot: Slot, bank: int) -> tuple[bool, int]:
+    return slot.templates == 1, 0
+
+
+def _needs_mask(slot: Slot, bank: int) -> tuple[bool, int]:
+    return slot.templates == 1, MASK_WINDOW * (-(-slot.numel // bank) - 1)
+
+
+def _needs_inter(slot: Slot, bank: int) -> tuple[bool, int]:
+    height, width = slot.template_shape
+    fits = 0 < height <= slot.rows and 0 < width <= slot.columns and slot.templates * height * width <= bank
+    return fits, slot.templates if slot.templates > 1 else 0
+
+
+def _needs_mix(slot: Slot, bank: int) -> tuple[bool, int]:
+    height, width = slot.template_shape
+    return width > 0 and slot.templates * width <= bank and height * width >= slot.numel, height * slot.templates
+
+
+def _needs_signed(slot: Slot, bank: int) -> tuple[bool, int]:
+    most = bank if slot.morph == "hash" else slot.numel
+    return 1 <= slot.chunk <= most, slot.templates if slot.templates > 1 else 0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The arithmetic of one morph; `sharing.morphs.MORPHS` has its tensor function under the same name."""
+
+    role: Literal["down", "up", "any"]
+    """For banks of twice the weight's size and more (B ≥ 2n), for smaller ones (B < n), or for both."""
+    cut: Callable[[Slot, int, Morph, int], Slot]
+    """(slot, B, options, cover) → the slot with its templates, coefficients and scale."""
+    needs: Callable[[Slot, int], tuple[bool, int]]
+    """(slot, B) → whether its templates fit the bank, and the number of coefficients it must have."""
+    has_chunks: bool = False
+    has_template_shape: bool = False
+
+
+RULES: dict[str, Rule] = {
+    "avg": Rule("down", _cut_average, _needs_average),
+    "wavg": Rule("down", _cut_average, _needs_average),
+    "emb": Rule("down", _cut_average, _needs_average),
+    "inter": Rule("up", _cut_inter, _needs_inter, has_template_shape=True),
+    "mask": Rule("up", _cut_mask, _needs_mask),
+    "repeat": Rule("up", _cut_repeat, _needs_repeat),
+    "wavg-up": Rule("up", _cut_mix, _needs_mix, has_template_shape=True),
+    "offset": Rule("any", _cut_signed, _needs_signed, has_chunks=True),
+    "hash": Rule("any", _cut_signed, _needs_signed, has_chunks=True),
 }
-SLOT_MORPHS = tuple(_CUTS)
+"""Name of a morph in a slot → its rule. Users write "wavg" for "wavg-up", too: the weight's size says which."""
+SLOT_MORPHS = tuple(RULES)
+_DOWN, _UP, _ANY = (
+    tuple(name.removesuffix("-up") for name, rule in RULES.items() if rule.role == role)
+    for role in ("down", "up", "any")
+)
 
 
 def reach(slot: Slot, bank: int) -> int:
