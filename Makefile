@@ -1,6 +1,6 @@
 # Every target sets up what it needs on a fresh machine; the second time that takes no time.
 # VENV: where the environment is; EXTRAS: which extras of pyproject.toml are in it; ARGS: passed on, e.g.
-#   make test ARGS="-k plan"      make test ARGS="-n 0 -x tests/test_readme.py"
+#   make test ARGS="-k plan"      make test ARGS="-n 0 -x tests/test_docs"
 # How to choose another Python or another torch: scripts/setup.sh.
 SHELL := bash
 VENV ?= .venv
