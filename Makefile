@@ -47,10 +47,11 @@ faults: $(READY) ## as root: what a run survives, on four emulated hosts (about 
 soak: $(READY) ## as root: two hours of training on four emulated hosts, with a random fault every three minutes
 	$(PY) -m benchmarks.faults.soak $(ARGS)
 
-lint: $(READY) ## check style, formatting and types
+lint: $(READY) ## check style, formatting, types, and that imports run one way
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+	$(VENV)/bin/lint-imports
 
 docs: $(READY) ## build the documentation's site in site/, with every warning an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict $(ARGS)
