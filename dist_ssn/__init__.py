@@ -5,14 +5,20 @@ optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(model, lr=1e-3))
 model = torch.nn.parallel.DistributedDataParallel(model)             # sends a tenth
 """
 
-from dist_ssn.comm.meter import CommMeter
-from dist_ssn.mapping_search import search
-from dist_ssn.plan import Morph, Plan, make_plan
-from dist_ssn.sharing.attach import share
-from dist_ssn.sharing.bank_set import shared_plan
-from dist_ssn.sharing.materialize import materialize
-from dist_ssn.sharing.optimizer_groups import parameter_groups
-from dist_ssn.sharing.summary import summary
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_ssn.comm.meter import CommMeter
+    from dist_ssn.mapping_search import search
+    from dist_ssn.plan import Morph, Plan, make_plan
+    from dist_ssn.sharing.attach import share
+    from dist_ssn.sharing.bank_set import shared_plan
+    from dist_ssn.sharing.materialize import materialize
+    from dist_ssn.sharing.optimizer_groups import parameter_groups
+    from dist_ssn.sharing.summary import summary
 
 __all__ = [
     "CommMeter",
@@ -27,3 +33,28 @@ __all__ = [
     "summary",
 ]
 __version__ = "0.1.0"
+
+# Imported on first use: torch takes a second, for which `dist-ssn --help` should not wait.
+_PLACES = {
+    "CommMeter": "dist_ssn.comm.meter",
+    "Morph": "dist_ssn.plan",
+    "Plan": "dist_ssn.plan",
+    "make_plan": "dist_ssn.plan",
+    "materialize": "dist_ssn.sharing.materialize",
+    "parameter_groups": "dist_ssn.sharing.optimizer_groups",
+    "search": "dist_ssn.mapping_search",
+    "share": "dist_ssn.sharing.attach",
+    "shared_plan": "dist_ssn.sharing.bank_set",
+    "summary": "dist_ssn.sharing.summary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(_PLACES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

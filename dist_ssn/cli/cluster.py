@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
+from dist_ssn.cli.declare import FILES, Argument, Command, Group, Option
 from dist_ssn.errors import ClusterError
 
 
-def cluster(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Runs `dist-ssn cluster probe` on one of the job's processes; rank 0 writes the file."""
-    parser.add_argument("action", choices=["probe"], help="measure latency and bandwidth between this job's processes")
-    parser.add_argument("--output", metavar="FILE", required=True, help="the cluster file to write, such as mine.yaml")
-    given = parser.parse_args(arguments)
+def run(given: argparse.Namespace, rest: list[str]) -> None:
+    """Measures the links on one of the job's processes; rank 0 writes the file."""
     output = Path(given.output)
     if not output.parent.is_dir():
         raise ClusterError(f"--output: the folder {output.parent} does not exist")
@@ -22,7 +19,7 @@ def cluster(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
 
     from dist_ssn.cluster.probe import probe
     from dist_ssn.engines import init_world
-    from dist_ssn.tracking import write_whole
+    from dist_ssn.files import write_whole
 
     with init_world() as world:
         if world.world_size < 2:
@@ -34,3 +31,28 @@ def cluster(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         if world.rank == 0:
             write_whole(output, measured.to_yaml())
             print(f"{measured.to_yaml()}written to {output}")
+
+
+CLUSTER = Command(
+    "cluster",
+    "on a cluster",
+    "Measure latency and bandwidth between the processes of a running job, and write them as a cluster file.",
+    ("dist-ssn launch --cluster local -- cluster probe --output mine.yaml",),
+    run,
+    (
+        Group(
+            "output",
+            (
+                Option(
+                    "--output",
+                    "Cluster file to write: latencies in microseconds, bandwidths in Mbit/s.",
+                    "FILE.yaml",
+                    example="mine.yaml",
+                    completes=FILES,
+                    required=True,
+                ),
+            ),
+        ),
+    ),
+    (Argument("ACTION", "probe: measure.", choices=("probe",)),),
+)

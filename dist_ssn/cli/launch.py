@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from dist_ssn.cluster import load_cluster
+from dist_ssn.cli.declare import CLUSTERS, FILES, Command, Group, Option, whole_number
 from dist_ssn.errors import UserError
-from dist_ssn.launch.command import Start, build_command
-from dist_ssn.launch.run import execute, found, text_of
+
+# The cluster and its nodes, for `dist-ssn lab` too.
+CLUSTER = Option(
+    "--cluster",
+    "Cluster to start on: a file, or a name of clusters/.",
+    "FILE",
+    example="ethernet-1g",
+    completes=CLUSTERS,
+    required=True,
+)
+NODES = Option("--nodes", "Number of nodes.", "N", default="as the cluster says", example="2", read=whole_number)
 
 
-def launch(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Runs `dist-ssn launch`; does not return, unless with --dry-run."""
-    parser.add_argument("--cluster", metavar="FILE", required=True, help="a file of clusters/, or its name")
-    parser.add_argument("--nodes", type=int, metavar="N", help="on so many nodes (as the cluster says)")
-    parser.add_argument("--node-rank", type=int, metavar="R", help="this node's number, from 0 (NODE_RANK)")
-    parser.add_argument("--address", help="node 0, as the others reach it (MASTER_ADDR, else as the cluster says)")
-    parser.add_argument("--port", type=int, help="a free port of node 0 (MASTER_PORT, else as the cluster says)")
-    parser.add_argument("--hostfile", metavar="FILE", help="names of the nodes, for deepspeed and mpirun")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and run nothing")
-    ours, program = split(arguments)
-    given = parser.parse_args(ours)
+def run(given: argparse.Namespace, rest: list[str]) -> None:
+    """Becomes the launcher's command; returns only with --dry-run."""
+    from dist_ssn.cluster import load_cluster
+    from dist_ssn.launch.command import Start, build_command
+    from dist_ssn.launch.run import execute, found, text_of
+
     start = Start(
         load_cluster(given.cluster),
-        tuple(program),
+        tuple(rest),
         given.nodes,
         _number(given.node_rank, "NODE_RANK", os.environ),
         given.address or os.environ.get("MASTER_ADDR"),
@@ -40,13 +44,6 @@ def launch(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
         execute(command, dict(os.environ))
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments before and after the first `--`."""
-    words = list(arguments)
-    cut = words.index("--") if "--" in words else len(words)
-    return words[:cut], words[cut + 1 :]
-
-
 def _number(given: int | None, name: str, environ: Mapping[str, str]) -> int | None:
     text = environ.get(name, "")
     if given is not None or not text:
@@ -54,3 +51,58 @@ def _number(given: int | None, name: str, environ: Mapping[str, str]) -> int | N
     if not text.isdecimal():
         raise UserError(f"environment variable {name} must be a whole number, got {text!r}")
     return int(text)
+
+
+LAUNCH = Command(
+    "launch",
+    "on a cluster",
+    "Start a program on a cluster, by torchrun, DeepSpeed's launcher, mpirun, Slurm or Kubernetes.",
+    (
+        "dist-ssn launch --cluster local --dry-run -- train --config quickstart",
+        "dist-ssn launch --cluster ethernet-1g --node-rank 0 --address 10.0.0.1 -- my_script.py --my-option",
+    ),
+    run,
+    (
+        Group(
+            "cluster",
+            (
+                CLUSTER,
+                NODES,
+                Option(
+                    "--node-rank",
+                    "Number of this node, from 0 (torchrun; deepspeed without ssh).",
+                    "R",
+                    default="the variable NODE_RANK",
+                    example="0",
+                    read=whole_number,
+                ),
+                Option(
+                    "--address",
+                    "Name or address of node 0, as the other nodes reach it.",
+                    "HOST",
+                    default="the variable MASTER_ADDR, else as the cluster says",
+                    example="10.0.0.1",
+                ),
+                Option(
+                    "--port",
+                    "Free TCP port of node 0.",
+                    "N",
+                    default="the variable MASTER_PORT, else as the cluster says",
+                    example="29500",
+                    read=whole_number,
+                ),
+                Option(
+                    "--hostfile",
+                    "File with the nodes' names, in the launcher's own format (deepspeed, mpirun).",
+                    "FILE",
+                    default="none",
+                    example="hosts",
+                    completes=FILES,
+                ),
+            ),
+        ),
+        Group("output", (Option("--dry-run", "Print the command, job script or manifest, and start nothing."),)),
+    ),
+    details="PROGRAM is train, plan or cluster of dist-ssn, or a script of your own that ends in .py, with its arguments.",
+    takes_program=True,
+)

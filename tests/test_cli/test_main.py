@@ -33,7 +33,7 @@ def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recipe, bool]]:
     """What `train` was called with, instead of training."""
     calls: list[tuple[Recipe, bool]] = []
-    monkeypatch.setattr("dist_ssn.train.loop.train", lambda recipe, *, progress=True: calls.append((recipe, progress)))
+    monkeypatch.setattr("dist_ssn.train.loop.train", lambda recipe, *, progress, **_: calls.append((recipe, progress)))
     return calls
 
 
@@ -92,7 +92,7 @@ def test_plan_needs_no_data_and_reads_a_plan_back(tmp_path: Path, capsys: pytest
 
 def test_report_is_called_with_the_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
-    monkeypatch.setattr("dist_ssn.report.compare", lambda *given: calls.append(given))
+    monkeypatch.setattr("dist_ssn.report.report", lambda *given: calls.append(given))
     assert run("report", "a", "b", "--output", "c", capsys=capsys)[0] == 0
     assert run("report", "a", capsys=capsys)[0] == 0
     assert calls == [(["a", "b"], "c"), (["a"], None)]
@@ -104,7 +104,8 @@ def test_report_is_called_with_the_runs(monkeypatch: pytest.MonkeyPatch, capsys:
         ([], "the following arguments are required: COMMAND"),
         (
             ["trian"],
-            "unknown command 'trian': known are cluster, lab, launch, plan, report, search, train; did you mean 'train'?",
+            "unknown command 'trian': known are cluster, completion, doctor, lab, launch, plan, report, search, train; "
+            "did you mean 'train'?",
         ),
         (["--nonsense", "train"], "unknown command"),
         (["train", "--stepz=3"], "command line: unknown key stepz; did you mean steps?"),
@@ -171,12 +172,14 @@ def command(*arguments: str, shell: str = '"$@"') -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.processes
 def test_as_a_process() -> None:
     result = command("train", "--stepz=3")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "dist-ssn: command line: unknown key stepz; did you mean steps?\n"
 
 
+@pytest.mark.processes
 def test_a_reader_that_stops_early_is_no_error() -> None:
     result = command("plan", "--config=digits", "--json", shell='set -o pipefail; "$@" | true; echo "${PIPESTATUS[0]}"')
     assert (result.stdout, result.stderr) == ("1\n", "")
