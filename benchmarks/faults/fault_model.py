@@ -76,7 +76,7 @@ def _kill_in_all_reduce(_: object) -> None:
 
 
 def _kill_while_saving(_: object) -> None:
-    folder.to_disk = _kill  # the files are there, and not under their name yet
+    folder.sync = _kill  # the files are there, and not under their name yet
 
 
 def _stop(_: object) -> None:

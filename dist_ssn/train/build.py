@@ -1,4 +1,4 @@
-"""From a recipe to its task and its model."""
+"""Building of a recipe's task and model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dist_ssn.train.recipe.schema import Recipe, ShareConfig
 
 
 def build(recipe: Recipe, world: World) -> tuple[Task, nn.Module]:
-    """The task and the model, shared as the recipe says, on this process's device.
+    """The task and the model of a recipe, shared if the recipe has a budget or a plan, on this process's device.
 
     Raises:
-        UserError: the recipe, the data or the model is not usable by so many processes.
+        UserError: the recipe, the data or the model is not usable with this number of processes.
     """
     validate(recipe, world.world_size)
     task = load_task(recipe.data, context=recipe.model_args.get("context"), seed=recipe.seed)
-    # Both say now, and not when they are needed, whether there is data enough for these ranks and this batch.
+    # Both raise now, and not in the middle of a run, if there is too little data for these ranks and this batch.
     batch = task.batch(0, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
     task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches)
     torch.manual_seed(recipe.seed)
@@ -41,7 +41,7 @@ def _check_fit(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor], recip
     """Runs one sample through the model.
 
     Raises:
-        RecipeError: the model does not take the data, or the loss does not take what it made of them.
+        RecipeError: the model does not take the data, or the loss does not take the model's output.
     """
     inputs, targets = (part[:1] for part in batch)
     was_training = model.training
@@ -52,14 +52,14 @@ def _check_fit(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor], recip
     except Exception as error:  # whatever a model may raise
         shapes = f"inputs {list(inputs.shape)} of {inputs.dtype}, targets {list(targets.shape)}"
         raise RecipeError(
-            f"model {recipe.model!r} does not go with data.name {recipe.data.name!r} ({shapes}): {told(error)}"
+            f"model {recipe.model!r} does not fit data.name {recipe.data.name!r} ({shapes}): {told(error)}"
         ) from error
     finally:
         model.train(was_training)
 
 
 def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
-    """Shares `model` in place as a recipe says, by budget, by a plan's file or as a control; none leaves it dense.
+    """Shares `model` in place by a recipe's budget, plan file or baseline (`control`); without any of them it stays dense.
 
     Raises:
         PlanError: the plan's file cannot be read.
@@ -84,7 +84,11 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
 
 
 def plan_of_file(path: str) -> Plan:
-    """The plan in a recipe's `share.plan`. Raises: PlanError, when it cannot be read."""
+    """The plan in a recipe's `share.plan`.
+
+    Raises:
+        PlanError: the file cannot be read.
+    """
     try:
         text = read_text(Path(path))
     except (OSError, ValueError) as error:

@@ -23,7 +23,7 @@ def evaluate(
     meter: CommMeter,
     autocast: AbstractContextManager[object],
 ) -> dict[str, float]:
-    """Means over the validation samples of all ranks, each key with "validation_" before it."""
+    """Means of the task's metrics over the validation samples of all ranks; "validation_" is put before each key."""
     _equal_buffers(model, world, meter)
     model.eval()
     sums: dict[str, Tensor] = {}
@@ -44,7 +44,7 @@ def evaluate(
 
 
 def _equal_buffers(model: nn.Module, world: World, meter: CommMeter) -> None:
-    """Gives every rank rank 0's running statistics, as DDP does before its next forward: those are saved, too."""
+    """Gives every rank the running statistics of rank 0, which are also the saved ones; DDP does so before its next forward."""
     if world.world_size == 1:
         return
     kept = model.state_dict(keep_vars=True)

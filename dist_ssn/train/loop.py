@@ -1,8 +1,8 @@
 """The training loop: from a recipe to a trained model, its metrics, its checkpoints and its account of bytes.
 
-A step depends on the recipe, the step's number, the rank and the parameters alone: batches are a function of the step,
-and torch's generators are seeded anew in each step. So a resumed run goes the way that the killed one would have gone,
-and needs no generator's state for it. The host waits for the device only at log points, evaluations and checkpoints.
+A step depends only on the recipe, the step's number, the rank and the parameters: batches are a function of the step,
+and torch's generators are seeded anew in each step. So a resumed run computes the same values as an uninterrupted one,
+without a saved generator state. The host waits for the device only at log points, evaluations and checkpoints.
 """
 
 from __future__ import annotations
@@ -38,30 +38,30 @@ from dist_ssn.train.losses import Losses
 from dist_ssn.train.metrics.account import Account
 from dist_ssn.train.metrics.clock import Clock
 from dist_ssn.train.metrics.predicted import comparison, prediction_of
-from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor, state_bytes
+from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, learning_rate_factor, state_bytes
 from dist_ssn.train.prune import Pruner, with_thresholds
-from dist_ssn.train.ranks.raise_together import together
+from dist_ssn.train.ranks.raise_together import raise_together
 from dist_ssn.train.ranks.stop import Stop
 from dist_ssn.train.ranks.threads import processor_threads
 from dist_ssn.train.recipe.check import validate
 from dist_ssn.train.recipe.schema import DENSE, ENGINE_OPTIONS, Recipe
 from dist_ssn.train.teacher import Teacher, dense_twin, load_teacher
 
-LOG_EVERY = 50  # steps between two looks at the training loss, when no evaluation or checkpoint comes first
-PATIENCE_SECONDS = 20  # how long a failed rank waits for the others before it ends
-BAR_SECONDS = 0.2  # how often the progress bar is redrawn
+LOG_EVERY = 50  # steps between two reads of the training loss, if no evaluation or checkpoint comes first
+PATIENCE_SECONDS = 20  # the longest that a failed rank waits for the others before it ends
+BAR_SECONDS = 0.2  # between two updates of the progress bar
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to.
+    """Result of a run.
 
     Args:
-        row: one line of a comparing table: name, parameters, optimizer_bytes, bytes_per_step_logical,
-            bytes_per_step_ring, total_bytes (ring), ms_per_step, validation_loss, validation_accuracy (of
+        row: a line of the table that compares runs: name, parameters, optimizer_bytes, bytes_per_step_logical,
+            bytes_per_step_ring, total_bytes (ring), ms_per_step, validation_loss (nats), validation_accuracy (of
             classification), and history: a dict with step, ring_bytes, seconds, validation_loss … per evaluation.
-        folder: where summary.json, metrics.jsonl, plan.json, recipe.json and checkpoints/ are.
+        folder: contains summary.json, metrics.jsonl, plan.json, recipe.json and checkpoints/.
         summary: the content of summary.json.
         model: the trained model, on the device it was trained on.
     """
@@ -73,7 +73,7 @@ class RunResult:
 
 
 def train(recipe: Recipe, *, progress: bool = True, draw: Draw | None = None) -> RunResult:
-    """Trains as `recipe` says, alone or as one of the processes that torchrun started.
+    """Trains a recipe, in one process or on all ranks that torchrun started.
 
     Args:
         recipe: the recipe.
@@ -83,7 +83,7 @@ def train(recipe: Recipe, *, progress: bool = True, draw: Draw | None = None) ->
     Raises:
         UserError: the recipe, the data, a checkpoint or the model is not usable, or the loss is no longer finite.
             Every rank raises it.
-        Preempted: SIGTERM or SIGUSR1 asked the run to make room; it is saved. Every rank raises it.
+        Preempted: SIGTERM or SIGUSR1 preempted the run, and a checkpoint of its last step is written. Every rank raises it.
         RanksLost: a collective failed, because another rank is gone.
     """
     with init_world(recipe.engine.timeout_seconds) as world:
@@ -103,7 +103,7 @@ def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None) -> R
     ):
         run = _Run(recipe, world, meter, watch, Saver(recipe, world, stop), progress, draw)
         row = None
-        with watch.blaming(run.saver.where_to_go_on):
+        with watch.blaming(run.saver.resume_point):
             try:
                 run.prepare()
                 run.train()
@@ -136,14 +136,14 @@ class _Run:
         self.teacher: Teacher | None = None
         self.pruner: Pruner | None = None
         self.resumed_step: int | None = None
-        self.said = prediction_of(recipe)
+        self.prediction = prediction_of(recipe)
         self.next_show = 0.0
-        self.notes: list[str] = []  # what the user should know before the first step
+        self.notes: list[str] = []  # messages to the user before the first step
 
     # ------------------------------------------------------------ before the first step
 
     def prepare(self) -> None:
-        """Checks and builds everything; whatever is wrong on one rank stops all of them."""
+        """Checks and builds everything; a mistake on one rank stops all ranks."""
         recipe = self.recipe
         engine = self._agree(lambda: engine_class(recipe.engine.name))
         self.task, model = self._agree(lambda: build(recipe, self.world))
@@ -205,11 +205,11 @@ class _Run:
     # ------------------------------------------------------------ steps
 
     def train(self) -> None:
-        """Steps until the last one, or until evaluations have not improved for `patience` of them."""
+        """Trains until the last step, or until `patience` evaluations in a row have not improved."""
         recipe, counters = self.recipe, self.account.counters
         self.model.train()
         first = counters.step
-        seen = 0  # step times that were logged
+        seen = 0  # number of step times that were logged
         while counters.step < recipe.steps and not self._out_of_patience():
             with self.clock.step():
                 loss = self._step(counters.step)
@@ -226,7 +226,7 @@ class _Run:
             if wants.save:
                 self.saver.save(self.engine, shared_plan(self.model), self.account)
             if wants.stop and counters.step < recipe.steps:
-                self.saver.make_room(wants.stop, counters.step)
+                self.saver.preempt(wants.stop, counters.step)
 
     def _step(self, step: int) -> Tensor:
         recipe, world = self.recipe, self.world
@@ -254,7 +254,7 @@ class _Run:
         return total
 
     def _compare(self, step: int) -> None:
-        """Before the update: an engine that gathers parameters anew would cover up what a rank has computed with."""
+        """Compares parameters over all ranks, before the update: an engine that gathers them anew would hide a difference."""
         every = self.recipe.engine.compare_every
         if not every or step % every or not self.engine.replicated:
             return
@@ -267,7 +267,7 @@ class _Run:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
 
     def _show(self, loss: Tensor, steps: int) -> None:
-        """Moves the bar, now and then; reading the loss makes the host wait, so not in every step."""
+        """Moves the progress bar, at most once per BAR_SECONDS, because reading the loss makes the host wait."""
         console = self.console
         if console is None or not console.live or time.perf_counter() < self.next_show:
             return
@@ -296,7 +296,8 @@ class _Run:
         counters.seconds += sum(times)
         values: dict[str, Any] = {
             "train_loss": mean,
-            "learning_rate": recipe.optimizer.lr * rate_factor(recipe.schedule, counters.step - 1, recipe.steps),
+            "learning_rate": recipe.optimizer.lr
+            * learning_rate_factor(recipe.schedule, counters.step - 1, recipe.steps),
             "samples_per_second": recipe.batch_size * len(times) / sum(times),
             "seconds": counters.seconds,
         }
@@ -310,13 +311,13 @@ class _Run:
         self._agree(lambda: self.tracker.log(counters.step, values), "metrics")
 
     def _stop(self, sentence: str) -> NoReturn:
-        """Ends the run on all ranks, which know that already; rank 0 knows what was saved last."""
+        """Ends the run on all ranks, which all call it; rank 0 knows the last checkpoint."""
 
-        def say() -> None:
+        def fail() -> None:
             if self.world.rank == 0:
-                raise UserError(f"{sentence}; {self.saver.where_to_go_on()}")
+                raise UserError(f"{sentence}; {self.saver.resume_point()}")
 
-        self._agree(say)
+        self._agree(fail)
         raise AssertionError("rank 0 has raised, and all with it")
 
     def _evaluate(self) -> dict[str, float]:
@@ -330,11 +331,11 @@ class _Run:
     # ------------------------------------------------------------ the end
 
     def finish(self) -> RunResult:
-        """The last checkpoint, the row of the comparing table, `summary.json`."""
+        """Writes the last checkpoint and `summary.json`, and returns the result."""
         if self.teacher is not None:
             self.teacher.leave()
         counters = self.account.counters
-        if not counters.history or counters.history[-1]["step"] != counters.step:  # it went on from where it ends
+        if not counters.history or counters.history[-1]["step"] != counters.step:  # it resumed at its last step
             so_far = {"step": counters.step, "seconds": counters.seconds, "ring_bytes": self.account.ring_bytes()}
             counters.history.append({**so_far, **self._evaluate()})
         self.saver.save(self.engine, shared_plan(self.model), self.account)
@@ -352,13 +353,13 @@ class _Run:
         if pruned is not None:
             row["kept_numbers"] = pruned["kept"]
         summary = {**self.account.summary(row, self.recipe, self.world), "pruned": pruned}
-        if self.said is not None:
-            summary["prediction"] = comparison(self.said, {**row, **self.account.exposed_per_step()})
+        if self.prediction is not None:
+            summary["prediction"] = comparison(self.prediction, {**row, **self.account.exposed_per_step()})
 
         def write() -> None:
             if self.world.rank == 0:
                 self.tracker.table("ledger", summary["ledger"])
-                if self.said is not None:
+                if self.prediction is not None:
                     self.tracker.table("prediction", summary["prediction"])
                 write_whole(
                     self.folder / "summary.json", json.dumps(jsonable(summary), indent=1, allow_nan=False) + "\n"
@@ -368,18 +369,18 @@ class _Run:
         return RunResult(row, self.folder, summary, self.model)
 
     def close(self, row: dict[str, Any] | None) -> None:
-        """Ends tracking. Of a run that failed (`row` is None), the other ranks wait until rank 0 has done so.
+        """Ends tracking. After a failure (`row` is None), the other ranks wait until rank 0 has done so.
 
-        A launcher kills all processes as soon as one has ended with an error, which may be before rank 0 has said why.
+        A launcher kills all processes as soon as one has ended with an error, possibly before rank 0 has printed the reason.
         """
         self.tracker.close(row)
         if row is None and self.world.world_size > 1 and isinstance(sys.exc_info()[1], UserError | Preempted):
             waiting = dist.barrier(async_op=True)
-            # Every rank raises the same; should one have died nonetheless, the others end without it.
+            # Every rank raises the same error; if one has died nonetheless, the others end without it.
             with suppress(RuntimeError):
                 assert waiting is not None
                 waiting.wait(timedelta(seconds=PATIENCE_SECONDS))
 
     def _agree(self, action: Callable[[], T], purpose: str = "other") -> T:
         with self.meter.purpose(purpose):
-            return together(action, self.world.device)
+            return raise_together(action, self.world.device)

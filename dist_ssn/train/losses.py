@@ -1,4 +1,4 @@
-"""The training loss between two looks at it, without making the host wait in a step."""
+"""The training loss, summed on the device so that the host waits only when it reads the sum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class Losses:
-    """The sum of the losses since the last look, and the first step whose loss was not finite."""
+    """Sum of the losses since the last `take`, and the first step whose loss was not finite."""
 
     def __init__(self, device: torch.device):
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -20,15 +20,20 @@ class Losses:
         self._count = 0
 
     def add(self, step: int, loss: Tensor) -> None:
+        """Adds this rank's loss of a step, a scalar."""
         self._sum += loss
         bad = torch.where(torch.isfinite(loss), self._first_bad, torch.full_like(self._first_bad, step))
         self._first_bad = torch.minimum(self._first_bad, bad)
         self._count += 1
 
     def take(self, ranks: int) -> tuple[float, int | None]:
-        """(the mean loss of all ranks since the last call, the first step that was not finite on any, if there is one).
+        """The mean loss since the last call; costs at most two small collectives, the same ones on every rank.
 
-        Two small collectives at most, the same ones on every rank.
+        Args:
+            ranks: number of ranks.
+
+        Returns:
+            (mean over all ranks and steps, the first step whose loss was not finite on any rank, or None).
         """
         if ranks > 1:
             dist.all_reduce(self._sum)

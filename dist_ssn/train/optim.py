@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 
 def _adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    groups = parameter_groups(model, config.weight_decay, lr=config.lr)
-    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay)
+    param_groups = parameter_groups(model, config.weight_decay, lr=config.lr)
+    return AdamW(param_groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay)
 
 
 def _sgd(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    groups = parameter_groups(model, config.weight_decay)
+    param_groups = parameter_groups(model, config.weight_decay)
     nesterov = config.nesterov and config.momentum > 0
-    return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay)
+    return SGD(
+        param_groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, weight_decay=config.weight_decay
+    )
 
 
 def _constant(progress: float, step: int, config: ScheduleConfig) -> float:
@@ -44,7 +46,7 @@ def _step(progress: float, step: int, config: ScheduleConfig) -> float:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
 
-# Each takes the part of the run that is done (0 to 1, counted from the end of the warm-up), the step, and the config.
+# Each takes the completed fraction of the run (0 to 1, counted from the end of the warm-up), the step, and the config.
 SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
     "constant": _constant,
     "cosine": _cosine,
@@ -53,7 +55,7 @@ SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The recipe's optimizer over the trainable parameters of `model`, shared or dense, with weight decay by group.
+    """The recipe's optimizer over the trainable parameters of `model`, shared or dense, with weight decay by parameter group.
 
     Raises:
         RecipeError: the optimizer's name is not known.
@@ -63,8 +65,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     return OPTIMIZERS[config.name](model, config)
 
 
-def rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`, as a fraction of the optimizer's `lr`."""
+def learning_rate_factor(config: ScheduleConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`, divided by the optimizer's `lr`."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
@@ -83,11 +85,11 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
         raise RecipeError(
             f"schedule.warmup is {config.warmup} steps: it must lie between 0 and the run's {steps} steps"
         )
-    return LambdaLR(optimizer, lambda step: rate_factor(config, step, steps))
+    return LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, steps))
 
 
 def fast_forward(schedule: LambdaLR, step: int) -> None:
-    """Puts a new schedule, and its optimizer's rates, where `step` optimizer steps would have brought them."""
+    """Sets a new schedule and its optimizer's learning rates to their values after `step` optimizer steps."""
     rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     schedule.load_state_dict(
         {
@@ -97,8 +99,8 @@ def fast_forward(schedule: LambdaLR, step: int) -> None:
             "lr_lambdas": [None] * len(rates),
         }
     )
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for param_group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        param_group["lr"] = rate
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -1,14 +1,16 @@
-"""Magnitude pruning while a model trains, at once or gradually: of a bank's numbers, or of the weights.
+"""Magnitude pruning during training, at once or gradually, of a bank's elements or of the weights'.
 
-Between two steps s = final · (1 - (1 - t)³) of the numbers are held at zero, where t grows from 0 to 1 between `begin` and `end`
-(Zhu and Gupta 2017, arXiv 1710.01878, section 3). Two things can be pruned:
+After each step, a fraction s = final · (1 - (1 - t)³) of the elements is zero; t grows from 0 to 1 between the steps `begin` and
+`end`. Two things can be pruned:
 
-    bank      the smallest numbers of all banks, in units of each bank's own initial deviation; once zero, a number stays zero
-    weights   the smallest numbers of each weight. A dense model's stay zero once they are. A shared model's are generated, so each
-              has one threshold, below which what is generated counts as zero; it may come back
+    bank      the smallest elements of all banks, in units of each bank's initial standard deviation; a pruned element stays zero
+    weights   the smallest elements of each weight. In a dense model a pruned element stays zero. In a shared model weights are
+              generated, so each weight has a threshold below which generated elements are set to zero; they may come back
 
-What is stored shrinks: `kept` numbers, and one bit for each number to say which. What is sent does not: every gradient travels as
-before.
+Storage shrinks to `kept` elements, and one bit for each element that tells if it is kept. Communication does not shrink: every
+gradient is sent as before.
+
+Source: Zhu and Gupta 2017, arXiv 1710.01878, section 3.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dist_ssn.train.recipe.schema import PruneConfig, ShareConfig
 
 
 def sparsity(config: PruneConfig, step: int, steps: int) -> float:
-    """The part that is zero after `step` steps of `steps`."""
+    """Fraction that is zero after `step` steps of `steps`."""
     end = steps if config.end is None else config.end
     if step < config.begin:
         return 0.0
@@ -33,7 +35,7 @@ def sparsity(config: PruneConfig, step: int, steps: int) -> float:
 
 
 def with_thresholds(model: nn.Module, config: PruneConfig) -> nn.Module:
-    """Gives a shared model's banks a threshold for each weight where its weights are pruned; so a checkpoint has them."""
+    """Adds a buffer of one threshold per weight to a shared model's banks, if its weights are pruned; checkpoints contain it."""
     if config.final and config.what == "weights":
         for bank in banks_of(model):
             bank.register_buffer("thresholds", torch.zeros(len(bank.group.slots), device=bank.bank.device))
@@ -41,18 +43,21 @@ def with_thresholds(model: nn.Module, config: PruneConfig) -> nn.Module:
 
 
 class Pruner:
-    """Prunes a model between steps. Every process does the same, for each holds the same numbers.
+    """Prunes a model between steps, identically on every process, since all hold the same parameters.
 
     Args:
-        model: after `with_thresholds`, with the values from which it trains on: where pruning has begun, zeros stay.
-        step: steps that were made.
+        config: `what`, `final`, `begin`, `end` and `every`.
+        share: gives the weights of a dense model.
+        model: after `with_thresholds`, with the values that training starts or resumes from. If pruning has begun, zeros stay.
+        step: number of steps that were made.
+        steps: number of steps of the run.
     """
 
     def __init__(self, config: PruneConfig, share: ShareConfig, model: nn.Module, step: int, steps: int) -> None:
         self._config, self._steps = config, steps
         self._banks = banks_of(model)
         self._thresholds = config.what == "weights" and bool(self._banks)
-        self._held: list[tuple[nn.Parameter, float]] = []  # what is held at zero itself, and its unit
+        self._held: list[tuple[nn.Parameter, float]] = []  # parameters with elements held at zero, and their units
         if config.what == "bank":
             self._held = [(bank.bank, bank.group.init_std) for bank in self._banks]
         elif not self._banks:
@@ -65,7 +70,7 @@ class Pruner:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Holds at zero what is pruned, and prunes further where it is time."""
+        """Sets pruned elements to zero again, and prunes further if it is time."""
         self._hold()  # first: an optimizer moves zeros too, and they must not grow back
         since = step - self._config.begin
         if since < 0 or (since % self._config.every and step != self._steps):
@@ -94,16 +99,16 @@ class Pruner:
 
     @torch.no_grad()
     def counts(self) -> dict[str, Any]:
-        """What was pruned, of how many numbers, and how many are left."""
+        """Counts for `summary.json`: the pruned object, its elements, and those that are kept."""
         if self._thresholds:
             made = [bank(index) for bank in self._banks for index in range(len(bank.group.slots))]
         else:
             made = [parameter for parameter, _ in self._held]
-        kept = sum(int(numbers.count_nonzero()) for numbers in made)
-        return {"what": self._config.what, "numbers": sum(numbers.numel() for numbers in made), "kept": kept}
+        kept = sum(int(tensor.count_nonzero()) for tensor in made)
+        return {"what": self._config.what, "numbers": sum(tensor.numel() for tensor in made), "kept": kept}
 
 
 def _smallest(sizes: Tensor, part: float) -> Tensor:
-    """The largest of the smallest `part` of these sizes [m]; below all of them where there is none."""
+    """The threshold below or at which the smallest `part` of the sizes [m] lies; -1 if that is no element."""
     count = int(part * sizes.numel())
     return sizes.kthvalue(count).values if count else sizes.new_tensor(-1.0)

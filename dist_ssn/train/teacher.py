@@ -1,10 +1,11 @@
-"""Distillation: a trained model's logits and hidden states as targets beside the data's own.
+"""Distillation: a trained model's logits and hidden states as targets, in addition to the data's own.
 
     loss = (1 - w) · task + w · T² · KL(teacher at T ‖ student at T) + w_hidden · mean over modules of (student - teacher)²
 
-Logits after Hinton et al., arXiv 1503.02531; hidden states after Romero et al., arXiv 1412.6550, without a projection: they must
-be of one shape. Each process has the whole teacher and asks it about its own samples, so it costs memory and computing, and no
-byte on the network.
+Hidden states are compared without a projection, so both models' must have the same shape. Each process holds the whole teacher and
+runs it on its own samples, so distillation costs memory and compute, and sends nothing.
+
+Source: Hinton et al., arXiv 1503.02531 (logits); Romero et al., arXiv 1412.6550 (hidden states).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from dist_ssn.train.recipe.schema import DENSE, DistillConfig, Recipe, ShareConf
 
 
 def dense_twin(recipe: Recipe) -> Recipe:
-    """The run that `distill.teacher: dense` asks for: the recipe without sharing."""
+    """The recipe of the teacher that `distill.teacher: dense` trains: the same recipe without sharing."""
     name = f"{recipe.name}-teacher"
     return dataclasses.replace(recipe, name=name, share=ShareConfig(), distill=DistillConfig(), predicted=None)
 
@@ -42,7 +43,7 @@ def load_teacher(recipe: Recipe, task: Task, student: nn.Module) -> Teacher:
     """The teacher that a recipe names, from the last checkpoint of its run, on the device of `student`.
 
     Raises:
-        UserError: its run cannot be read, or its outputs are not of the student's shapes.
+        UserError: the teacher's run cannot be read, or its outputs differ in shape from the student's.
     """
     folder = Path(recipe.distill.teacher or "")
     if recipe.distill.teacher == DENSE:
@@ -52,13 +53,13 @@ def load_teacher(recipe: Recipe, task: Task, student: nn.Module) -> Teacher:
         theirs = recipe_from_json(read_text(folder / "recipe.json"), str(folder / "recipe.json"))
     except (OSError, ValueError) as error:
         raise UserError(f"distill.teacher: {folder / 'recipe.json'} cannot be read: {error}") from error
-    if theirs.model not in MODELS and theirs.model != recipe.model:  # else its folder could name any code to run
+    if theirs.model not in MODELS and theirs.model != recipe.model:  # otherwise its folder could name any code to run
         raise UserError(
             f"distill.teacher: its model is {theirs.model!r}, and only a built-in model or this recipe's own "
             f"({recipe.model!r}) is built from a run's folder"
         )
     share, plan = theirs.share, folder / "plan.json"
-    if plan.exists():  # as it was found then, wherever it came from
+    if plan.exists():  # the plan that the teacher was trained with
         share = ShareConfig(plan=str(plan))
     model = with_thresholds(share_as(build_model(theirs.model, theirs.model_args, task), share), theirs.prune)
     load_model(folder / "checkpoints", model, shared_plan(model))
@@ -70,14 +71,15 @@ def load_teacher(recipe: Recipe, task: Task, student: nn.Module) -> Teacher:
 
 
 class Teacher:
-    """A trained model, and the comparison of another with it.
+    """A trained model, and the loss that compares another model with it.
 
     Args:
-        model: the teacher; it is not changed any more.
-        student: its hidden states are taken down whenever it runs.
+        config: temperature, weights, and names of the modules whose outputs are compared.
+        model: the teacher; its parameters are frozen.
+        student: its hidden states are recorded in each forward.
 
     Raises:
-        UserError: a name of `config.hidden` is not in both.
+        UserError: a name of `config.hidden` is not in both models.
     """
 
     def __init__(self, config: DistillConfig, model: nn.Module, student: nn.Module) -> None:
@@ -95,44 +97,50 @@ class Teacher:
                 )
             for name in names:
                 for module, where in ((model.get_submodule(name), self._theirs), (known[name], self._mine)):
-                    self._hooks.append(module.register_forward_hook(partial(_take_down, where, name)))
+                    self._hooks.append(module.register_forward_hook(partial(_record, where, name)))
 
     def loss(self, task_loss: Tensor, outputs: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a batch on which the student has just run.
+        """The loss of a batch, right after the student's forward.
 
         Args:
-            task_loss: what the data's own targets ask for, a scalar.
+            task_loss: loss of the data's own targets, a scalar.
             outputs: the student's.
+            inputs: of the batch.
+            targets: of the batch.
         """
         weight, temperature = self._config.weight, self._config.temperature
         with torch.no_grad():
-            told = logits_of(self._model(inputs), targets).flatten(0, -2) / temperature
-        said = logits_of(outputs, targets).flatten(0, -2) / temperature
-        apart = F.kl_div(said.log_softmax(-1), told.log_softmax(-1), reduction="batchmean", log_target=True)
-        loss = (1 - weight) * task_loss + weight * temperature**2 * apart
+            theirs = logits_of(self._model(inputs), targets).flatten(0, -2) / temperature
+        mine = logits_of(outputs, targets).flatten(0, -2) / temperature
+        divergence = F.kl_div(mine.log_softmax(-1), theirs.log_softmax(-1), reduction="batchmean", log_target=True)
+        loss = (1 - weight) * task_loss + weight * temperature**2 * divergence
         if self._config.hidden:
-            parts = [F.mse_loss(self._mine[name], theirs) for name, theirs in self._theirs.items()]
+            parts = [F.mse_loss(self._mine[name], hidden) for name, hidden in self._theirs.items()]
             loss = loss + self._config.hidden_weight * torch.stack(parts).mean()
         self._mine.clear()
         self._theirs.clear()
         return loss
 
     def leave(self) -> None:
-        """Takes nothing down any more."""
+        """Stops recording hidden states."""
         for hook in self._hooks:
             hook.remove()
 
     @torch.no_grad()
     def check(self, student: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-        """Raises: UserError, where the two models' logits or hidden states differ in shape."""
+        """Runs both models on one batch and compares shapes.
+
+        Raises:
+            UserError: the two models' logits or hidden states differ in shape.
+        """
         was_training = student.training
         shapes = [logits_of(model(inputs), targets).shape for model in (student.eval(), self._model)]
         student.train(was_training)
         for name in self._theirs:
             if self._mine[name].shape != self._theirs[name].shape:
                 raise UserError(
-                    f"distill.hidden: {name} makes {tuple(self._mine[name].shape)} in the model and "
-                    f"{tuple(self._theirs[name].shape)} in its teacher: name modules whose outputs are of one shape"
+                    f"distill.hidden: {name} returns {tuple(self._mine[name].shape)} in the model and "
+                    f"{tuple(self._theirs[name].shape)} in its teacher: name modules whose outputs have the same shape"
                 )
         if shapes[0] != shapes[1]:
             raise UserError(
@@ -143,7 +151,7 @@ class Teacher:
         self._theirs.clear()
 
 
-def _take_down(where: dict[str, Tensor], name: str, module: nn.Module, _: object, output: Any) -> None:
+def _record(where: dict[str, Tensor], name: str, module: nn.Module, _: object, output: Any) -> None:
     first = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(first, Tensor):
         raise UserError(f"distill.hidden: {name} returns a {type(first).__name__}, and must return a tensor")

@@ -412,9 +412,9 @@ def test_wrong_fashion_mnist(fashion: Path) -> None:
     images.write_bytes(b"no gzip")
     fails("train-images-idx3-ubyte.gz cannot be read")
     images.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
-    fails("is not a whole IDX file of 3 dimensions")
+    fails("is not a complete IDX file of 3 dimensions")
     images.write_bytes(gzip.compress(b""))
-    fails("is not a whole IDX file of 3 dimensions")
+    fails("is not a complete IDX file of 3 dimensions")
     images.write_bytes(whole)
     write_idx(labels, np.zeros(29))
     fails("the training files have 30 images but 29 labels")
@@ -548,10 +548,10 @@ def test_wrong_cifar(tmp_path: Path) -> None:
     for content, wanted in (
         (pickle.dumps({b"data": np.zeros((2, 3072), dtype=np.uint8), b"labels": [1, 2, 3]}), r"shape \(3, 3072\)"),
         (pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [1, 2]}), r"bytes of shape \(2, 3072\)"),
-        (pickle.dumps({b"labels": [1, 2]}), "data_batch_2 is not a whole CIFAR file"),
-        (pickle.dumps([1]), "data_batch_2 is not a whole CIFAR file"),
+        (pickle.dumps({b"labels": [1, 2]}), "data_batch_2 is not a complete CIFAR file"),
+        (pickle.dumps([1]), "data_batch_2 is not a complete CIFAR file"),
         (b"\x80\x04garbage", "data_batch_2 is not a"),
-        (b"", "data_batch_2 is not a whole CIFAR file"),
+        (b"", "data_batch_2 is not a complete CIFAR file"),
     ):
         (folder / "data_batch_2").write_bytes(content)
         fails(wanted)

@@ -195,7 +195,7 @@ def test_a_signal_to_one_rank_saves_all_and_a_restart_goes_on_by_itself(tmp_path
     going = recipe(tmp_path, model_args=args, evaluate_every=100)
     first, second = run_ranks(_until_it_makes_room, 2, going)
     assert first == second
-    assert "makes room, as signal 15 asked it to: it is saved after step" in first
+    assert "was preempted by signal 15: it is saved after step" in first
     (saved,) = checkpoints(tmp_path / "small" / "checkpoints")
     assert str(saved) in first and 5 <= json.loads((saved / "state.json").read_text())["step"] < 12
     assert saved.name != "step-00000012"
@@ -240,7 +240,7 @@ def test_the_command_line_ends_with_the_code_for_another_try(tmp_path: Path, num
         finally:
             process.kill()
             process.wait()
-    assert f"makes room, as signal {number} asked it to" in (tmp_path / "said").read_text()
+    assert f"was preempted by signal {number}: it is saved after step" in (tmp_path / "said").read_text()
 
 
 def until(condition: Callable[[], object], seconds: float) -> bool:
@@ -279,7 +279,7 @@ def test_a_restart_passes_over_a_damaged_checkpoint_and_a_person_is_asked(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     train(recipe(tmp_path, checkpoint=EVERY))
     said = capsys.readouterr().out
-    assert "model.safetensors has" in said and "it is passed over" in said
+    assert "model.safetensors has" in said and "it is skipped" in said
     assert all(torch.equal(tensor, ends(tmp_path / "small")[0][name]) for name, tensor in whole[0].items())
 
 
@@ -334,11 +334,11 @@ def _tells_at_leisure(*args: Any) -> str:
 
 HANGS = """
 import sys, threading
-from dist_ssn.comm import under_way
-from dist_ssn.train import stop
+from dist_ssn.comm import in_flight
+from dist_ssn.train.ranks import stop
 stop.SPARE_SECONDS = 0.0
 with stop.Stop(0.5, lambda why: f"rank 3 is missing ({why})"):
-    under_way.started("all_reduce", "gradients")
+    in_flight.started("all_reduce", "gradients")
     lock = threading.Lock()
     lock.acquire()
     lock.acquire()

@@ -25,7 +25,7 @@ from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.errors import CheckpointError, RecipeError, UserError
 from dist_ssn.train.checkpoint.folder import checkpoints
 from dist_ssn.train.loop import RunResult, train
-from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, rate_factor
+from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, learning_rate_factor
 from dist_ssn.train.recipe.schema import (
     CheckpointConfig,
     DataConfig,
@@ -392,7 +392,11 @@ def test_a_schedule_can_be_entered_anywhere(config: ScheduleConfig) -> None:
         jumped, entered = fresh()
         fast_forward(entered, step)
         rates = [group["lr"] for group in walked.param_groups]
-        assert rates == [group["lr"] for group in jumped.param_groups] == [0.3 * rate_factor(config, step, 10)] * 2
+        assert (
+            rates
+            == [group["lr"] for group in jumped.param_groups]
+            == [0.3 * learning_rate_factor(config, step, 10)] * 2
+        )
         for optimizer, its in ((walked, schedule), (jumped, entered)):
             optimizer.step()
             its.step()
@@ -401,9 +405,11 @@ def test_a_schedule_can_be_entered_anywhere(config: ScheduleConfig) -> None:
 
 def test_the_values_of_the_schedules() -> None:
     cosine = ScheduleConfig("cosine", warmup=4, final=0.2)
-    assert [rate_factor(cosine, step, 24) for step in (0, 3, 4, 14, 24)] == pytest.approx([0.25, 1, 1, 0.6, 0.2])
+    assert [learning_rate_factor(cosine, step, 24) for step in (0, 3, 4, 14, 24)] == pytest.approx(
+        [0.25, 1, 1, 0.6, 0.2]
+    )
     steps = ScheduleConfig("step", milestones=(2, 5), gamma=0.1)
-    assert [rate_factor(steps, step, 9) for step in (1, 2, 4, 5)] == pytest.approx([1, 0.1, 0.1, 0.01])
+    assert [learning_rate_factor(steps, step, 9) for step in (1, 2, 4, 5)] == pytest.approx([1, 0.1, 0.1, 0.01])
 
 
 def test_optimizers_follow_the_config_and_decay_only_what_should() -> None:

@@ -200,7 +200,7 @@ def test_own_model_from_the_current_folder(own_module: str) -> None:
 def test_own_model_that_is_wrong(own_module: str) -> None:
     with pytest.raises(RecipeError, match=r"must return a torch\.nn\.Module, but returned a int"):
         build_model(f"{own_module}.nothing", {})
-    with pytest.raises(RecipeError, match=r"classes must be given, for .* has no default"):
+    with pytest.raises(RecipeError, match=r"classes must be given, because .* has no default"):
         build_model(f"{own_module}.build", {})
     with pytest.raises(
         RecipeError, match="unknown argument 'widht': known are classes, scale, width; did you mean 'width'"

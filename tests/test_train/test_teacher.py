@@ -170,7 +170,7 @@ def test_what_a_teacher_may_not_be(tmp_path: Path) -> None:
 
     refused(r"distill\.teacher: its logits are \(1, 10\) where the model's are \(1, 12\)", classes=12)
     refused(r"distill\.hidden: no module of both models is called 'nobody'; there are stem", ("nobody",))
-    refused(r"distill\.hidden: .* makes \(1, .*\) in the model and \(1, .*\) in its teacher", ("*",), width=2)
+    refused(r"distill\.hidden: .* returns \(1, .*\) in the model and \(1, .*\) in its teacher", ("*",), width=2)
     theirs = folder / "recipe.json"
     theirs.write_text(theirs.read_text().replace('"wide_resnet"', '"some.function"'))
     refused(

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: their names and order, what a killed save has left, and how one replaces another."""
+"""The folder of a run's checkpoints: names, order, replacement, and removal of leftovers of killed saves."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _NAME = re.compile(r"step-(\d{8,18})")
 
 
 def name_of(step: int) -> str:
-    """The name of the checkpoint after so many steps."""
+    """Name of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first; what a killed save left over is not looked at."""
+    """The complete checkpoints in a folder, oldest first; leftovers of killed saves are ignored."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -26,13 +26,13 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint in `folder`, None if there is none."""
+    """The newest checkpoint in `folder`; None if there is none."""
     found = checkpoints(Path(folder))
     return found[-1] if found else None
 
 
 def temporary(target: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
+    """Path at which a checkpoint is written before it gets its name."""
     return target.parent / f".{target.name}.{os.getpid()}.tmp"
 
 
@@ -42,13 +42,13 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Removes what killed saves have left."""
+    """Removes leftovers of killed saves."""
     for leftover in folder.glob(".step-*.tmp"):
         shutil.rmtree(leftover)
 
 
-def to_disk(path: Path) -> None:
-    """Returns when the file, or the folder's list of names, would survive a loss of power."""
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk and survives a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,7 +57,7 @@ def to_disk(path: Path) -> None:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """A file's size and SHA-256."""
+    """A file's size in bytes and its SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

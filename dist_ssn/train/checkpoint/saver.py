@@ -1,4 +1,4 @@
-"""When a run is saved and from what it goes on: by steps, by the clock, on a signal, after a restart."""
+"""Saving of a run (by steps, by the clock, on a signal), and resuming it (if asked to, or after a restart)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from dist_ssn.train.checkpoint.snapshot import NotFinite, take
 from dist_ssn.train.checkpoint.writer import Writer
 from dist_ssn.train.metrics.account import Account, Counters
 from dist_ssn.train.ranks.agreement import Agreement, Wants
-from dist_ssn.train.ranks.raise_together import together
+from dist_ssn.train.ranks.raise_together import raise_together
 from dist_ssn.train.ranks.stop import Stop
 from dist_ssn.train.recipe.schema import Recipe, changed_settings
 
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-"""Variables in which a launcher says how often it has started this job again."""
+"""Environment variables in which a launcher counts its restarts of this job."""
 T = TypeVar("T")
 
 
 class Saver:
-    """Saves a run and finds where it goes on; all ranks call each method alike."""
+    """Saves and resumes a run; all ranks call each method in the same order."""
 
     def __init__(self, recipe: Recipe, world: World, stop: Stop) -> None:
         self._recipe, self._world, self._stop = recipe, world, stop
@@ -45,16 +45,25 @@ class Saver:
     # ------------------------------------------------------------ going on
 
     def resumes(self) -> bool:
-        """Whether this run goes on from a checkpoint: asked to, or because a launcher has started it again."""
+        """True if this run resumes from a checkpoint, because the recipe says so or a launcher has restarted it."""
         restarted = any(_count(os.environ, name) > 0 for name in RESTARTS)
         return self._recipe.checkpoint.resume or max(self._highest_and_lowest(int(restarted))) > 0
 
     def resume(self, engine: Engine, plan: Plan | None, account: Account) -> tuple[int | None, list[str]]:
-        """Goes on from the newest checkpoint: the step that it is of, None if there is none, and what the user should know.
+        """Resumes from the newest checkpoint.
 
-        A restart that nobody asked for passes over damaged checkpoints, for nobody is there to remove them.
+        A launcher's restart skips damaged checkpoints, because no user is there to remove them.
 
-        Raises: UserError, on all ranks.
+        Args:
+            engine: takes the state.
+            plan: of the model, None if it is dense.
+            account: takes the counters.
+
+        Returns:
+            (step of the checkpoint, or None if there is none; messages for the user).
+
+        Raises:
+            UserError: the checkpoint cannot be loaded, or ranks find different ones. All ranks raise it.
         """
         notes: list[str] = []
         saved = self._agree(lambda: self._load(engine, plan, account, notes))
@@ -62,7 +71,7 @@ class Saver:
         if highest != lowest:
             raise UserError(
                 f"some ranks find a checkpoint of step {highest} in {self._folder.parent} and others of step {lowest}: "
-                f"output must be a folder that all of them share"
+                f"output must be a folder that all ranks can read and write"
             )
         if saved is None:
             return None, [f"there is no checkpoint in {self._folder}: it begins at step 0"]
@@ -80,7 +89,7 @@ class Saver:
             except checkpoint.Damaged as error:
                 if self._recipe.checkpoint.resume or len(found) == 1:
                     raise
-                notes.append(f"{str(error).partition(';')[0]}; it is passed over, for this run was restarted by itself")
+                notes.append(f"{str(error).partition(';')[0]}; it is skipped, because a launcher restarted this run")
                 found.pop()
                 continue
             account.counters = Counters.from_json(saved.run, saved.path, saved.step)
@@ -98,7 +107,11 @@ class Saver:
     # ------------------------------------------------------------ saving
 
     def after_step(self, step: int) -> Wants:
-        """What all ranks should do now: save, make room, or hear why saving has failed."""
+        """Actions that all ranks must take after this step: save, or save and stop.
+
+        Raises:
+            CheckpointError: a checkpoint could not be written in the background. All ranks raise it.
+        """
         config = self._recipe.checkpoint
         due = config.every_seconds is not None and time.monotonic() - self._saved_at >= config.every_seconds
         mine = Wants(self._stop.number, due and self._world.rank == 0, self._writer.failure is not None)
@@ -110,9 +123,10 @@ class Saver:
         return Wants(wants.stop, bool(by_step or wants.save or wants.stop))
 
     def save(self, engine: Engine, plan: Plan | None, account: Account) -> None:
-        """Copies what is to be saved, and writes it in the background.
+        """Copies the run's state, and writes it in the background.
 
-        Raises: UserError, on all ranks: a parameter is not finite, or the checkpoint before could not be written.
+        Raises:
+            UserError: a parameter is not finite, or the previous checkpoint could not be written. All ranks raise it.
         """
         step = account.counters.step
         if self._saved_step == step:
@@ -125,7 +139,7 @@ class Saver:
                 )
             except NotFinite as error:
                 raise UserError(
-                    f"the run {self._recipe.name} was stopped: {error}; try a lower optimizer.lr; {self.where_to_go_on()}"
+                    f"the run {self._recipe.name} was stopped: {error}; try a lower optimizer.lr; {self.resume_point()}"
                 ) from None
             if snapshot is not None:
                 self._writer.start(snapshot)
@@ -134,25 +148,37 @@ class Saver:
         self._saved_at, self._saved_step = time.monotonic(), step
 
     def wait(self) -> None:
-        """Until the last checkpoint is written. Raises: CheckpointError, on all ranks, when it could not be."""
+        """Waits until the last checkpoint is written.
+
+        Raises:
+            CheckpointError: it could not be written. All ranks raise it.
+        """
         self._agree(self._writer.wait)
 
     def finish(self, step: int) -> None:
-        """The run is over: nothing of it is under way after this. Raises: as `wait`."""
+        """Ends the run: waits for its last collective and its last checkpoint.
+
+        Raises:
+            CheckpointError: as `wait`.
+        """
         with purpose("checkpoint"):
             self._agreement.answer(step)
         self.wait()
 
-    def make_room(self, number: int, step: int) -> None:
-        """Raises: Preempted, on all ranks, when the checkpoint of this step is written."""
+    def preempt(self, number: int, step: int) -> None:
+        """Ends a run that a signal preempts, when the checkpoint of this step is written.
+
+        Raises:
+            Preempted: always, on all ranks.
+        """
         self.wait()
         raise Preempted(
-            f"the run {self._recipe.name} makes room, as signal {number} asked it to: it is saved after step {step}, and goes on "
+            f"the run {self._recipe.name} was preempted by signal {number}: it is saved after step {step}, and goes on "
             f"from {latest(self._folder)} when it is started again (with checkpoint.resume=true, or by Slurm or torchrun)"
         )
 
-    def where_to_go_on(self) -> str:
-        """The last good checkpoint, as half a sentence; waits for what is being written, and does not fail."""
+    def resume_point(self) -> str:
+        """The last complete checkpoint, as a clause of a message; waits for the one that is being written, never fails."""
         try:
             self._writer.wait()
         except UserError as error:
@@ -161,16 +187,16 @@ class Saver:
 
     def _agree(self, action: Callable[[], T]) -> T:
         with purpose("checkpoint"):
-            return together(action, self._world.device)
+            return raise_together(action, self._world.device)
 
 
 def folder_of(recipe: Recipe) -> Path:
-    """Where a run's checkpoints are."""
+    """Folder of a run's checkpoints."""
     return Path(recipe.output) / recipe.name / "checkpoints"
 
 
 def last_checkpoint(recipe: Recipe) -> str:
-    """The last good checkpoint, as half a sentence; waits for nothing."""
+    """The last complete checkpoint, as a clause of a message; does not wait."""
     found = latest(folder_of(recipe))
     return "no checkpoint was written before" if found is None else f"the last checkpoint is {found}"
 

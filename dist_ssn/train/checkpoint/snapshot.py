@@ -1,6 +1,6 @@
-"""What a checkpoint will hold, copied out of a run between two steps; and writing it, which needs the run no more.
+"""Snapshots: a copy of a run's state, taken between two steps, and writing it as a checkpoint while the run goes on.
 
-Copying takes as long as reading the banks once; writing can take as long as it likes, on another thread.
+Copying takes as long as reading the banks once. Writing happens on another thread and may take longer.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ FORMAT = 1
 
 
 class NotFinite(CheckpointError):
-    """A parameter is no number any more, so that nobody could go on from it."""
+    """A parameter is not finite, so that the run could not resume from it."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a checkpoint, on the CPU, in memory of its own.
+    """Content of a checkpoint, on the CPU, in memory of its own.
 
     Args:
-        step: steps that were made
-        model: tensors of `model.safetensors`, by name
-        optimizer: tensors of `optimizer.safetensors`, as `<key>/<name of the parameter>`
-        texts: the other files but `state.json`, by name
-        state: what `state.json` says of the run, the modules and the optimizer
+        step: number of steps that were made.
+        model: tensors of `model.safetensors`, by name.
+        optimizer: tensors of `optimizer.safetensors`, as `<key>/<name of the parameter>`.
+        texts: text of the other files except `state.json`, by name.
+        state: entries of `state.json` for the run, the modules and the optimizer.
     """
 
     step: int
@@ -53,11 +53,21 @@ class Snapshot:
 def take(
     *, step: int, engine: Engine, recipe_json: str, plan: Plan | None, run: Mapping[str, Any] | None = None
 ) -> Snapshot | None:
-    """A snapshot on rank 0, None on the others: all processes call it, and what they hold in parts comes together.
+    """Takes a snapshot. All processes call it, and sharded state is gathered.
+
+    Args:
+        step: number of steps that were made.
+        engine: holds model and optimizer.
+        recipe_json: the recipe.
+        plan: of the model, None if it is dense.
+        run: counters of the run, as JSON.
+
+    Returns:
+        The snapshot on rank 0, None on the other ranks.
 
     Raises:
         NotFinite: a parameter is not finite.
-        CheckpointError: the model keeps what no checkpoint can hold.
+        CheckpointError: the model's state has a value that is neither a tensor nor JSON.
     """
     parameters, optimizer_state = engine.gathered()
     if engine.rank != 0:
@@ -66,7 +76,7 @@ def take(
         raise NotFinite(f"after step {step} {bad[0]} is not finite, so no checkpoint was written")
     entries = entries_of(engine.module)
     tensors = {**entries.tensors, **{entries.first_names[name]: tensor for name, tensor in parameters.items()}}
-    optimizer_tensors, scalars = _sorted_out(optimizer_state)
+    optimizer_tensors, scalars = _split_state(optimizer_state)
     return Snapshot(
         step,
         {name: _copied(tensor) for name, tensor in tensors.items()},
@@ -81,7 +91,10 @@ def take(
 
 
 def write(snapshot: Snapshot, folder: str | os.PathLike[str], keep: int) -> Path:
-    """Writes `folder/step-<step>` so that it appears whole or not at all, then removes all but the newest `keep`.
+    """Writes `folder/step-<step>` atomically, then removes all checkpoints but the newest `keep`.
+
+    Returns:
+        The checkpoint's path.
 
     Raises:
         CheckpointError: it could not be written; earlier checkpoints are untouched and nothing is left over.
@@ -106,11 +119,11 @@ def write(snapshot: Snapshot, folder: str | os.PathLike[str], keep: int) -> Path
         }
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         for path in (*temporary.iterdir(), temporary):
-            folders.to_disk(path)
+            folders.sync(path)
         if target.exists():
             folders.set_aside(target)
         os.replace(temporary, target)
-        folders.to_disk(folder)
+        folders.sync(folder)
         for old in folders.checkpoints(folder)[:-keep]:
             folders.set_aside(old)
         folders.clean(folder)
@@ -118,7 +131,7 @@ def write(snapshot: Snapshot, folder: str | os.PathLike[str], keep: int) -> Path
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"cannot write the checkpoint {target}: {error}; earlier checkpoints are untouched, "
-            f"so make room or correct the path and resume"
+            f"so free some disk space or correct the path, and resume"
         ) from error
     return target
 
@@ -130,15 +143,25 @@ def _copied(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Entries:
-    """A model's `state_dict`, sorted out."""
+    """A model's `state_dict`, with tied tensors and other values separated.
 
-    tensors: dict[str, Tensor]  # tied ones once, under their first name
-    first_names: dict[str, str]  # every tensor's name → the name under which it is in `tensors`
-    extra: dict[str, Any]  # what modules keep beside tensors
+    Args:
+        tensors: name → tensor; a tied tensor once, under its first name.
+        first_names: name of every tensor → its name in `tensors`.
+        extra: name → value, of entries that are not tensors.
+    """
+
+    tensors: dict[str, Tensor]
+    first_names: dict[str, str]
+    extra: dict[str, Any]
 
 
 def entries_of(model: nn.Module) -> Entries:
-    """Raises: CheckpointError, when a module keeps what is neither tensor nor JSON."""
+    """The entries of a model's `state_dict`.
+
+    Raises:
+        CheckpointError: a value is neither a tensor nor JSON.
+    """
     entries = Entries({}, {}, {})
     first: dict[int, str] = {}
     state = model.state_dict(keep_vars=True)  # the parameters themselves: ties are found by identity
@@ -157,8 +180,8 @@ def entries_of(model: nn.Module) -> Entries:
     return entries
 
 
-def _sorted_out(state: OptimizerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as `<key>/<name of the parameter>`: its tensors, and its plain numbers."""
+def _split_state(state: OptimizerState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as `<key>/<name of the parameter>`: its tensors, and its scalars."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
     for name, entries in state.items():

@@ -1,14 +1,14 @@
-"""Checkpoints: folders of safetensors and JSON, whole or absent, that load on any number of ranks and cannot run code.
+"""Checkpoints: folders of safetensors and JSON, written atomically, that load on any number of ranks and cannot run code.
 
 A checkpoint `step-00000100/` holds
 
     model.safetensors      banks, own parameters and buffers; a tied tensor once, under its first name
     optimizer.safetensors  the optimizer's tensors, each as `<key>/<name of the parameter>`
     plan.json              the plan of a shared model, `null` for a dense one
-    recipe.json            what the run was asked to do
-    state.json             step, counters, the optimizer's plain numbers, versions; size and SHA-256 of the others
+    recipe.json            the run's recipe
+    state.json             step, counters, the optimizer's scalars, versions; size and SHA-256 of the other files
 
-The optimizer's state is not written by `torch.distributed.checkpoint`, which keeps its metadata as a pickle.
+`torch.distributed.checkpoint` is not used for the optimizer's state, because it keeps its metadata as a pickle.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _LIKE_PARAMETER = (
     "exp_avg",
     "exp_avg_sq",
     "momentum_buffer",
-)  # entries of an optimizer's that have its parameter's shape
+)  # entries of an optimizer's state that have the shape of their parameter
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
-_NEEDED = {"Adam": _ADAM, "AdamW": _ADAM}  # entries without which an optimizer cannot go on, if there are any
+_NEEDED = {"Adam": _ADAM, "AdamW": _ADAM}  # entries that a parameter's state must have, unless it is empty
 
 
 class Damaged(CheckpointError):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint that is incomplete or was changed after it was written."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint tells besides tensors."""
+    """Content of a checkpoint besides tensors."""
 
     path: Path
     step: int
@@ -69,15 +69,22 @@ def save(
     keep: int = 2,
     run: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `folder/step-<step>` so that it appears whole or not at all, then removes all but the newest `keep`.
+    """Writes `folder/step-<step>` atomically, then removes all checkpoints but the newest `keep`.
 
-    All processes call it, and what they hold in parts comes together; rank 0 writes. A training run does the same in two
-    parts (`snapshot.py`), of which the second stops nobody.
+    All processes call it: sharded state is gathered, and rank 0 writes. A training run does the same in two parts
+    (`snapshot.py`), the second of them in the background.
 
     Args:
+        folder: of the run's checkpoints.
+        step: number of steps that were made.
+        engine: holds model and optimizer.
+        recipe_json: the recipe.
+        plan: of the model, None if it is dense.
+        keep: number of checkpoints to keep.
         run: counters of the run, as JSON.
 
-    Returns: the checkpoint's path.
+    Returns:
+        The checkpoint's path.
 
     Raises:
         NotFinite: a parameter is not finite.
@@ -90,12 +97,14 @@ def save(
 
 
 def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> State:
-    """Loads a checkpoint into what `engine` trains, on any number of ranks and by any engine; nothing unless all of it fits.
+    """Loads a checkpoint into the model and optimizer of `engine`; if anything does not fit, nothing is loaded.
 
-    The optimizer's tensors are restored, its settings (rates, decay) left as they are: the caller's recipe sets them.
+    Number of ranks and engine may differ from those that wrote it. The optimizer's tensors are restored; its settings (learning
+    rates, weight decay) stay, because the caller's recipe sets them.
 
     Args:
-        path: a checkpoint, or a folder of checkpoints, whose newest is meant.
+        path: a checkpoint, or a folder of checkpoints, of which the newest is loaded.
+        engine: holds model and optimizer.
         plan: the plan of the engine's model, None if it is dense.
 
     Raises:
@@ -107,7 +116,7 @@ def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> 
     optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained)
     recipe = _recipe(path)
     parameters = {name: loaded[entries.first_names[name]] for name, _ in model.named_parameters()}
-    # What no engine looks after: running statistics, and what modules keep beside tensors.
+    # The rest is outside of an engine: buffers, and values of modules that are not tensors.
     rest = {name: loaded[first] for name, first in entries.first_names.items() if first not in parameters}
     _put(model, {**rest, **entries.extra, **state["extra"]}, path)
     engine.scatter(parameters, optimizer_state)
@@ -115,10 +124,12 @@ def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> 
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module, plan: Plan | None) -> None:
-    """Loads a checkpoint's model alone, into `model` as it was before any engine.
+    """Loads only the model of a checkpoint, into a model that no engine has prepared.
 
     Args:
-        path, plan: as for `load`.
+        path: as for `load`.
+        model: takes the tensors.
+        plan: as for `load`.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another model or plan.
@@ -131,7 +142,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, plan: Plan | None
 def _fitting(
     path: Path, model: nn.Module, plan: Plan | None
 ) -> tuple[Path, dict[str, Any], Entries, dict[str, Tensor]]:
-    """A checkpoint (the newest of a folder of them), its state, what `model` keeps, and its tensors, which fit that."""
+    """A checkpoint (the newest one of a folder), its state, the entries of `model`, and the tensors, which fit the model."""
     if not (path / "state.json").exists() and (newest := latest(path)) is not None:
         path = newest
     state = _verified_state(path)
@@ -160,7 +171,7 @@ def _verified_state(path: Path) -> dict[str, Any]:
         state = read_json(path / "state.json")
     except (OSError, ValueError) as error:
         raise Damaged(
-            f"{path} is not a whole checkpoint: its state.json cannot be read ({error}){_remedy(path)}"
+            f"{path} is not a complete checkpoint: its state.json cannot be read ({error}){_remedy(path)}"
         ) from None
     version = state.get("format") if isinstance(state, dict) else None
     if version != FORMAT:
@@ -192,7 +203,7 @@ def _verified_state(path: Path) -> dict[str, Any]:
 
 
 def _remedy(path: Path) -> str:
-    """What to do about a damaged checkpoint, as the end of a sentence."""
+    """The remedy for a damaged checkpoint, as the end of a message."""
     others = [str(other) for other in reversed(checkpoints(path.parent)) if other != path]
     return f"; remove that folder to go on from {others[0]}" if others else "; remove that folder to begin anew"
 
@@ -246,7 +257,7 @@ def _check_tensors(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[s
 
 
 def _shape(tensor: Tensor) -> Any:
-    """DeepSpeed's stage 3 empties a parameter, and keeps its shape apart."""
+    """A parameter's shape; DeepSpeed's stage 3 empties the parameter and keeps its shape in another attribute."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
@@ -270,7 +281,14 @@ def _recipe(path: Path) -> dict[str, Any]:
 def _optimizer_state(
     path: Path, saved: dict[str, Any], optimizer: Optimizer, trained: Mapping[str, Any]
 ) -> OptimizerState:
-    """The optimizer's state by parameter name; `trained`: name → shape of every parameter that has one."""
+    """The optimizer's state by parameter name, checked.
+
+    Args:
+        path: of the checkpoint, for messages.
+        saved: the optimizer's entry in state.json.
+        optimizer: of this run.
+        trained: name → shape, of each trainable parameter.
+    """
     if not isinstance(saved.get("scalars"), dict) or not isinstance(saved.get("class"), str):
         raise CheckpointError(
             f"the checkpoint {path} is damaged: in state.json, optimizer must have a class and scalars{_remedy(path)}"

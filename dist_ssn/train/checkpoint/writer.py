@@ -1,4 +1,4 @@
-"""Writes checkpoints while the run goes on."""
+"""Writing of checkpoints in the background."""
 
 from __future__ import annotations
 
@@ -11,33 +11,36 @@ from dist_ssn.train.checkpoint.snapshot import Snapshot, write
 
 
 class Writer:
-    """One checkpoint at a time, on a thread: the next one waits until the one before is written.
+    """Writes one checkpoint at a time on a thread; the next one waits until the previous one is written.
 
-    The process does not end before the thread has: what was begun becomes whole.
+    The process does not end before the thread has ended, so a started checkpoint is completed.
 
     Args:
-        keep: how many checkpoints to keep.
+        folder: of the run's checkpoints.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         self.failure: UserError | None = None
-        """Why the last checkpoint could not be written, until `wait` has raised it."""
+        """The error of the last checkpoint, until `wait` has raised it."""
         self._thread: threading.Thread | None = None
 
     def start(self, snapshot: Snapshot) -> None:
-        """Begins to write, as soon as what was begun before is written.
+        """Begins to write, as soon as the previous checkpoint is written.
 
-        Raises: CheckpointError, when that has failed.
+        Raises:
+            CheckpointError: the previous checkpoint could not be written.
         """
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written.
+        """Waits until nothing is being written.
 
-        Raises: CheckpointError, when what was being written has failed.
+        Raises:
+            CheckpointError: the checkpoint could not be written.
         """
         if self._thread is not None:
             self._thread.join()
@@ -51,6 +54,6 @@ class Writer:
             write(snapshot, self.folder, self.keep)
         except UserError as error:
             self.failure = error
-        except Exception as error:  # nobody else would hear of it
+        except Exception as error:  # an exception on this thread would be lost
             target = self.folder / folders.name_of(snapshot.step)
             self.failure = CheckpointError(f"cannot write the checkpoint {target}: {told(error)}")

@@ -1,7 +1,7 @@
-"""Tasks to train on: what a batch is, the loss, and the metrics.
+"""Tasks to train on: batches, loss and metrics.
 
 A task's training batch is a pure function of (seed, step, micro-batch, rank, number of ranks). So a resumed run needs
-only the step, and the ranks together see exactly the samples that one process would see, in the same order.
+only the step, and all ranks together see exactly the samples that one process would see, in the same order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Images with captions: what Fashion-MNIST's pictures show, how bright it is, and whether it has a pattern, in words.
+"""Captions of Fashion-MNIST's images: the object, its brightness, and its texture, such as "a dark, patterned ankle boot".
 
-The captions are generated, from an image's label and two numbers of its pixels: "a dark, patterned ankle boot". A model chooses
-among all of them for each image, as in retrieval; each image's loss is its own, so ranks need not see each other's captions.
+The captions are generated from an image's label and from the mean and deviation of its pixels. A model chooses among all captions
+for each image, as in retrieval. The loss of an image does not depend on other images, so ranks need not exchange captions.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ CAPTIONS = tuple(f"a {tone}, {texture} {name}" for name, tone, texture in produc
 _TONE_STARTS, _PATTERN_START = (127.0, 171.0), 61.0
 
 
-def caption_numbers(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Which of CAPTIONS each image has; black is background, and does not count.
+def caption_indices(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Index in CAPTIONS of each image's caption; black pixels are background and do not count.
 
     Args:
         images: (N, 1, H, W) as uint8.
         labels: (N,), Fashion-MNIST's classes.
 
     Returns:
-        (N,) as int64.
+        Indices (N,) as int64.
     """
     pixels = images.reshape(len(images), -1)
     shown = np.maximum(np.count_nonzero(pixels, axis=1), 1)

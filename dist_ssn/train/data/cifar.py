@@ -20,15 +20,16 @@ _PIXELS = 3 * 32 * 32
 
 @dataclass(frozen=True)
 class _Cifar:
-    """The official archives' files: both versions have the same bytes, as pickles or as plain records.
-
-    Source: https://www.cs.toronto.edu/~kriz/cifar.html
+    """Files of the official archives; both versions have the same bytes, as pickles or as plain records.
 
     Args:
-        train, test: names of the files, without the ".bin" of the binary version.
+        train: names of the training files, without the ".bin" of the binary version.
+        test: names of the test files, likewise.
         labels: bytes of labels before an image in the binary version; the last one is the (fine) class.
         key: the labels' key in the pickled version.
-        folders: where the archives unpack to.
+        folders: names of the folders in the archives.
+
+    Source: https://www.cs.toronto.edu/~kriz/cifar.html
     """
 
     train: tuple[str, ...]
@@ -57,10 +58,14 @@ _CIFAR = {
 
 
 def read_cifar(name: str, path: str | None) -> tuple[Images, Images]:
-    """Training and test images of "cifar10" or "cifar100", from the archive or the folder at `path` (None: here).
+    """Training and test images of "cifar10" or "cifar100".
+
+    Args:
+        name: "cifar10" or "cifar100".
+        path: of the archive, or of its unpacked folder; None: the current folder.
 
     Raises:
-        DataError: a file is missing or damaged; says which.
+        DataError: a file is missing or damaged; the message names it.
     """
     layout = _CIFAR[name]
     files = _files(name, path, layout)
@@ -79,7 +84,7 @@ def read_cifar(name: str, path: str | None) -> tuple[Images, Images]:
 
 
 def _files(data: str, path: str | None, layout: _Cifar) -> dict[str, bytes]:
-    """File name → content, of a folder or of the packed archive itself; of all names in one of the two versions."""
+    """File name → content, from a folder or from the packed archive; each file in one of the two versions."""
     plain = [*layout.train, *layout.test]
     wanted = {*plain, *(f"{name}.bin" for name in plain)}
     files: dict[str, bytes] = {}
@@ -111,16 +116,15 @@ def _files(data: str, path: str | None, layout: _Cifar) -> dict[str, bytes]:
 def _records(content: bytes, name: str, layout: _Cifar) -> Images:
     record = layout.labels + _PIXELS
     if not content or len(content) % record:
-        raise DataError(f"{name} has {len(content)} bytes, not a multiple of {record}: the file is not whole")
+        raise DataError(f"{name} has {len(content)} bytes, not a multiple of {record}: the file is incomplete")
     records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)
     return records[:, layout.labels :], records[:, layout.labels - 1].astype(np.int64)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that can make nothing but plain containers, text, numbers and numpy arrays.
+    """An unpickler that can make only plain containers, text, numbers and numpy arrays.
 
-    A pickle runs code through the functions that it names. These three, which only make arrays, are all that it may
-    name.
+    A pickle runs code through the functions that it names. Only three functions are allowed, all of which make arrays.
     """
 
     ALLOWED: ClassVar[dict[str, Any]] = {
@@ -131,6 +135,7 @@ class _ArraysOnly(pickle.Unpickler):
     MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """The allowed function of this name."""
         if module_name in self.MODULES and global_name in self.ALLOWED:
             return self.ALLOWED[global_name]
         raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
@@ -145,7 +150,7 @@ def _unpickled(content: bytes, name: str, layout: _Cifar) -> Images:
     except pickle.UnpicklingError as error:
         raise DataError(f"{name} is not an official CIFAR file: a pickle of arrays was expected, but {error}") from None
     except Exception as error:  # a damaged pickle can fail in any way
-        raise DataError(f"{name} is not a whole CIFAR file ({type(error).__name__}: {error})") from None
+        raise DataError(f"{name} is not a complete CIFAR file ({type(error).__name__}: {error})") from None
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS):
         raise DataError(f"{name}: data must be bytes of shape ({len(labels)}, {_PIXELS}), one row for each label")
     return pixels, labels

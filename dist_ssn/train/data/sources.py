@@ -1,4 +1,4 @@
-"""Where the data comes from: readers of local files, by name. Nothing is downloaded, no file can run code."""
+"""Sources of data: readers of local files, by name. Nothing is downloaded, and no file can run code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_ssn.errors import DataError, unknown_choice
-from dist_ssn.train.data.captions import CAPTIONS, caption_numbers
+from dist_ssn.train.data.captions import CAPTIONS, caption_indices
 from dist_ssn.train.data.cifar import read_cifar
 from dist_ssn.train.data.tasks import ClassificationTask, Hints, Images, LanguageTask, Task
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DEFAULT_CONTEXT = 128
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_COMMAND = "apt-get install dataset-fashion-mnist"
-# Digits have no test set. Which are held out does not depend on the run's seed, so that runs can be compared.
+# Digits have no test set. The held-out samples do not depend on the run's seed, so that runs can be compared.
 _SPLIT_SEED = 0
 
 
@@ -35,7 +35,7 @@ class Source:
     """A kind of data.
 
     Args:
-        hints: what a model has to know of it, known before a file is read.
+        hints: arguments for a model's builder, known before a file is read.
         load: (config, context, seed) → Task.
     """
 
@@ -47,7 +47,8 @@ def load_task(config: DataConfig, *, context: int | None = None, seed: int = 0) 
     """Reads the data.
 
     Args:
-        context: bytes that a model of text sees at once; None: 128. Images don't have it.
+        config: the recipe's section `data`.
+        context: bytes that a model of text sees at once; None: 128. Images ignore it.
         seed: of the order of the samples and of their augmentation.
 
     Raises:
@@ -60,7 +61,7 @@ def load_task(config: DataConfig, *, context: int | None = None, seed: int = 0) 
 
 
 def data_hints(config: DataConfig, *, context: int | None = None) -> Hints:
-    """What a model has to know of the data, without reading it (for a plan, the files need not be there)."""
+    """Arguments for a model's builder, without reading the data (a plan does not need the files)."""
     hints = dict(_source(config).hints)
     if "vocabulary" in hints:
         hints["context"] = DEFAULT_CONTEXT if context is None else context
@@ -74,7 +75,7 @@ def _source(config: DataConfig) -> Source:
 
 
 def _held_out(config: DataConfig, samples: int) -> slice:
-    """The part of a set without a test set that the recipe holds out.
+    """The samples that the recipe holds out, of a data set without a test set.
 
     Raises:
         DataError: there is no such fold.
@@ -121,7 +122,7 @@ def _read_text(path: str | None, limit: int | None) -> np.ndarray:
 
 
 def _text_files(path: str | None) -> list[Path]:
-    """The files of a path in an order that is the same everywhere; hidden files and links are left out of folders."""
+    """The files of a path in an order that is the same on every machine; folders are read without hidden files and links."""
     if path is None:
         module = importlib.util.find_spec("pydoc_data.topics")
         if module is None or module.origin is None or not module.origin.endswith(".py"):
@@ -203,8 +204,8 @@ def _load_fashion_captions(config: DataConfig, context: int, seed: int) -> Task:
     return dataclasses.replace(
         shown,
         model_hints=dict(DATA["fashion_captions"].hints),
-        labels=caption_numbers(shown.images, shown.labels),
-        held_out_labels=caption_numbers(shown.held_out_images, shown.held_out_labels),
+        labels=caption_indices(shown.images, shown.labels),
+        held_out_labels=caption_indices(shown.held_out_images, shown.held_out_labels),
     )
 
 
@@ -227,7 +228,7 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     shape = tuple(int(size) for size in np.frombuffer(content[4 : header - header % 4], dtype=">u4")[:dimensions])
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != header + int(np.prod(shape)):
         raise DataError(
-            f"fashion_mnist: {path} is not a whole IDX file of {dimensions} dimensions of bytes: get the file anew"
+            f"fashion_mnist: {path} is not a complete IDX file of {dimensions} dimensions of bytes: get the file anew"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 

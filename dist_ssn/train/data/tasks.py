@@ -1,4 +1,4 @@
-"""What a batch is: sampling, augmentation, loss and metrics. Nothing here reads a file.
+"""Tasks: sampling, augmentation, loss and metrics. Nothing here reads a file.
 
 Shapes: B samples, T bytes of context, V vocabulary, C channels, H × W pixels.
 """
@@ -20,25 +20,25 @@ from dist_ssn.errors import DataError
 Images = tuple[np.ndarray, np.ndarray]
 """uint8 (N, C, H, W), and labels int64 (N,)."""
 
-# The first number of every generator's seed says what it is for, so that no two purposes draw the same numbers.
+# The first value of every generator's seed stands for its purpose, so that no two purposes draw the same numbers.
 _ORDER, _AUGMENT, _WINDOWS = 1, 2, 3
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What a model has to know of its data, such as {"classes": 10, "channels": 1, "size": 28}."""
+    """Facts of the data that a model needs, such as {"classes": 10, "channels": 1, "size": 28}."""
 
     model_hints: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Task(ABC):
-    """Something to train on.
+    """Training and validation data, with their loss and metrics.
 
     Args:
         name: the data's name.
-        seed: seed of order and augmentation.
-        model_hints: arguments that a model's builder may want.
+        seed: of order and augmentation.
+        model_hints: arguments for a model's builder.
     """
 
     kind: ClassVar[str]
@@ -49,24 +49,24 @@ class Task(ABC):
     @property
     @abstractmethod
     def train_size(self) -> int:
-        """Samples in an epoch (of text: windows that do not overlap)."""
+        """Number of samples in an epoch (of text: windows that do not overlap)."""
 
     @property
     @abstractmethod
     def validation_size(self) -> int:
-        """Samples held out (of text: windows that do not overlap)."""
+        """Number of held-out samples (of text: windows that do not overlap)."""
 
     @abstractmethod
     def _train_batch(self, step: int, batch_size: int, part: slice) -> tuple[Tensor, Tensor]:
-        """The `part` of the whole batch of a step."""
+        """The slice `part` of the whole batch of a step."""
 
     @abstractmethod
     def _validation_batch(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The held-out samples with these numbers."""
+        """The held-out samples with these indices."""
 
     @abstractmethod
     def metrics(self, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        """Sums over a batch, and their "count": divide to get means, after adding over batches and ranks."""
+        """Sums over a batch, and their "count". Means are sums over batches and ranks, divided by the summed count."""
 
     def batch(
         self, step: int, batch_size: int, rank: int = 0, world_size: int = 1, accumulation: int = 1, micro: int = 0
@@ -76,12 +76,15 @@ class Task(ABC):
         The whole batch is cut into `accumulation` micro-batches, and each of these into one part per rank.
 
         Args:
-            step: from 0.
+            step: number of the step, from 0.
             batch_size: samples in the step, over all ranks and micro-batches.
-            micro: which micro-batch, from 0.
+            rank: this rank.
+            world_size: number of ranks.
+            accumulation: number of micro-batches.
+            micro: number of the micro-batch, from 0.
 
         Returns:
-            inputs and targets, batch_size / (world_size × accumulation) of them, on the CPU.
+            Inputs and targets of batch_size / (world_size × accumulation) samples, on the CPU.
 
         Raises:
             DataError: the batch cannot be split evenly, or is larger than the data.
@@ -103,14 +106,15 @@ class Task(ABC):
     def validation(
         self, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One rank's share of the held-out samples, each of which exactly one rank sees, once.
+        """One rank's share of the held-out samples; each sample is in exactly one rank's share, once.
 
-        Every rank gets the same number of batches, none of them empty, so that collectives in a forward pass stay in
-        step.
+        Every rank gets the same number of batches, none of them empty, so that collectives in a forward pass match.
 
         Args:
             batch_size: samples in a batch, over all ranks.
-            limit: use only so many batches' samples, spread evenly over all; None: all.
+            rank: this rank.
+            world_size: number of ranks.
+            limit: largest number of batches; their samples are spread evenly over all held-out samples; None: all.
 
         Raises:
             DataError: there are fewer samples than ranks.
@@ -148,8 +152,9 @@ class LanguageTask(Task):
     """Predict the next byte of a text.
 
     Args:
-        train, held_out: the text's bytes (N,) as uint8.
-        context: bytes in a window (T).
+        train: the text's bytes for training (N,) as uint8.
+        held_out: those for validation, likewise.
+        context: bytes in a window, T.
     """
 
     kind: ClassVar[str] = "language"
@@ -168,10 +173,12 @@ class LanguageTask(Task):
 
     @property
     def train_size(self) -> int:
+        """Number of windows that do not overlap."""
         return (len(self.train) - 1) // self.context
 
     @property
     def validation_size(self) -> int:
+        """Number of held-out windows that do not overlap."""
         return (len(self.held_out) - 1) // self.context
 
     def _train_batch(self, step: int, batch_size: int, part: slice) -> tuple[Tensor, Tensor]:
@@ -187,19 +194,21 @@ class LanguageTask(Task):
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def metrics(self, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        """loss: sum of nats; count: bytes."""
+        """Sums over a batch: loss in nats; count: bytes."""
         return _sums(self.loss(outputs, targets), targets)
 
 
 @dataclass(frozen=True, eq=False)
 class ClassificationTask(Task):
-    """Name the class of an image.
+    """Predict the class of an image.
 
     Args:
-        images, held_out_images: (N, C, H, W) as uint8.
-        labels, held_out_labels: (N,) as int64.
-        shift: training images move by up to so many pixels in each direction.
-        flip: training images are mirrored half of the time.
+        images: for training, (N, C, H, W) as uint8.
+        labels: of these images, (N,) as int64.
+        held_out_images: for validation, (N, C, H, W) as uint8.
+        held_out_labels: of these images, (N,) as int64.
+        shift: training images are moved by up to this number of pixels in each direction.
+        flip: training images are mirrored with a probability of 1/2.
     """
 
     kind: ClassVar[str] = "classification"
@@ -223,17 +232,19 @@ class ClassificationTask(Task):
 
     @property
     def train_size(self) -> int:
+        """Number of training images."""
         return len(self.images)
 
     @property
     def validation_size(self) -> int:
+        """Number of held-out images."""
         return len(self.held_out_images)
 
     def _train_batch(self, step: int, batch_size: int, part: slice) -> tuple[Tensor, Tensor]:
         chosen = self._order(step * batch_size + part.start, step * batch_size + part.stop)
         images = self.images[chosen]
         if self.shift or self.flip:
-            # Drawn for the whole batch, so that a sample's shift does not depend on the number of ranks.
+            # Drawn for the whole batch, so that a sample's augmentation does not depend on the number of ranks.
             generator = np.random.default_rng((_AUGMENT, self.seed, step))
             moves = generator.integers(0, 2 * self.shift + 1, (batch_size, 2))[part]
             mirrored = generator.integers(0, 2 if self.flip else 1, batch_size)[part] == 1
@@ -241,7 +252,7 @@ class ClassificationTask(Task):
         return self._tensors(images, self.labels[chosen])
 
     def _order(self, start: int, stop: int) -> np.ndarray:
-        """The samples at places `start` to `stop` of the endless row of epochs, each a permutation of its own."""
+        """Indices of the samples `start` to `stop` in the endless sequence of epochs, each of which is a new permutation."""
         size = self.train_size
         first, last = start // size, (stop - 1) // size
         epochs = [
@@ -256,13 +267,13 @@ class ClassificationTask(Task):
         return (torch.from_numpy(images).float() - self.mean) / self.deviation, torch.from_numpy(labels)
 
     def metrics(self, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        """loss: sum of nats; accuracy: images named rightly; count: images."""
+        """Sums over a batch: loss in nats; accuracy: correctly classified images; count: images."""
         right = (logits_of(outputs, targets).argmax(-1) == targets).sum(dtype=torch.float64)
         return _sums(self.loss(outputs, targets), targets) | {"accuracy": right}
 
 
 def _augment(images: np.ndarray, shift: int, moves: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """Moves each image (B, C, H, W) by moves (B, 2) − shift pixels into black, and mirrors some of them (B,)."""
+    """Moves each image (B, C, H, W) by moves (B, 2) − shift pixels, filled with black, and mirrors those of `mirrored` (B,)."""
     height, width = images.shape[-2:]
     padded = np.pad(images, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
     rows = moves[:, 0, None] + np.arange(height)
@@ -274,10 +285,14 @@ def _augment(images: np.ndarray, shift: int, moves: np.ndarray, mirrored: np.nda
 
 
 def logits_of(outputs: Any, targets: Tensor) -> Tensor:
-    """A model's logits (…, classes), for each of `targets` (…).
+    """A model's logits (…, classes) for its targets (…).
+
+    Args:
+        outputs: logits, or an object that has them as `.logits`.
+        targets: gives the shape.
 
     Raises:
-        DataError: its output is something else.
+        DataError: `outputs` has no logits of that shape.
     """
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != targets.shape:

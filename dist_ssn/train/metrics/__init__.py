@@ -1,1 +1,1 @@
-"""Figures of a run: bytes, seconds, and what was predicted."""
+"""Figures of a run: bytes, seconds, and a comparison with their prediction."""

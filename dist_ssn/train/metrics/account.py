@@ -1,4 +1,4 @@
-"""The account of a run: what it carries over a checkpoint besides tensors, what its steps cost, and its summary."""
+"""The account of a run: its counters, which checkpoints keep, the cost of its steps, and its summary."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUMBER = (int, float)
 
 @dataclass
 class Counters:
-    """What a run carries over a checkpoint besides tensors, as JSON."""
+    """Counters of a run, which a checkpoint keeps as JSON."""
 
     step: int = 0
     seconds: float = 0.0  # in steps: without evaluation and checkpoints
@@ -36,7 +36,16 @@ class Counters:
 
     @staticmethod
     def from_json(run: Mapping[str, Any], path: Path, step: int) -> Counters:
-        """Raises: CheckpointError, when `run` is not what a training run has written into the checkpoint `path` of that step."""
+        """The counters in a checkpoint.
+
+        Args:
+            run: the content, as `Account.to_json` wrote it.
+            path: of the checkpoint, for the message.
+            step: of the checkpoint.
+
+        Raises:
+            CheckpointError: no training run wrote `run` into the checkpoint of that step.
+        """
         kinds = {"step": int, "seconds": _NUMBER, "stale": int, "history": list, "ledger": list, "per_step": dict}
         odd = sorted(run.keys() ^ {part.name for part in fields(Counters)}) or [
             name for name, kind in kinds.items() if not isinstance(run[name], kind)
@@ -49,7 +58,7 @@ class Counters:
             odd = ["step"]
         if odd:
             raise CheckpointError(
-                f"the checkpoint {path} was not written by dist_ssn's train ({odd[0]} is not as it writes it)"
+                f"the checkpoint {path} was not written by dist_ssn's train ({odd[0]} has another form)"
             )
         try:
             sum(row["ring_bytes"] for row in merged_rows(run["ledger"], run["ledger"]))
@@ -61,7 +70,7 @@ class Counters:
 
 
 class Account:
-    """What the steps of a run have cost so far."""
+    """Cost of a run's steps so far, in bytes and seconds."""
 
     def __init__(self, meter: CommMeter, clock: Clock) -> None:
         self.meter, self.clock = meter, clock
@@ -69,7 +78,7 @@ class Account:
         self._after_first_step = (0, 0.0)
 
     def first_step_is_over(self) -> None:
-        """A process's first step sends more than the others: it is left out of what a step costs."""
+        """Marks the end of a process's first step. It sends more than the others, so `per_step` leaves it out."""
         self._after_first_step = self.step_bytes()
 
     def step_bytes(self) -> tuple[int, float]:
@@ -78,7 +87,7 @@ class Account:
         return sum(part.logical_bytes for part in totals), sum(part.ring_bytes for part in totals)
 
     def per_step(self) -> dict[str, float]:
-        """What a step of this process has cost; what its predecessor said if it has made none."""
+        """Bytes and milliseconds of a step of this process; those of the process before it if it has made no step."""
         steps = len(self.clock.times)
         if not steps:
             return self.counters.per_step
@@ -93,19 +102,20 @@ class Account:
         }
 
     def exposed_per_step(self) -> dict[str, float]:
-        """How long a step of this process has waited for gradients, in ms; nothing where that was not measured."""
+        """Milliseconds that a step of this process has waited for gradients; empty if that was not measured."""
         exposed, steps = self.meter.ledger.totals("gradients").exposed_seconds, len(self.clock.times)
         return {} if exposed is None or not steps else {"exposed_ms_per_step": 1000 * exposed / steps}
 
     def ledger(self) -> list[dict[str, Any]]:
-        """Of this process and those before it."""
+        """Rows of the ledger, summed over this process and those before it."""
         return merged_rows(self.counters.ledger, self.meter.ledger.rows())
 
     def ring_bytes(self) -> int:
+        """Ring bytes that this rank has sent since the run began."""
         return round(sum(entry["ring_bytes"] for entry in self.ledger()))
 
     def to_json(self) -> dict[str, Any]:
-        """What the next process needs to know."""
+        """The counters for a checkpoint, from which another process resumes."""
         return jsonable(asdict(replace(self.counters, ledger=self.ledger(), per_step=self.per_step())))
 
     def summary(self, row: Mapping[str, Any], recipe: Recipe, world: World) -> dict[str, Any]:

@@ -14,7 +14,7 @@ WARM_UP = 5
 
 
 class Clock:
-    """One `with clock.step():` around each step."""
+    """Durations of steps: put `with clock.step():` around each step."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -23,6 +23,7 @@ class Clock:
 
     @contextmanager
     def step(self) -> Iterator[None]:
+        """Measures the block as one step."""
         if self._cuda:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -35,12 +36,12 @@ class Clock:
             self.times.append(time.perf_counter() - began)
 
     def settle(self) -> None:
-        """Reads what the device has measured; waits for it."""
+        """Waits for the device, and reads the durations of all steps."""
         for start, end in self._open:
             end.synchronize()
             self.times.append(start.elapsed_time(end) / 1000)
         self._open.clear()
 
     def median(self) -> float:
-        """Seconds of a step, without those of the warm-up."""
+        """Median seconds of a step, without the warm-up."""
         return statistics.median(self.times[min(WARM_UP, len(self.times) // 2) :])

@@ -1,4 +1,4 @@
-"""What `dist-ssn plan --cluster … --json` said of a run, beside what the run did."""
+"""Comparison of a run with the prediction that `dist-ssn plan --cluster … --json` made for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIGURES = ("bytes_per_step_logical", "exposed_ms_per_step", "ms_per_step")
 
 
 def way_of(share_budget: Any, share_mapping: str | dict[str, str], overlap: str) -> str:
-    """Which of the ways that a plan compares a run goes."""
+    """Name of a run's settings among the alternatives that `dist-ssn plan --cluster` compares."""
     if share_budget is None:
         return "dense"
     by_depth = isinstance(share_mapping, str) and share_mapping.startswith("depth:")
@@ -21,14 +21,18 @@ def way_of(share_budget: Any, share_mapping: str | dict[str, str], overlap: str)
 
 
 def read_prediction(path: Path, way: str) -> dict[str, float]:
-    """The figures said for `way`.
+    """The predicted figures of one alternative, FIGURES.
+
+    Args:
+        path: JSON, as `dist-ssn plan --cluster … --json` prints it.
+        way: name of the alternative.
 
     Raises:
-        ValueError: the file is not what `plan --json` prints, or does not know this way; says what is wrong.
+        ValueError: the file has another form, or lacks this alternative.
         OSError: it cannot be read.
     """
-    said = read_json(path)
-    rows = said.get("ways") if isinstance(said, dict) else None
+    content = read_json(path)
+    rows = content.get("ways") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "way" in row for row in rows):
         raise ValueError('it has no list of "ways"')
     row = next((row for row in rows if row["way"] == way), None)
@@ -41,17 +45,27 @@ def read_prediction(path: Path, way: str) -> dict[str, float]:
 
 
 def prediction_of(recipe: Recipe) -> dict[str, float] | None:
-    """What the recipe's file says of this run; None where it names none. Raises: as `read_prediction`."""
+    """The prediction for a recipe; None if it names no file.
+
+    Raises:
+        ValueError: as `read_prediction`.
+        OSError: as `read_prediction`.
+    """
     if recipe.predicted is None:
         return None
     way = way_of(recipe.share.budget, recipe.share.mapping, recipe.engine.overlap)
     return read_prediction(Path(recipe.predicted), way)
 
 
-def comparison(said: Mapping[str, float], measured: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Figure by figure, where it was measured; "off": by which part of what was measured."""
+def comparison(predicted: Mapping[str, float], measured: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Each figure that was measured, beside its prediction; "off" is the relative error of the prediction."""
     return [
-        {"figure": key, "predicted": said[key], "measured": measured[key], "off": said[key] / measured[key] - 1}
+        {
+            "figure": key,
+            "predicted": predicted[key],
+            "measured": measured[key],
+            "off": predicted[key] / measured[key] - 1,
+        }
         for key in FIGURES
         if measured.get(key)
     ]

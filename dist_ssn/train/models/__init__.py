@@ -21,23 +21,26 @@ _TYPES: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "st
 
 
 class HasHints(Protocol):
-    """A task, or what is known of one: its `model_hints` are arguments that a builder may want."""
+    """A task, or the facts of one that a model needs."""
 
     @property
-    def model_hints(self) -> dict[str, Any]: ...
+    def model_hints(self) -> dict[str, Any]:
+        """Arguments for a builder, such as {"classes": 10}."""
+        ...
 
 
 def build_model(name: str, args: Mapping[str, Any], task: HasHints | None = None) -> nn.Module:
     """Builds a model on the CPU.
 
     Args:
-        name: a name in MODELS, or the import path of a function such as "my_module.build", from the current folder too.
+        name: a name in MODELS, or the import path of a function such as "my_module.build"; modules in the current folder
+            are found, too.
         args: the function's keyword arguments.
-        task: what it knows (vocabulary, context, classes, channels, size) is passed on where the function has an
-            argument of that name and `args` does not.
+        task: its hints (vocabulary, context, classes, channels, size) are passed to arguments of the same name that are not in
+            `args`.
 
     Raises:
-        RecipeError: the function is not there, does not take these arguments, or returns something else than a model.
+        RecipeError: the function does not exist, does not take these arguments, or does not return a model.
     """
     builder = MODELS[name] if name in MODELS else _imported(name)
     hints = task.model_hints if task is not None else {}
@@ -62,7 +65,9 @@ def build_model(name: str, args: Mapping[str, Any], task: HasHints | None = None
         key for key, parameter in known.items() if key not in given and parameter.default is inspect.Parameter.empty
     ]
     if missing:
-        raise RecipeError(f"model_args of {name}: {', '.join(missing)} must be given, for {name} has no default for it")
+        raise RecipeError(
+            f"model_args of {name}: {', '.join(missing)} must be given, because {name} has no default for it"
+        )
     try:
         model = builder(**given)
     except UserError:
@@ -79,7 +84,7 @@ def _shown(given: Mapping[str, Any]) -> str:
 
 
 def _arguments(builder: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The arguments that can be passed by name, and whether any other name may be passed too."""
+    """The arguments that can be passed by name, and True if the function takes any other name, too."""
     parameters = inspect.signature(builder).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     known = {parameter.name: parameter for parameter in parameters if parameter.kind in named}
@@ -91,7 +96,7 @@ def _imported(path: str) -> Callable[..., Any]:
     if not module_name:
         known = unknown_choice("model", path, MODELS)
         raise RecipeError(f"{known}; a model of your own is an import path such as my_module.build")
-    if module_name.partition(".")[0] in sys.stdlib_module_names:  # a recipe must not be a way to call os.system
+    if module_name.partition(".")[0] in sys.stdlib_module_names:  # a recipe must not be able to call os.system
         raise RecipeError(f"model {path!r}: Python's own library builds no model; name a function of yours")
     folder = os.getcwd()
     if folder not in sys.path:  # as `python -m` does; a console script has its own folder there instead

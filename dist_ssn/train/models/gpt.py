@@ -1,7 +1,8 @@
 """A GPT for bytes or tokens: pre-norm blocks, learned positions, a head that is tied to the embedding.
 
-Sources: Radford et al. 2019 (GPT-2); Press & Wolf 2017, https://arxiv.org/abs/1608.05859 (tied weights).
 Shapes: B samples, T tokens, D width, V vocabulary.
+
+Source: Radford et al. 2019 (GPT-2); Press & Wolf 2017, https://arxiv.org/abs/1608.05859 (tied weights).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
         split = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -34,7 +36,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them, with a GELU."""
+    """Two linear layers with a GELU, and four times the width between them."""
 
     def __init__(self, width: int, bias: bool):
         super().__init__()
@@ -42,11 +44,12 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and beside a residual path."""
+    """Attention and MLP, each with a norm before it and a residual path around it."""
 
     def __init__(self, width: int, heads: int, bias: bool):
         super().__init__()
@@ -56,12 +59,13 @@ class Block(nn.Module):
         self.mlp = MLP(width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
-    """Tokens (B, T), T ≤ context → logits (B, T, V)."""
+    """GPT: tokens (B, T), T ≤ context → logits (B, T, V)."""
 
     def __init__(self, vocabulary: int, layers: int, width: int, heads: int, context: int, bias: bool):
         super().__init__()
@@ -80,12 +84,13 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=INIT_STD)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # Each block adds to the residual path twice: the scale keeps its variance the same at every depth.
+        # Each block adds to the residual path twice; this scale keeps the path's variance the same at every depth.
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * len(self.blocks)))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) → logits (B, T, V)."""
         length = tokens.shape[1]
         if length > self.context:
             raise ValueError(f"the model sees at most {self.context} tokens at once, got {length}")
@@ -102,14 +107,14 @@ def build_gpt(
 
     Args:
         vocabulary: number of different tokens (256 for bytes).
-        layers: blocks.
-        width: numbers per token; a multiple of heads.
-        heads: attention heads.
-        context: most tokens that the model sees at once.
-        bias: whether linear layers and norms have a bias.
+        layers: number of blocks.
+        width: size of a token's vector, D; a multiple of heads.
+        heads: number of attention heads.
+        context: largest number of tokens that the model sees at once.
+        bias: linear layers and norms have a bias.
 
     Raises:
-        RecipeError: a number is below 1, or width is no multiple of heads.
+        RecipeError: a size is below 1, or width is no multiple of heads.
     """
     sizes = {"vocabulary": vocabulary, "layers": layers, "width": width, "heads": heads, "context": context}
     for name, size in sizes.items():

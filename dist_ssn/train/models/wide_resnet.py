@@ -1,8 +1,9 @@
 """Wide ResNet for small images: pre-activation blocks in three stages.
 
-Sources: Zagoruyko & Komodakis 2016, https://arxiv.org/abs/1605.07146; the initial weights are those of
-He et al. 2015, https://arxiv.org/abs/1502.01852.
 Shapes: B images, C channels, H × W pixels.
+
+Source: Zagoruyko & Komodakis 2016, https://arxiv.org/abs/1605.07146; He et al. 2015, https://arxiv.org/abs/1502.01852 (initial
+weights).
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from dist_ssn.errors import RecipeError, unknown_choice
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
-    # Eight groups divide every width of this network. Its result does not depend on how a batch is split over ranks.
+    # Eight groups divide every width of this network. The result does not depend on the split of a batch over ranks.
     "group": lambda channels: nn.GroupNorm(8, channels),
 }
 
 
 class Block(nn.Module):
-    """norm → ReLU → 3×3 convolution, twice, beside a shortcut."""
+    """Two times norm → ReLU → 3×3 convolution, with a shortcut around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]):
         super().__init__()
@@ -34,13 +35,14 @@ class Block(nn.Module):
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) → (B, outputs, H / stride, W / stride)."""
         active = F.relu(self.norm1(x))
         beside = x if self.shortcut is None else self.shortcut(active)
         return beside + self.conv2(F.relu(self.norm2(self.conv1(active))))
 
 
 class WideResNet(nn.Module):
-    """Images (B, C, H, W) → logits (B, classes)."""
+    """Wide ResNet: images (B, C, H, W) → logits (B, classes)."""
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) → logits (B, classes)."""
         x = self.stage3(self.stage2(self.stage1(self.stem(x))))
         return self.head(F.relu(self.norm(x)).mean((2, 3)))
 
@@ -76,18 +79,18 @@ class WideResNet(nn.Module):
 def build_wide_resnet(
     depth: int = 22, width: int = 2, classes: int = 10, channels: int = 1, stem_stride: int = 1, norm: str = "batch"
 ) -> nn.Module:
-    """A Wide ResNet, WRN-depth-width in the paper's words.
+    """A Wide ResNet, called WRN-depth-width in the paper.
 
     Args:
-        depth: convolutions on the longest path, 6 n + 4.
-        width: factor of the channels, which are 16, 32 and 64 times it.
+        depth: number of convolutions on the longest path, 6 n + 4.
+        width: multiplier of the channels; the three stages have 16, 32 and 64 times it.
         classes: number of classes.
-        channels: channels of the images.
-        stem_stride: stride of the first convolution; 2 quarters the work, for quick runs.
+        channels: channels of the images, C.
+        stem_stride: stride of the first convolution; 2 divides the compute by 4, for quick runs.
         norm: batch, or group (8 groups).
 
     Raises:
-        RecipeError: a number is out of range, or the norm is unknown.
+        RecipeError: a size is out of range, or the norm is unknown.
     """
     if depth < 10 or (depth - 4) % 6:
         raise RecipeError(f"wide_resnet: depth must be 6 n + 4, such as 10, 16, 22 or 28, got {depth}")

@@ -1,1 +1,1 @@
-"""What the ranks of one run do together: agree, fail together, stop together."""
+"""Coordination of the ranks of a run: agreement on the next action, failing together, stopping together."""

@@ -1,7 +1,7 @@
-"""What one rank wants all to do, known to all at the same step.
+"""Agreement of all ranks on an action at the same step.
 
-A few numbers, of which the highest over all ranks counts, travel while a step computes: asked for after one step, read after the
-next. That happens about once a second, so that it costs neither time nor bytes worth naming.
+A rank's request becomes an action of all ranks. An asynchronous all-reduce of four int32 (their maximum) starts after one step and
+is read after the next, so it overlaps with compute. It happens about once a second, so its time and bytes are negligible.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ ASK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Wants:
-    """What a rank wants; agreed upon, what any of them wants.
+    """Requests of one rank; after agreement, the requests of any rank.
 
     Args:
-        stop: number of the signal that asks to make room, 0 for none
-        save: a checkpoint is due
-        failed: something has failed in the background
+        stop: number of the signal that preempts the run, 0 for none.
+        save: a checkpoint is due.
+        failed: writing a checkpoint in the background has failed.
     """
 
     stop: int = 0
@@ -35,7 +35,7 @@ class Wants:
 
 
 class Agreement:
-    """Call `after_step` after every step, on all ranks alike."""
+    """Collects the requests of all ranks; all ranks call `after_step` after every step."""
 
     def __init__(self, world_size: int, device: torch.device) -> None:
         self._world_size, self._device = world_size, device
@@ -44,7 +44,7 @@ class Agreement:
         self._asked_at, self._asked_step, self._next_step = time.monotonic(), -1, 0
 
     def after_step(self, step: int, mine: Wants) -> Wants:
-        """What any rank wanted one step ago; nothing, on all of them, where they were not asked."""
+        """Requests that any rank made one step ago; none, on all ranks, if they were not exchanged."""
         if self._world_size == 1:
             return mine
         if self._work is not None:
@@ -61,7 +61,7 @@ class Agreement:
         return Wants()
 
     def answer(self, step: int) -> Wants:
-        """Waits for what is still under way, if anything is; all ranks call it at the same step."""
+        """Waits for the exchange in flight, if there is one; all ranks call it at the same step."""
         if self._work is None:
             return Wants()
         self._work.wait()

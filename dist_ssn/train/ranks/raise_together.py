@@ -1,4 +1,4 @@
-"""What fails on one rank is raised on all."""
+"""Errors of one rank, raised on all ranks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,24 @@ import torch.distributed as dist
 from dist_ssn import errors
 from dist_ssn.errors import UserError
 
-_SENTENCE_BYTES = 2048  # what a failing rank may tell the others
+_SENTENCE_BYTES = 2048  # longest message that is sent to the other ranks
 T = TypeVar("T")
 
 
-def together(action: Callable[[], T], device: torch.device) -> T:
-    """Runs `action` on every rank; if it is a user's mistake on any of them, all raise it, and none waits for ever.
+def raise_together(action: Callable[[], T], device: torch.device) -> T:
+    """Runs `action` on every rank; if it raises a `UserError` on any of them, all raise it, and none waits for ever.
 
-    Costs one all-reduce of 8 bytes, and a broadcast of the sentence when there is one.
+    It costs one all-reduce of 8 bytes, and a broadcast of the message if there is one.
+
+    Args:
+        action: runs once on every rank.
+        device: of the collectives.
+
+    Returns:
+        The result of `action` on this rank.
 
     Raises:
-        UserError: what the failing rank with the highest number raised.
+        UserError: this rank's own error; on the other ranks, that of the highest rank that failed.
     """
     failure: UserError | None = None
     result: Any = None
@@ -33,9 +40,9 @@ def together(action: Callable[[], T], device: torch.device) -> T:
         if failure is not None:
             raise failure
         return result
-    teller = torch.tensor([0 if failure is None else dist.get_rank() + 1], device=device)
-    dist.all_reduce(teller, op=dist.ReduceOp.MAX)
-    if not (source := int(teller.item())):
+    failed = torch.tensor([0 if failure is None else dist.get_rank() + 1], device=device)  # rank + 1
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if not (source := int(failed.item())):
         return result
     text = torch.zeros(_SENTENCE_BYTES, dtype=torch.uint8, device=device)
     if failure is not None and source == dist.get_rank() + 1:

@@ -1,4 +1,4 @@
-"""What ends a run from outside: signals that ask it to make room, and a limit for processes that wait for ever."""
+"""Ends of a run from outside: signals that preempt it, and a time limit for processes that wait for ever."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from dist_ssn.comm import in_flight as under_way
+from dist_ssn.comm import in_flight
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What Slurm, Kubernetes and torchrun send before they end a job."""
+"""Signals that Slurm, Kubernetes and torchrun send before they end a job."""
 EXIT_REQUEUE = 75
-"""Exit code of a run that was asked to make room and is saved: "temporary failure, try again", sysexits.h's EX_TEMPFAIL."""
+"""Exit code of a run that was preempted and saved: "temporary failure, try again", EX_TEMPFAIL in sysexits.h."""
 EXIT_LOST = 1
 GRACE_SECONDS = 20.0  # for a collective to end after SIGTERM; torchrun ends a process 30 s after it
 SPARE_SECONDS = 10.0  # beyond twice the time-out: backends that give up by themselves do so before
@@ -26,19 +26,19 @@ LOOK_SECONDS = 1.0
 
 
 class Stop:
-    """Notes the signals in `SIGNALS` while it is entered, instead of ending at once; and ends this process if it hangs.
+    """Records the signals in `SIGNALS` while it is entered, instead of ending at once; and ends this process if it hangs.
 
-    Python's own handlers run on the main thread, between two of its instructions, which never come while that thread waits for a
-    collective. So a thread looks after both.
+    Python runs signal handlers on the main thread, between two instructions, so they do not run while that thread waits for a
+    collective. Therefore a thread of its own does both.
 
     Args:
         timeout_seconds: after which a collective has failed.
-        last_words: what to say then; it may take a while.
+        last_words: makes the message to print before a hanging process is ended; it may take a while.
     """
 
     def __init__(self, timeout_seconds: float, last_words: Callable[[str], str]) -> None:
         self.number = 0
-        """The signal that came, 0 for none."""
+        """Number of the received signal, 0 for none."""
         self._limit = 2 * timeout_seconds + SPARE_SECONDS
         self._last_words = last_words
         self._since = 0.0
@@ -49,6 +49,7 @@ class Stop:
 
     @property
     def name(self) -> str:
+        """Name of the received signal."""
         return signal.Signals(self.number).name if self.number else "no signal"
 
     def __enter__(self) -> Stop:
@@ -64,7 +65,7 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
-        self._theirs.close()  # the thread's sign to end
+        self._theirs.close()  # ends the thread
         self._thread.join()
         self._ours.close()
 
@@ -79,7 +80,7 @@ class Stop:
                     return
                 for number in set(numbers) & set(SIGNALS):
                     self.number, self._since = number, time.monotonic()
-            operation = under_way.oldest()
+            operation = in_flight.oldest()
             if operation is None:
                 continue
             now = time.monotonic()
@@ -87,4 +88,4 @@ class Stop:
             if after_signal or now - operation.began > self._limit:
                 why = f"{GRACE_SECONDS:g} s after {self.name}" if after_signal else "its time is up"
                 print(f"dist-ssn: {self._last_words(why)}", file=sys.stderr, flush=True)
-                os._exit(EXIT_LOST)  # the main thread waits where no exception reaches it
+                os._exit(EXIT_LOST)  # no exception reaches the main thread while it waits

@@ -1,4 +1,4 @@
-"""How many of the processor's threads a run uses."""
+"""Number of processor threads that a run uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def processor_threads(count: int | None) -> Iterator[None]:
-    """Sets torch's threads inside, and puts them back afterwards; None leaves them as they are."""
+    """Sets torch's number of threads inside, and restores it afterwards; None leaves it as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

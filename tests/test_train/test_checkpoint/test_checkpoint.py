@@ -24,7 +24,7 @@ from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.train.checkpoint import store as checkpoint
 from dist_ssn.train.checkpoint.folder import fingerprint
-from dist_ssn.train.ranks.raise_together import together
+from dist_ssn.train.ranks.raise_together import raise_together
 from testing.ranks import run_ranks
 
 DENSE = None
@@ -200,8 +200,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle with the right hash": (_honest_pickle, "not a safetensors file"),
     "no model": (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no plan": (lambda path: (path / "plan.json").unlink(), "plan.json is missing"),
-    "no state": (lambda path: (path / "state.json").unlink(), "not a whole checkpoint: .*state.json"),
-    "half a state": (lambda path: (path / "state.json").write_text('{"step": '), "not a whole checkpoint"),
+    "no state": (lambda path: (path / "state.json").unlink(), "not a complete checkpoint: .*state.json"),
+    "half a state": (lambda path: (path / "state.json").write_text('{"step": '), "not a complete checkpoint"),
     "a list as state": (lambda path: (path / "state.json").write_text("[]"), "has format None"),
     "another format": (lambda path: _edit_state(path, format=99), "has format 99, .* reads 1"),
     "no moment": (lambda path: _optimizer(path, "exp_avg/", "exp/"), "the optimizer's state of .* has no exp_avg"),
@@ -341,7 +341,7 @@ def test_a_full_disk_at_any_moment(tmp_path: Path, call: str, monkeypatch: pytes
 KILLED_WHILE_SAVING = """
 import os, signal, sys
 from pathlib import Path
-from tests.test_train.test_checkpoint import made, saved
+from tests.test_train.test_checkpoint.test_checkpoint import made, saved
 saved(Path(sys.argv[1]), made(), 1)
 os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
 saved(Path(sys.argv[1]), made(), 2)
@@ -371,9 +371,9 @@ def _fails_on(rank: int, world_size: int, failing: int) -> str:
         return rank
 
     device = torch.device("cpu")
-    assert together(lambda: rank, device) == rank
+    assert raise_together(lambda: rank, device) == rank
     try:
-        together(action, device)
+        raise_together(action, device)
     except UserError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -388,9 +388,9 @@ def test_what_fails_on_one_rank_is_raised_on_all(failing: int) -> None:
 
 def test_together_in_one_process() -> None:
     device = torch.device("cpu")
-    assert together(lambda: 5, device) == 5
+    assert raise_together(lambda: 5, device) == 5
     with pytest.raises(CheckpointError, match="full"):
-        together(lambda: (_ for _ in ()).throw(CheckpointError("full")), device)
+        raise_together(lambda: (_ for _ in ()).throw(CheckpointError("full")), device)
 
 
 def test_a_view_into_a_larger_storage_is_written_alone(tmp_path: Path) -> None:
