@@ -28,7 +28,7 @@ SIDES: dict[str, list[str]] = {
     **{way: ["--share.budget=10%", f"--engine.overlap={way}"] for way in ("none", "segments:4", "sums:2", "delay")},
     **{way: ["--share.budget=10%", f"--share.mapping={way}"] for way in ("depth:2", "depth:4")},
 }
-"""The names of `cost.ways` → recipe."""
+"""The names of `cost.alternatives` → recipe."""
 
 
 def measure(arguments: argparse.Namespace, recipe: list[str]) -> dict[str, Any]:
