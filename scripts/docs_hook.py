@@ -7,14 +7,16 @@ Links to files outside of docs/ lead somewhere on GitHub only: here they become 
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from dist_ssn.checked import REQUIRED, Key
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -34,71 +36,37 @@ def recipe_keys() -> str:
     """Every key of a recipe, by section, with type, default and meaning."""
     from dist_ssn.train.recipe.keys import recipe_keys as keys
 
-    if isinstance(keys(), dict):  # XXX until keys say it
-        return "\n\n".join(f"[`{name}`](#{name}){{ #{name} .key }} · {kind}\n:   XXX" for name, kind in keys().items())
-    sections: dict[str, list[Any]] = {}
-    for key in keys():
-        sections.setdefault(key.section, []).append(key)
-    return "\n\n".join(
-        f"## {title or 'The run'}\n\n{_definitions((key.name, key.type, key.default, key.help) for key in members)}"
-        for title, members in sections.items()
-    )
+    return _by_section(keys())
 
 
 def cluster_keys() -> str:
-    """Every key of a cluster file, with type, default and meaning."""
-    return _definitions(_cluster_fields())
+    """Every key of a cluster file, by section, with type, default and meaning."""
+    from dist_ssn.cluster.file import cluster_keys as keys
+
+    return _by_section(keys())
 
 
-def _cluster_fields() -> Iterator[tuple[str, str, Any, str]]:
-    from dist_ssn.cluster.types import Cluster, Link, Rendezvous
-
-    groups = {"within": Link, "between": Link, "rendezvous": Rendezvous}
-    for field in dataclasses.fields(Cluster):
-        if field.name == "name":  # the file's own
-            continue
-        texts = _arguments_of(Cluster)
-        for inner in dataclasses.fields(groups[field.name]) if field.name in groups else ():
-            meaning = f"{texts[field.name]}: {_arguments_of(groups[field.name])[inner.name]}"
-            yield f"{field.name}.{inner.name}", str(inner.type), _default(inner), meaning
-        if field.name not in groups:
-            yield field.name, str(field.type), _default(field), texts[field.name]
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else dataclasses.MISSING
-
-
-def _arguments_of(cls: type) -> dict[str, str]:
-    """Field → its text in the "Args:" of a dataclass's docstring."""
-    text = (cls.__doc__ or "").partition("Args:")[2]
-    return {
-        name: " ".join(told.split())
-        for name, told in re.findall(r"^\s+(\w+): (.*?)(?=^\s+\w+: |\Z)", text, re.M | re.S)
-    }
-
-
-def _definitions(entries: Iterable[tuple[str, str, Any, str]]) -> str:
+def _by_section(keys: Iterable[Key]) -> str:
     """A list of keys, each with an anchor of its own name."""
-    lines = []
-    for name, kind, default, meaning in entries:
-        kind = kind.replace("None", "null").replace(" | ", " or ")
-        needed = default is dataclasses.MISSING
-        shown = "needed" if needed else f"default {'none' if default in ({}, ()) else f'`{_as_yaml(default)}`'}"
-        lines += [f"[`{name}`](#{name}){{ #{name} .key }} · {kind} · {shown}", f":   {_sentence(meaning)}", ""]
-    return "\n".join(lines)
+    sections: dict[str, list[str]] = {}
+    for key in keys:
+        shown = "needed" if key.default == REQUIRED else f"default {_default(key.default)}"
+        entry = f"[`{key.name}`](#{key.name}){{ #{key.name} .key }} · {_type(key.type)} · {shown}\n:   {key.help}\n"
+        sections.setdefault(key.section, []).append(entry)
+    return "\n\n".join(
+        f"## {f'`{section}`' if section else 'Top level'}\n\n" + "\n".join(entries)
+        for section, entries in sections.items()
+    )
 
 
-def _as_yaml(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+def _type(words: str) -> str:
+    return words.replace(" (in quotes, if it looks like something else)", "")
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+def _default(value: Any) -> str:
+    if value in ({}, ()):
+        return "empty"
+    return f"`{json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)}`"
 
 
 def command_line() -> str:
@@ -112,8 +80,9 @@ def command_line() -> str:
 
 def commands() -> list[tuple[str, ...]]:
     """The words behind `dist-ssn` of every command, none for the program itself."""
-    listed = help_of(()).partition("commands:")[2]
-    return [(), *((name,) for name in re.findall(r"^  ([a-z][a-z-]*)\s", listed, re.M))]
+    from dist_ssn.cli.commands import COMMANDS
+
+    return [(), *((name,) for name in COMMANDS)]
 
 
 def help_of(words: Iterable[str]) -> str:
