@@ -16,6 +16,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+PRELOADED = ("torch", "torch.distributed", "torch._dynamo", "dist_ssn.train.loop", "pytest", "hypothesis")
+"""What every rank would import, which takes seconds. DDP imports torch._dynamo when the first one is made."""
+
 
 class RanksFailed(AssertionError):
     """At least one rank raised, died or took too long; the message holds the ranks' tracebacks."""
@@ -24,16 +27,21 @@ class RanksFailed(AssertionError):
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, group: bool = True
 ) -> list[Any]:
-    """Call `fn(rank, world_size, *args)` in `world_size` processes, and return what each returned, by rank.
+    """Calls `fn(rank, world_size, *args)` in `world_size` processes, and returns what each returned, by rank.
 
-    fn: a function at the top level of a module. timeout: seconds for everything.
-    group: start a gloo group over loopback before the call, and end it afterwards.
-    Raises: RanksFailed with the tracebacks. No process is left in any case.
+    No process is left in any case.
+
+    Args:
+        fn: a function at the top level of a module.
+        timeout: seconds for everything.
+        group: start a gloo group over loopback before the call, and end it afterwards.
+
+    Raises:
+        RanksFailed: with the ranks' tracebacks.
     """
     # A server that has imported torch once forks the ranks: nothing of this process is inherited, and each is quick.
     context = multiprocessing.get_context("forkserver")
-    # DDP imports torch._dynamo when the first one is made, which takes seconds.
-    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
+    context.set_forkserver_preload(list(PRELOADED))
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(world_size):
