@@ -1,4 +1,4 @@
-"""A cluster on one machine: each host a network namespace, the links between them limited, every byte on them counted (Linux)."""
+"""A cluster on one machine (Linux): each host a network namespace, with limited links and every byte on them counted."""
 
 from dist_ssn.lab.hosts import Lab
 from dist_ssn.lab.network import Host, Network, plan_network

@@ -1,4 +1,4 @@
-"""Builds the lab's network, runs programs on its hosts, reads its counters, and takes everything away again."""
+"""The lab's network: built, used, read and removed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dist_ssn.errors import ClusterError
 from dist_ssn.lab.network import Network, address_commands, cable_commands, namespace_commands, owner_of
 
 PACKAGES = {"ip": "iproute2", "tc": "iproute2", "nft": "nftables"}
-RELAY_SECONDS = 30  # in which the relay must have made its devices
-END_SECONDS = 5  # between asking the hosts' processes to end and ending them
+END_SECONDS = 5
+"""Time between asking the hosts' processes to end and ending them."""
 _labs = itertools.count()
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What a host's network device has sent and received so far, headers included."""
+    """Traffic of a host's network device so far, headers included."""
 
     sent_bytes: int
     received_bytes: int
@@ -39,9 +39,10 @@ class Counters:
 
 
 class Lab:
-    """A network of emulated hosts, as a context manager: there after entering, gone after leaving, whatever happened inside.
+    """A network of emulated hosts, as a context manager: built on entering, removed on leaving, whatever happened inside.
 
-    Raises: ClusterError, on entering: no root, a missing program, or what the kernel refused.
+    Raises:
+        ClusterError: on entering: this user is not root, a program is missing, or the kernel refused a command.
     """
 
     def __init__(self, network: Network) -> None:
@@ -67,7 +68,7 @@ class Lab:
         self.close()
 
     def close(self) -> None:
-        """Ends what still runs on the hosts, and removes the network; a second call does nothing."""
+        """Ends every process on the hosts, and removes the network; a second call does nothing."""
         end_processes(self.network.namespaces)
         if self._relay is not None:
             assert self._relay.stdin is not None
@@ -85,7 +86,7 @@ class Lab:
     def start(
         self, host: int, argv: Sequence[str], environment: Mapping[str, str], log: IO[bytes]
     ) -> subprocess.Popen[bytes]:
-        """Starts a program on a host, in a session of its own: a terminal's Ctrl-C does not reach it."""
+        """Starts a program on a host, in its own session: a terminal's Ctrl-C does not reach it."""
         inside = ["ip", "netns", "exec", self.network.hosts[host].namespace]
         return subprocess.Popen(
             [*inside, *argv],
@@ -97,7 +98,7 @@ class Lab:
         )
 
     def counters(self) -> list[Counters]:
-        """Of each host's device."""
+        """Counters of each host's device."""
         return [_counters(host.namespace, self.network.device) for host in self.network.hosts]
 
     def _start_relay(self) -> None:
@@ -117,7 +118,14 @@ class Lab:
 
 
 def require(loss: bool = False) -> None:
-    """Raises: ClusterError, when no lab (or none with packet loss) can be built here at all."""
+    """Checks that a lab can be built here.
+
+    Args:
+        loss: with packet loss
+
+    Raises:
+        ClusterError: this is not Linux, this user is not root, or a program is missing.
+    """
     if not sys.platform.startswith("linux"):
         raise ClusterError(f"the lab needs Linux, for its hosts are network namespaces, and this is {sys.platform}")
     if os.geteuid() != 0:
@@ -131,12 +139,16 @@ def require(loss: bool = False) -> None:
 
 
 def this_owner() -> str:
-    """The part of a lab's names that says which process it belongs to: its number, when it began, and a count of its labs."""
+    """Part of a lab's names that identifies the process it belongs to: its number, its start time, and a count of its labs."""
     return f"{os.getpid()}x{_start_time(os.getpid())}n{next(_labs)}"
 
 
 def remove_stale() -> list[str]:
-    """Removes the namespaces of labs whose process is gone (it was killed), and what still runs in them; returns their names."""
+    """Removes the namespaces of labs whose process was killed, and the processes in them.
+
+    Returns:
+        Names of the removed namespaces.
+    """
     listed = _run(("ip", "-j", "netns", "list")).stdout.strip()
     names = [entry["name"] for entry in json.loads(listed or "[]")]
     stale = [name for name in names if (owner := owner_of(name)) and not _is_alive(owner)]
@@ -146,7 +158,7 @@ def remove_stale() -> list[str]:
 
 
 def end_processes(namespaces: Iterable[str]) -> None:
-    """Ends everything that runs in these namespaces: SIGTERM, and after END_SECONDS SIGKILL."""
+    """Ends every process in these namespaces: SIGTERM, and after END_SECONDS SIGKILL."""
     names = [name for name in namespaces if Path("/run/netns", name).exists()]
     for number, seconds in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
         for pid in _pids(names):
@@ -188,7 +200,7 @@ def _is_alive(owner: str) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    """When a process began, in clock ticks since boot: with its number, it is no other process's."""
+    """Start time of a process in clock ticks since boot; with the number, it identifies the process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

@@ -1,11 +1,11 @@
-"""What the lab's network is made of, and the commands that make it: pure functions of a cluster.
+"""The lab's network and the commands that make it, as pure functions of a cluster.
 
     host 0: e0 ── v0 ┐
     host 1: e0 ── v1 ┤ bridge, in a namespace of its own
     host 2: e0 ── v2 ┘
 
-Every name lies in a namespace of the run's own: nothing is added to the machine's own network, several labs can run beside each
-other with the same addresses, and deleting the namespaces takes everything away.
+Every name lies in a namespace that belongs to one run. So nothing is added to the machine's own network, several labs run beside
+each other with the same addresses, and deleting the namespaces removes everything.
 
 With a delay, e0 and v0 are not the two ends of one pair, but two TAP devices with a small relay between them (relay.py).
 """
@@ -21,12 +21,12 @@ from dist_ssn.cluster import Cluster
 from dist_ssn.errors import ClusterError
 
 PREFIX = "dssn-lab"
-DEVICE = "e0"  # where the cluster file names none
+DEVICE = "e0"  # for a cluster file without an interface
 ADDRESS = "10.77.0.1"
 MAX_HOSTS = 64
 BURST_SECONDS, LEAST_BURST, LARGEST_BURST = 0.005, 16_384, 1 << 20  # of the rate limit, in seconds and bytes
-QUEUE_SECONDS, LEAST_QUEUE = 0.05, 625_000  # what a port holds before it drops, in seconds, and at least in bytes
-ON_LINE = 1514 / 1448  # bytes of an Ethernet frame for the bytes of a program's in it: TCP and IP take the rest
+QUEUE_SECONDS, LEAST_QUEUE = 0.05, 625_000  # queue of a port, in seconds of its rate; its least size in bytes
+ON_LINE = 1514 / 1448  # bytes of an Ethernet frame per byte of a program's data in it: TCP and IP take the rest
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Network:
         switch: namespace of the bridge
         device: name of the network device in each host
         prefix: length of the hosts' common network's prefix
-        rate_bit: bit/s on the line, of each host in each direction
-        delay_us: microseconds by which a packet is held on its way to the switch
-        loss_percent: percentage of the packets that a host does not get
+        rate_bit: bit/s on the line of each host, in each direction
+        delay_us: microseconds by which each packet is held on its way to the switch
+        loss_percent: percentage of packets that a host loses on receiving
     """
 
     hosts: tuple[Host, ...]
@@ -62,6 +62,7 @@ class Network:
 
     @property
     def namespaces(self) -> tuple[str, ...]:
+        """Namespaces of the hosts, then that of the switch."""
         return (*(host.namespace for host in self.hosts), self.switch)
 
 
@@ -69,10 +70,12 @@ def plan_network(cluster: Cluster, owner: str, nodes: int | None = None) -> Netw
     """The network of a cluster.
 
     Args:
-        owner: what makes this run's names its own; letters and digits.
-        nodes: on so many hosts; None: as the cluster says.
+        cluster: an emulated cluster
+        owner: letters and digits that distinguish the names of this run
+        nodes: number of hosts; None: as the cluster says
 
-    Raises: ClusterError, for a cluster that the lab cannot build.
+    Raises:
+        ClusterError: the lab cannot build this cluster.
     """
     count = cluster.nodes if nodes is None else nodes
     if not cluster.emulated:
@@ -104,7 +107,7 @@ def plan_network(cluster: Cluster, owner: str, nodes: int | None = None) -> Netw
 
 
 def owner_of(namespace: str) -> str | None:
-    """What a namespace's name says of the run that made it; None for one that is not a lab's."""
+    """Owner of a lab's namespace, from its name; None: the namespace is not a lab's."""
     match = re.fullmatch(rf"{PREFIX}-([a-z0-9]+)-(?:h\d+|sw)", namespace)
     return match[1] if match else None
 
@@ -117,7 +120,7 @@ def namespace_commands(network: Network) -> list[tuple[str, ...]]:
 
 
 def cable_commands(network: Network) -> list[tuple[str, ...]]:
-    """A cable from each host to the switch, where the relay has not made its ends."""
+    """A cable from each host to the switch; the relay makes its own."""
     add = ("ip", "-n", network.switch, "link", "add")
     return [
         (*add, host.port, "type", "veth", "peer", "name", network.device, "netns", host.namespace)
@@ -126,7 +129,7 @@ def cable_commands(network: Network) -> list[tuple[str, ...]]:
 
 
 def address_commands(network: Network) -> list[tuple[str, ...]]:
-    """Addresses, rate limits and loss, and everything switched on."""
+    """Addresses, rate limits and loss; then every device is switched on."""
     commands: list[tuple[str, ...]] = []
     for host in network.hosts:
         inside, device = ("ip", "-n", host.namespace), network.device

@@ -1,10 +1,10 @@
-"""A cable with a delay: pairs of TAP devices, between which frames are carried, those towards the switch after a while.
+"""A cable with a delay: pairs of TAP devices; frames towards the switch are carried late.
 
     python -m dist_ssn.lab.relay DELAY_US NAMESPACE:DEVICE:SWITCH:PORT ...
 
-For kernels without netem. Frames come with the header by which the kernel leaves the cutting of large ones (up to 64 KiB) to the
-device, and are handed on with it, so that one read carries many packets. It says "ready" once the devices are there, and ends when
-its standard input does, that is, with its parent; the devices end with it.
+For kernels without netem. Each frame has the header by which the kernel leaves the cutting of large frames (up to 64 KiB) to the
+device. The relay passes it on, so that one read carries many packets. It prints "ready" once the devices exist, and ends with its
+standard input, that is, with its parent; the devices end with the relay.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ CLONE_NEWNET = 0x40000000
 TUNSETIFF, TUNSETOFFLOAD = 0x400454CA, 0x400454D0  # <linux/if_tun.h>
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
-LARGEST = 10 + 14 + 65_536 + 4_096  # bytes: the header, Ethernet's, a packet, and some
-AT_ONCE = 64  # frames of one device before the others have their turn
+LARGEST = 10 + 14 + 65_536 + 4_096  # bytes: the header, Ethernet's header, a packet, and a margin
+AT_ONCE = 64  # frames of one device before the other devices have their turn
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Wire:
 
 
 def enter(namespace: str) -> None:
-    """This process goes into a network namespace; what it has open stays where it was."""
+    """Moves this process into a network namespace; its open files stay as they are."""
     libc = ctypes.CDLL(None, use_errno=True)  # Python has os.setns from 3.12 on
     with open(f"/run/netns/{namespace}", "rb") as file:
         if libc.setns(file.fileno(), CLONE_NEWNET):
@@ -49,7 +49,7 @@ def enter(namespace: str) -> None:
 
 
 def open_tap(namespace: str, name: str) -> int:
-    """A new TAP device in a namespace: the descriptor from which the frames it sends are read."""
+    """A new TAP device in a namespace, as the descriptor from which its frames are read."""
     enter(namespace)
     descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
@@ -59,7 +59,13 @@ def open_tap(namespace: str, name: str) -> int:
 
 
 def carry(wires: Sequence[tuple[int, int]], delay_seconds: float, lifeline: int) -> None:
-    """Carries frames between the two descriptors of each wire until `lifeline` ends; from first to second with the delay."""
+    """Carries frames between the two descriptors of each wire until `lifeline` ends.
+
+    Args:
+        wires: descriptors of a host's device and of the switch's port
+        delay_seconds: delay of each frame from the first to the second
+        lifeline: descriptor whose end ends this
+    """
     other = {a: b for pair in wires for a, b in (pair, pair[::-1])}
     late = {host: delay_seconds for host, _ in wires}
     waiting: list[tuple[float, int, int, bytes]] = []  # when due, a number that keeps the order, where to, the frame
@@ -103,6 +109,7 @@ def _write(target: int, frame: bytes) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Makes the devices that the command line names, and carries their frames; returns an exit code."""
     delay_us, *names = arguments
     try:
         wires = [Wire(*name.split(":")) for name in names]

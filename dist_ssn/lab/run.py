@@ -1,4 +1,4 @@
-"""Runs a program on the lab's hosts by the cluster's launcher: logs, counters, signals, and the exit code."""
+"""A program on the lab's hosts, started by the cluster's launcher: logs, counters, signals, and the exit code."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from dist_ssn.launch import Command, Start, build_command
 from dist_ssn.launch.run import found
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_SECONDS = 30  # in which the other hosts must end after one has failed, or after a signal
+GRACE_SECONDS = 30
+"""Time for the other hosts to end after one has failed, or after a signal."""
 POLL_SECONDS = 0.1
-LAST_LINES = 20  # of the log of a host that failed
+LAST_LINES = 20
+"""Lines shown of the log of a host that failed."""
 DEFAULTS = {
     "OMP_NUM_THREADS": "1",  # hosts share this machine's cores
     "PYTHONUNBUFFERED": "1",  # what a process prints is in its log at once
@@ -39,7 +41,7 @@ DEFAULTS = {
 
 @dataclasses.dataclass
 class Stopped:
-    """The last signal that this process got, if any, and how many."""
+    """The last signal to this process, and the number of signals."""
 
     number: int = 0
     count: int = 0
@@ -47,12 +49,12 @@ class Stopped:
 
 @dataclasses.dataclass(frozen=True)
 class LabResult:
-    """What a run on the lab's hosts came to.
+    """Result of a run on the lab's hosts.
 
     Args:
-        code: 0; else that of the first host that failed; 128 + the signal's number for one that a signal ended
+        code: 0; else the exit code of the first host that failed; 128 + the signal's number for one that a signal ended
         logs: folder of host-0.log … and counters.json
-        counters: what each host's device has sent and received meanwhile
+        counters: traffic of each host's device during the run
     """
 
     code: int
@@ -61,7 +63,7 @@ class LabResult:
 
 
 def host_commands(cluster: Cluster, network: Network, arguments: Sequence[str], logs: Path) -> list[Command]:
-    """What runs on the hosts, from host 0 on: one launcher on each, or with mpirun on the first alone."""
+    """Commands for the hosts, from host 0 on: a launcher for each, or with mpirun for the first alone."""
     start = Start(
         cluster,
         tuple(arguments),
@@ -78,7 +80,7 @@ def host_commands(cluster: Cluster, network: Network, arguments: Sequence[str], 
 
 
 def files(cluster: Cluster, network: Network) -> dict[str, str]:
-    """Name → content of what the launchers read: a hostfile, and a stand-in for ssh."""
+    """Name → content of the launchers' files: a hostfile, and a program in place of ssh."""
     slots = cluster.processes_per_node
     line = {"deepspeed": f"{{}} slots={slots}", "mpirun": f"{{}}:{slots}"}.get(cluster.launcher)
     if line is None:
@@ -98,9 +100,17 @@ def files(cluster: Cluster, network: Network) -> dict[str, str]:
 def run(
     cluster: Cluster, arguments: Sequence[str], logs: Path, environ: Mapping[str, str], nodes: int | None = None
 ) -> LabResult:
-    """Builds the lab, runs `arguments` on its hosts, shows host 0's output, and takes the lab down.
+    """Builds the lab, runs a program on its hosts, shows host 0's output, and removes the lab.
 
-    Raises: ClusterError, when the cluster cannot be built or the command is wrong; nothing is left then.
+    Args:
+        cluster: an emulated cluster
+        arguments: the program, as for `dist-ssn launch`
+        logs: folder for the hosts' logs and counters.json
+        environ: variables of the hosts' processes
+        nodes: number of hosts; None: as the cluster says
+
+    Raises:
+        ClusterError: the cluster cannot be built or the command is wrong; nothing remains then.
     """
     network = plan_network(cluster, this_owner(), nodes)
     commands = host_commands(cluster, network, arguments, logs)  # its mistakes come before the lab is built
@@ -128,7 +138,7 @@ def run(
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Path, stopped: Stopped) -> int:
-    """Waits for all hosts; hands on signals; ends the others when one has failed and they do not end by themselves."""
+    """Waits for all hosts, passes signals on, and ends the others when one has failed and they do not end by themselves."""
     handed_on = first = 0
     deadline = float("inf")
     with (logs / "host-0.log").open("rb") as shown:
@@ -179,7 +189,7 @@ def _tell_failure(host: int, code: int, logs: Path) -> None:
 
 @contextmanager
 def _signals() -> Iterator[Stopped]:
-    """Signals are noted, not raised: so none can break into the building or the removal of the lab."""
+    """Notes signals instead of raising, so that none interrupts the building or the removal of the lab."""
     stopped = Stopped()
 
     def note(number: int, _: object) -> None:

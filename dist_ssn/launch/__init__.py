@@ -1,4 +1,4 @@
-"""From a cluster and a program to the command that starts it, for torchrun, DeepSpeed's launcher, mpirun, Slurm and Kubernetes."""
+"""Commands that start a program on a cluster, by torchrun, DeepSpeed's launcher, mpirun, Slurm or Kubernetes."""
 
 from dist_ssn.launch.command import Command, Start, build_command
 from dist_ssn.launch.run import execute, text_of

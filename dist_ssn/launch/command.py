@@ -1,9 +1,9 @@
-"""The command that starts a program on a cluster: a pure function, which the launchers' own programs then do the work of.
+"""The command that starts a program on a cluster, as a pure function.
 
-What a launcher is given was chosen for these reasons. torchrun gets the node's number and node 0's address, because then ranks
-follow the nodes' order, and no node has to be able to look up its own host name, as with torchrun's c10d rendezvous. On one node
-everything stays on loopback. DeepSpeed's launcher and mpirun take the nodes' names from a hostfile, which is about one job, not
-about the cluster, and so is no key of a cluster file.
+Reasons for the options of each launcher. torchrun gets the node's number and node 0's address: then ranks follow the nodes' order,
+and no node has to look up its own host name, as it must for torchrun's c10d rendezvous. On one node everything stays on loopback.
+DeepSpeed's launcher and mpirun take the nodes' names from a hostfile. It describes one job, not the cluster, and so is no key of a
+cluster file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dist_ssn.cluster import Cluster
 from dist_ssn.errors import ClusterError, unknown_choice
 from dist_ssn.launch.jobs import job_manifest, job_script
 
-OURS = ("train", "plan", "cluster")  # commands of dist-ssn that run on many processes
+OURS = ("train", "plan", "cluster")
+"""Commands of dist-ssn that run on many processes."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Start:
     """A program on a cluster.
 
     Args:
-        cluster: where
-        arguments: `train --config …`, `cluster probe …`, or a script of one's own with its arguments
-        nodes: on so many nodes; None: as the cluster says
-        node_rank: this node's number; None: not said
-        address: name or address of node 0, before the cluster's; None: as the cluster says
-        port: a free TCP port there, before the cluster's; None: as the cluster says
+        cluster: the cluster
+        arguments: `train --config …`, `cluster probe …`, or a script of the user's with its arguments
+        nodes: number of nodes; None: as the cluster says
+        node_rank: number of this node, from 0; None: not given
+        address: name or address of node 0, instead of the cluster's; None: as the cluster says
+        port: free TCP port of node 0, instead of the cluster's; None: as the cluster says
         hostfile: file with the nodes' names in the launcher's own format (deepspeed, mpirun)
-        environ: variables that are set already; they win over the cluster's
+        environ: variables that are already set; they win over the cluster's
     """
 
     cluster: Cluster
@@ -45,12 +46,12 @@ class Start:
 
 @dataclass(frozen=True)
 class Command:
-    """What to run.
+    """A program to run.
 
     Args:
         argv: program and arguments
         environment: variables to set for it
-        stdin: what it reads, such as a job script; None: nothing of ours
+        stdin: text for its standard input, such as a job script; None: no text
     """
 
     argv: tuple[str, ...]
@@ -63,7 +64,7 @@ class _Job:
     """A checked start, with every default filled in."""
 
     cluster: Cluster
-    program: tuple[str, ...]  # what torchrun takes: a script, or -m and a module, and its arguments
+    program: tuple[str, ...]  # as torchrun takes it: a script, or -m and a module, and its arguments
     nodes: int
     node_rank: int | None
     address: str | None
@@ -73,9 +74,10 @@ class _Job:
 
 
 def build_command(start: Start) -> Command:
-    """The command that starts a program, on this node or on all of them, as its launcher does it.
+    """The command that starts a program, on this node or on all nodes, by the cluster's launcher.
 
-    Raises: ClusterError: one sentence that names everything that is missing, contradictory or impossible.
+    Raises:
+        ClusterError: one sentence that names everything that is missing, contradictory or impossible.
     """
     problems = list(_problems(start))
     if problems:
@@ -97,7 +99,7 @@ def build_command(start: Start) -> Command:
 
 
 def environment_of(cluster: Cluster, nodes: int) -> dict[str, str]:
-    """The variables of every process: the cluster's own, and those by which gloo, NCCL and MPI find the interface."""
+    """Variables of every process: the cluster's own, and those by which gloo, NCCL and MPI find the interface."""
     made: dict[str, str] = {}
     if cluster.interface and nodes > 1:
         # "=": NCCL would take eth0 for the beginning of eth01 too.

@@ -1,4 +1,4 @@
-"""The two launchers that take a file instead of a command line: Slurm's job script and Kubernetes' manifest, as pure text."""
+"""Text for the two launchers that take a file instead of a command line: Slurm's job script and Kubernetes' manifest."""
 
 from __future__ import annotations
 
@@ -34,8 +34,12 @@ def job_script(
     """The script for sbatch: one torchrun on each node, which starts the node's processes.
 
     Args:
-        program: what torchrun starts: a script, or -m and a module, and its arguments.
-        address: of node 0; None: the first name in Slurm's list.
+        cluster: the cluster
+        program: program for torchrun: a script, or -m and a module, and its arguments
+        nodes: number of nodes
+        address: address of node 0; None: the first name in Slurm's list
+        port: free TCP port of node 0
+        environment: variables of every process; those of sbatch become options of the script
     """
     options = {
         "job-name": NAME,

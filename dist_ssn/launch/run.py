@@ -23,7 +23,7 @@ INSTALL = {
 
 
 def found(command: Command, path: str) -> Command:
-    """The command with the full path of each of its programs, first beside this Python, then in `path`; else as it is."""
+    """The command with full paths of its programs, looked for beside this Python, then in `path`; unchanged where there is none."""
     search = os.pathsep.join([str(Path(sys.executable).parent), path])
     program = shutil.which(command.argv[0], path=search) or command.argv[0]
     rest = [sys.executable if word == "python" else word for word in command.argv[1:]]
@@ -31,7 +31,7 @@ def found(command: Command, path: str) -> Command:
 
 
 def text_of(command: Command) -> str:
-    """The command as one types it; where it reads a script or a manifest, that with the command in a comment above it."""
+    """The command as a shell takes it; of one that reads a script or manifest, that text under the command as a comment."""
     setting = [f"{name}={value}" for name, value in command.environment.items()]
     line = shlex.join([*(["env", *setting] if setting else []), *command.argv])
     if command.stdin is None:
@@ -42,9 +42,10 @@ def text_of(command: Command) -> str:
 
 
 def execute(command: Command, environ: Mapping[str, str]) -> NoReturn:
-    """Becomes the command: what it prints, Ctrl-C and its exit code are its own from here on.
+    """Becomes the command: this process's output, Ctrl-C and exit code are the command's from here on.
 
-    Raises: ClusterError when the launcher is not installed.
+    Raises:
+        ClusterError: the launcher is not installed.
     """
     path = environ.get("PATH", os.defpath)
     command = found(command, path)
@@ -54,7 +55,7 @@ def execute(command: Command, environ: Mapping[str, str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if command.stdin is not None:
-        with tempfile.TemporaryFile() as file:  # it has no name, so nothing is left of it
+        with tempfile.TemporaryFile() as file:  # it has no name, so nothing of it remains
             file.write(command.stdin.encode())
             file.seek(0)
             os.dup2(file.fileno(), 0)

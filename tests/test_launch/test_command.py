@@ -101,6 +101,7 @@ def test_slurm() -> None:
     assert "NCCL_DEBUG" not in script  # sbatch hands on what the shell has
 
 
+@pytest.mark.processes
 def test_slurm_script_does_what_it_says(tmp_path: Path) -> None:
     """With stand-ins for Slurm's commands and torchrun, that print what they were given."""
     for name, body in {
@@ -202,6 +203,7 @@ def test_a_launcher_that_is_not_there() -> None:
         execute(Command(("kubectl-of-nobody",)), {})
 
 
+@pytest.mark.processes
 def test_exit_codes_environment_and_standard_input_pass_through() -> None:
     program = (
         "import os, sys; from dist_ssn.launch import Command, execute; "
