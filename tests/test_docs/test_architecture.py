@@ -29,3 +29,17 @@ def test_every_folder_of_the_package_is_named() -> None:
     package = ROOT / "dist_ssn"
     folders = {path.parent.relative_to(ROOT) for path in package.rglob("__init__.py")} - {package.relative_to(ROOT)}
     assert not [str(folder) for folder in folders if f"`{folder}/`" not in TEXT]
+
+
+def test_the_rows_have_the_order_of_the_layers() -> None:
+    """Names that share a layer may come in any order."""
+    layers = (ROOT / ".importlinter").read_text().partition("layers =\n")[2].partition("\n\n")[0]
+    expected = [sorted(line.replace("|", " ").split()) for line in layers.splitlines()]
+    rows = re.findall(r"^\|[^|]*\| `dist_ssn/(\w+)(?:/|\.py)`", TEXT, re.M)
+    assert [sorted(rows[start:end]) for start, end in _cuts(expected)] == expected
+
+
+def _cuts(layers: list[list[str]]) -> list[tuple[int, int]]:
+    """Where each layer's names begin and end in a list of all names."""
+    ends = [sum(map(len, layers[: index + 1])) for index in range(len(layers))]
+    return list(zip([0, *ends], ends, strict=False))
