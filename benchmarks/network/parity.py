@@ -176,19 +176,37 @@ def together(
     return losses, copy.deepcopy(engine.gathered()[0])
 
 
-def cells(columns: list[str], models: list[str], variants: list[str]) -> Iterator[dict[str, Any]]:
-    """One result per cell, on every rank; those of rank 0 are complete."""
+def spread(columns: list[str], models: list[str], variants: list[str]) -> set[tuple[str, str, str]]:
+    """Cells (engine, model, variant) such that every engine meets every variant once, each with the next model in turn."""
+    return {
+        (column, models[(turn + number) % len(models)], kind)
+        for turn, column in enumerate(columns)
+        for number, kind in enumerate(variants)
+    }
+
+
+def cells(
+    columns: list[str], models: list[str], variants: list[str], chosen: set[tuple[str, str, str]] | None = None
+) -> Iterator[dict[str, Any]]:
+    """One result per cell, on every rank; those of rank 0 are complete.
+
+    Args:
+        chosen: the cells to run, all by default.
+    """
     with init_world(device="cpu") as world:
         for name in models:
             for kind in variants:
+                here = [column for column in columns if chosen is None or (column, name, kind) in chosen]
+                if not here:
+                    continue
                 variant = VARIANTS[kind]
                 if why := refusal(name, variant):
-                    for column in columns:
+                    for column in here:
                         cell = {"engine": column, "model": name, "variant": kind, "ranks": world.world_size}
                         yield {**cell, "why_not": why, "rank": world.rank}
                     continue
                 losses, parameters = alone(name, variant)
-                for column in columns:
+                for column in here:
                     engine, options = ENGINES[column]
                     found_losses, found = together(name, variant, engine, options, world.rank, world.world_size)
                     loss = max(abs(a - b) / abs(b) for a, b in zip(found_losses, losses, strict=True))
@@ -225,10 +243,12 @@ def main() -> None:
     parser.add_argument("--worker", nargs="+", choices=list(ENGINES), help="be one of the processes of these engines")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--spread", action="store_true", help="a worker runs one model for each variant and engine")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.worker:
-        for cell in cells(arguments.worker, arguments.models, arguments.variants):
+        given = (arguments.worker, arguments.models, arguments.variants)
+        for cell in cells(*given, spread(*given) if arguments.spread else None):
             if cell.pop("rank") == 0:
                 print(json.dumps(cell), flush=True)
         return

@@ -113,7 +113,6 @@ def test_what_a_search_finds_is_trained_in_full(monkeypatch: pytest.MonkeyPatch)
     short = {"model_args": small, "steps": 4, "evaluate_every": 4, "evaluate_batches": 1, "schedule.warmup": 0}
     monkeypatch.setitem(TASKS, "gpt-small", {**TASKS["gpt-small"], **short})
     wanted = {one["mapping"]: one for one in searches.cells(["gpt-small"]) if one["seed"] == 1}
-    assert [*wanted] == [*searches.PLAIN, *searches.METHODS]
     lines = [searches.measured(wanted[name]) for name in ("single", "random", "auto")]
     assert all(line["overrides"] == wanted[line["mapping"]]["overrides"] for line in lines)
     assert lines[1]["search_steps"] == 0 < lines[2]["search_steps"] <= 4 and lines[2]["search_seconds"] > 0

@@ -6,29 +6,43 @@ import importlib.util
 
 import pytest
 
-from benchmarks.network.parity import MODELS, VARIANTS, is_equal
+from benchmarks.network.parity import MODELS, VARIANTS, is_equal, spread
 from testing.launch import LAUNCHES, launch
 
 _NEEDS = {"zero-0": "deepspeed", "mpi": "mpi4py"}
 
 
+WORLDS: dict[int, tuple[list[str], list[str]]] = {
+    1: (["gpt"], ["accumulation"]),
+    2: (list(MODELS), list(VARIANTS)),
+    4: (["gpt", "lstm"], ["plain", "accumulation"]),
+}
+"""Ranks → models and variants."""
+
+
+@pytest.mark.parametrize("columns", LAUNCHES, ids=" ".join)
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_the_cells_cover_what_they_promise(columns: tuple[str, ...], ranks: int) -> None:
+    """Every engine meets every model and every variant; together the engines of a launch meet most pairs of these."""
+    models, variants = WORLDS[ranks]
+    chosen = spread(list(columns), models, variants)
+    for column in columns:
+        mine = [(model, variant) for engine, model, variant in chosen if engine == column]
+        assert ({model for model, _ in mine}, {variant for _, variant in mine}) == (set(models), set(variants))
+    pairs = {(model, variant) for _, model, variant in chosen}
+    assert len(pairs) == min(len(columns), len(models)) * len(variants)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("columns", LAUNCHES, ids=" ".join)
-@pytest.mark.parametrize(
-    ("ranks", "models", "variants"),
-    [
-        (1, ["gpt"], ["accumulation"]),
-        (2, list(MODELS), list(VARIANTS)),
-        (4, ["gpt", "lstm"], ["plain", "accumulation"]),
-    ],
-    ids=["1 rank", "2 ranks", "4 ranks"],
-)
-def test_an_engine_does_what_one_process_does(
-    columns: tuple[str, ...], ranks: int, models: list[str], variants: list[str]
-) -> None:
+@pytest.mark.parametrize("ranks", WORLDS)
+def test_an_engine_does_what_one_process_does(columns: tuple[str, ...], ranks: int) -> None:
     package = _NEEDS.get(columns[0])
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install 'dist_ssn[all]'")
-    found = launch(columns, ranks, "benchmarks.network.parity", "--models", *models, "--variants", *variants)
-    assert len(found) == len(columns) * len(models) * len(variants)
+    models, variants = WORLDS[ranks]
+    given = ("--models", *models, "--variants", *variants)
+    found = launch(columns, ranks, "benchmarks.network.parity", *given, "--spread")
+    assert {(one["engine"], one["model"], one["variant"]) for one in found} == spread(list(columns), models, variants)
+    assert len(found) == len(columns) * len(variants)
     assert [cell for cell in found if not is_equal(cell)] == []

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.utils import prune
 
-import dist_ssn
 from dist_ssn import Plan, make_plan, materialize, parameter_groups, share, shared_plan, summary
 from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import PlanError, ShareError, UserError
@@ -605,22 +604,3 @@ def test_what_is_left_out_stays_as_it_was(tokens: Tensor) -> None:
     assert "mix.weight" in model.state_dict()
     loss_of(model(tokens)).backward()
     assert kept.grad is not None
-
-
-def test_the_public_names() -> None:
-    assert sorted(dist_ssn.__all__) == sorted(
-        [
-            "CommMeter",
-            "Morph",
-            "Plan",
-            "make_plan",
-            "materialize",
-            "parameter_groups",
-            "search",
-            "share",
-            "shared_plan",
-            "summary",
-        ]
-    )
-    names = list(inspect.signature(share).parameters)
-    assert names == ["model", "budget", "mapping", "morph", "include", "exclude", "plan", "seed"]

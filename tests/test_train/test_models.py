@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_ssn.errors import RecipeError
 from dist_ssn.train.data import Hints
-from dist_ssn.train.models import MODELS, build_model
+from dist_ssn.train.models import build_model
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
 
@@ -208,7 +208,3 @@ def test_own_model_that_is_wrong(own_module: str) -> None:
         build_model(f"{own_module}.build", {"widht": 3, "classes": 2})
     with pytest.raises(RecipeError, match=r"cannot be built with no arguments: KeyError: 'inside' \(.*\.py, line 10\)"):
         build_model(f"{own_module}.broken", {})
-
-
-def test_registry() -> None:
-    assert {"gpt": build_gpt, "wide_resnet": build_wide_resnet} == MODELS
