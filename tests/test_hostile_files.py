@@ -121,11 +121,11 @@ def test_a_large_file_and_a_pipe_are_refused_unread(tmp_path: Path) -> None:
 
 
 BOMBS = {
-    "aliases are refused": "a: &a [x, x]\nb: &b [*a, *a]\nmodel_args: {c: [*b, *b]}",
-    "nests more than 20 deep": "model_args: {a: " + "[" * 50 + "]" * 50 + "}",
+    "anchors and aliases are not for recipes": "a: &a [x, x]\nb: &b [*a, *a]\nmodel_args: {c: [*b, *b]}",
+    "nested more than 20 deep": "model_args: {a: " + "[" * 50 + "]" * 50 + "}",
     "more than 65536 bytes": "#" * 65537,
     "cannot be read": "model_args: {a: " + "9" * 5000 + "}",
-    "not valid YAML": "model: !!python/object/apply:os.system [touch hacked]",
+    "the tag tag:yaml.org,2002:python/object/apply:os.system": "model: !!python/object/apply:os.system [touch hacked]",
 }
 
 

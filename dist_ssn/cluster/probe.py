@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dist_ssn.cluster.file import cluster_to_yaml
-from dist_ssn.cluster.types import Cluster, Link, Rendezvous
+from dist_ssn.cluster.types import Cluster, Launcher, Link, Rendezvous
 from dist_ssn.engines import World
 
 SMALL, FIRST, LARGEST = (
@@ -221,7 +221,7 @@ def _cluster(world: World, node_of: Sequence[int], measured: Sequence[Measured])
     )
 
 
-def launcher_of(environ: os._Environ[str] | dict[str, str]) -> str:
+def launcher_of(environ: os._Environ[str] | dict[str, str]) -> Launcher:
     """Which launcher has started this process, by the variables that it sets."""
     if "SLURM_JOB_ID" in environ:
         return "slurm"

@@ -2,79 +2,212 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
 
-LAUNCHERS = ("torchrun", "deepspeed", "mpirun", "slurm", "kubernetes")
+from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, model_validator
+from typing_extensions import Self
+
+from dist_ssn.checked import Problem, Says, checked, refuse, shown
+from dist_ssn.errors import ClusterError
+
+Launcher = Literal["torchrun", "deepspeed", "mpirun", "slurm", "kubernetes"]
+LAUNCHERS: tuple[Launcher, ...] = get_args(Launcher)
+MAX_NODES, MAX_PROCESSES = 100_000, 1_024
+
+# A cluster file may come from somebody else, and an environment variable can make a process load a library or run a program
+# (LD_PRELOAD, PYTHONPATH, NCCL_NET_PLUGIN, …). So only these names are taken, unless they name something to load, run or write;
+# every other variable can be set in one's own shell. A secret has no place in such a file either.
+ENVIRONMENT = (
+    *("NCCL_*", "GLOO_*", "TORCH_NCCL_*", "TORCH_DISTRIBUTED_DEBUG", "OMP_*", "KMP_*", "FI_*", "UCX_*", "MPICH_*"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "DS_ACCELERATOR", "WANDB_MODE"),
+    *(f"SBATCH_{what}" for what in ("ACCOUNT", "CONSTRAINT", "PARTITION", "QOS", "RESERVATION", "TIMELIMIT")),
+)
+_LOADS_OR_WRITES = re.compile("PLUGIN|PATH|FILE|EXEC|LIB|DIR|LOAD|AGENT|CMD|COMMAND|TOOL|KEY|SECRET|TOKEN|PASS")
 
 
-@dataclass(frozen=True)
+def _environment(variables: Any) -> Any:
+    """Refuses names and values that no cluster file may set."""
+    if isinstance(variables, Mapping):
+        refuse("environment", _environment_problems(variables))
+    return variables
+
+
+def _environment_problems(variables: Mapping[Any, Any]) -> Iterator[Problem]:
+    for name, value in variables.items():
+        known = isinstance(name, str) and any(fnmatch.fnmatchcase(name, pattern) for pattern in ENVIRONMENT)
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            text = "must have a name of capital letters, digits and underscores"
+        elif not known or _LOADS_OR_WRITES.search(name):
+            text = "is none of the variables that a cluster file may set: set it in your own shell instead"
+        elif not isinstance(value, str):
+            text = f'must be text, in quotes if it looks like something else, such as "1", got {shown(value)}'
+        elif name.startswith("SBATCH_") and not re.fullmatch(r"[\w.,:@&|*()\[\]-]+", value):
+            text = f"must be one word, as sbatch's option takes it, got {shown(value)}"
+        elif not value.isprintable() or len(value) > 1000:
+            text = f"must be one line of at most 1000 printable characters, got {shown(value)}"
+        else:
+            continue
+        yield Problem(name if isinstance(name, str) and len(name) <= 80 else shown(name), text)
+
+
+def _words(text: str) -> Says:
+    """The same words for a wrong type and a wrong value."""
+    return Says(text, text)
+
+
+@checked(ClusterError)
 class Link:
-    """What lies between two processes.
+    """What lies between two processes."""
 
-    Args:
-        latency_us: microseconds that one small message takes, one way, from process to process
-        bandwidth_mbit: Mbit/s that one process of a node can send over it, while the node's other processes are silent
-    """
-
-    latency_us: float
-    bandwidth_mbit: float
+    latency_us: Annotated[
+        StrictFloat,
+        Field(ge=0, le=1e8, description="Microseconds that one small message takes, one way, from process to process."),
+        _words("a number of microseconds, 0 or more"),
+    ]
+    bandwidth_mbit: Annotated[
+        StrictFloat,
+        Field(
+            gt=0,
+            le=1e9,
+            description="Mbit/s that one process can send over it while its node's other processes are silent.",
+        ),
+        _words("a number of Mbit/s above 0"),
+    ]
 
     @property
     def latency_seconds(self) -> float:
+        """Latency in seconds."""
         return self.latency_us / 1e6
 
     @property
     def bytes_per_second(self) -> float:
+        """Bandwidth in bytes per second."""
         return self.bandwidth_mbit * 1e6 / 8
 
 
-@dataclass(frozen=True)
+# None of the texts below can be an option of a program, or more than one word of a shell.
+
+
+@checked(ClusterError)
 class Rendezvous:
-    """Where the processes meet.
+    """Where the processes meet."""
 
-    Args:
-        address: name or address of node 0, as the other nodes reach it; None: not known before the start
-        port: a free TCP port there
-    """
+    address: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9:][\w.:-]*$",
+            max_length=253,
+            description="Name or address of node 0, as the other nodes reach it; null: not known before the start.",
+            examples=["10.0.0.1"],
+        ),
+        _words("a host name or an IP address, or null"),
+    ] = None
+    port: Annotated[
+        StrictInt,
+        Field(ge=1, le=65535, description="A free TCP port there."),
+        _words("a whole number from 1 to 65535"),
+    ] = 29500
 
-    address: str | None = None
-    port: int = 29500
 
-
-@dataclass(frozen=True)
+@checked(ClusterError)
 class Cluster:
-    """A cluster.
+    """A cluster."""
 
-    Args:
-        nodes: number of nodes
-        processes_per_node: processes to start on each; "gpu": one per GPU
-        within: link between two processes of one node
-        between: link between two processes of different nodes
-        launcher: what starts the processes, one of LAUNCHERS
-        interface: network device between the nodes; None: gloo, NCCL or MPI choose
-        rendezvous: where the processes meet
-        environment: variables of every process, beside those of the launcher
-        image: container image (kubernetes)
-        emulated: the lab can build it on one machine: each node a network namespace, `between` a rate limit
-        delay_ms: milliseconds by which the lab delays every packet, one way; part of between.latency_us
-        loss_percent: percentage of the packets that the lab drops
-        name: of the file, without its ending
-    """
-
-    nodes: int
-    processes_per_node: int | str
+    nodes: Annotated[
+        StrictInt,
+        Field(ge=1, le=MAX_NODES, description="Number of nodes.", examples=[4]),
+        _words(f"a whole number from 1 to {MAX_NODES}"),
+    ]
+    processes_per_node: Annotated[
+        Annotated[StrictInt, Field(ge=1, le=MAX_PROCESSES)] | Literal["gpu"],
+        Field(description="Number of processes to start on each node; gpu: one per GPU.", examples=["gpu", 2]),
+        _words(f"a whole number from 1 to {MAX_PROCESSES}, or gpu"),
+    ]
     within: Link
     between: Link
-    launcher: str = "torchrun"
-    interface: str | None = None
+    launcher: Annotated[
+        Launcher,
+        Field(description="Program that starts the processes."),
+        _words(f"one of {', '.join(LAUNCHERS)}"),
+    ] = "torchrun"
+    interface: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][\w.-]*$",
+            max_length=15,
+            description="Network device between the nodes; null: gloo, NCCL or MPI choose.",
+            examples=["eth0"],
+        ),
+        _words("the name of a network device such as eth0, or null"),
+    ] = None
     rendezvous: Rendezvous = Rendezvous()
-    environment: Mapping[str, str] = field(default_factory=dict)
-    image: str | None = None
-    emulated: bool = False
-    delay_ms: float = 0.0
-    loss_percent: float = 0.0
-    name: str = field(default="cluster", compare=False)
+    environment: Annotated[
+        Mapping[str, str],
+        BeforeValidator(_environment),
+        Field(
+            description="Environment variables of every process, beside the launcher's.",
+            examples=[{"NCCL_DEBUG": "INFO"}],
+        ),
+        _words("a dict of keys and values"),
+    ] = dataclasses.field(default_factory=dict)
+    image: Annotated[
+        str | None,
+        Field(
+            pattern=r"^[A-Za-z0-9][\w./:@-]*$",
+            max_length=255,
+            description="Container image (kubernetes).",
+            examples=["dist-ssn:latest"],
+        ),
+        _words("the name of a container image, or null"),
+    ] = None
+    emulated: Annotated[
+        StrictBool,
+        Field(description="The lab can build it on one machine: each node a network namespace, between a rate limit."),
+    ] = False
+    delay_ms: Annotated[
+        StrictFloat,
+        Field(
+            ge=0,
+            le=1e5,
+            description="Milliseconds by which the lab delays every packet, one way; part of between.latency_us.",
+        ),
+        _words("a number of milliseconds from 0 to 100000"),
+    ] = 0.0
+    loss_percent: Annotated[
+        StrictFloat,
+        Field(ge=0, le=99, description="Percentage of the packets that the lab drops."),
+        _words("a number from 0 to 99"),
+    ] = 0.0
+    name: Annotated[str, Field(exclude=True, description="Name of the file, without its ending.")] = dataclasses.field(
+        default="cluster", compare=False
+    )
+
+    def rules(self) -> Iterator[Problem]:
+        """Rules across keys."""
+        if not self.emulated:
+            for key in ("delay_ms", "loss_percent"):
+                if value := getattr(self, key):
+                    yield Problem(key, f"goes with emulated: true, for only the lab can make it so, got {value:g}")
+        elif self.processes_per_node == "gpu":
+            yield Problem("processes_per_node", "must be a whole number where emulated is true, got 'gpu'")
+        elif self.launcher in ("slurm", "kubernetes"):
+            text = f"must be torchrun, deepspeed or mpirun where emulated is true, got {self.launcher!r}"
+            yield Problem("launcher", text)
+        if self.delay_ms * 1000 > self.between.latency_us:
+            yield Problem(
+                "between.latency_us",
+                f"must be at least delay_ms = {self.delay_ms:g} ms = {self.delay_ms * 1000:g} µs, which is part of it, "
+                f"got {self.between.latency_us:g}",
+            )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse("Cluster", self.rules())
+        return self
 
     def link(self, nodes: int) -> Link:
         """The link that a collective over so many nodes waits for."""

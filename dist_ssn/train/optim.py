@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from dist_ssn.errors import RecipeError, unknown_choice
+from dist_ssn.errors import RecipeError
 from dist_ssn.sharing.optimizer_groups import parameter_groups
 
 if TYPE_CHECKING:
@@ -55,13 +55,7 @@ SCHEDULES: dict[str, Callable[[float, int, ScheduleConfig], float]] = {
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The recipe's optimizer over the trainable parameters of `model`, shared or dense, with weight decay by parameter group.
-
-    Raises:
-        RecipeError: the optimizer's name is not known.
-    """
-    if config.name not in OPTIMIZERS:
-        raise RecipeError(f"{unknown_choice('optimizer', config.name, OPTIMIZERS)} (optimizer.name)")
+    """The recipe's optimizer over the trainable parameters of `model`, shared or dense, with weight decay by parameter group."""
     return OPTIMIZERS[config.name](model, config)
 
 
@@ -77,10 +71,8 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> 
     """The recipe's schedule for a run of `steps` steps.
 
     Raises:
-        RecipeError: the schedule's name is not known, or the warm-up is longer than the run.
+        RecipeError: the warm-up is longer than the run.
     """
-    if config.name not in SCHEDULES:
-        raise RecipeError(f"{unknown_choice('schedule', config.name, SCHEDULES)} (schedule.name)")
     if not 0 <= config.warmup <= steps:
         raise RecipeError(
             f"schedule.warmup is {config.warmup} steps: it must lie between 0 and the run's {steps} steps"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ssn.cluster import LAUNCHERS, Cluster, Link, Rendezvous, bundled_clusters, cluster_to_yaml, load_cluster
-from dist_ssn.cluster.file import MAX_BYTES, cluster_from_yaml
+from dist_ssn.checked import REQUIRED
+from dist_ssn.cluster import (
+    LAUNCHERS,
+    Cluster,
+    Link,
+    Rendezvous,
+    bundled_clusters,
+    cluster_keys,
+    cluster_schema,
+    cluster_to_yaml,
+    load_cluster,
+)
+from dist_ssn.cluster.file import KIND, cluster_from_yaml
 from dist_ssn.errors import ClusterError
 
 SMALL = "nodes: 1\nprocesses_per_node: 2\nwithin: {latency_us: 50, bandwidth_mbit: 9000}\n"
@@ -58,6 +71,30 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert Link(20, 8).latency_seconds == pytest.approx(2e-5) and Link(20, 8).bytes_per_second == 1e6
 
 
+def test_clusters_made_in_python_are_checked_when_they_are_made() -> None:
+    with pytest.raises(ClusterError, match=r"^Link: bandwidth_mbit must be a number of Mbit/s above 0, got 0$"):
+        Link(1, 0)
+    with pytest.raises(ClusterError, match=r"^Cluster: between is missing: it must be a dict"):
+        Cluster(1, 1, Link(1, 1))
+    cluster = Cluster(2, 1, Link(1, 1), Link(1, 1), emulated=True, delay_ms=0.001)
+    with pytest.raises(ClusterError, match=r"^Cluster: loss_percent goes with emulated: true"):
+        dataclasses.replace(cluster, emulated=False, delay_ms=0, loss_percent=3)
+
+
+def test_the_schema_beside_the_clusters_is_the_exported_one() -> None:
+    folder = bundled_clusters()["local"].parent
+    assert json.loads((folder / "cluster.schema.json").read_text()) == json.loads(json.dumps(cluster_schema()))
+    for path in bundled_clusters().values():
+        assert path.read_text().startswith("# yaml-language-server: $schema=cluster.schema.json\n")
+    assert {key.name for key in cluster_keys() if key.default == REQUIRED} == {
+        "nodes",
+        "processes_per_node",
+        *(f"{link}.{key}" for link in ("within", "between") for key in ("latency_us", "bandwidth_mbit")),
+    }
+    readme = (folder / "README.md").read_text()
+    assert all(f"`{key.name}`" in readme for key in cluster_keys())
+
+
 def test_a_link_that_no_process_uses_may_be_left_out() -> None:
     assert cluster_from_yaml(SMALL).between == Link(50, 9000)
     lonely = "nodes: 3\nprocesses_per_node: 1\nbetween: {latency_us: 9, bandwidth_mbit: 100}\n"
@@ -74,9 +111,9 @@ def test_all_problems_are_told_at_once() -> None:
     )
     for part in (
         "x.yaml: 10 problems: (1) ",
-        "unknown key 'nodez'; did you mean nodes?",
-        "unknown key 'within.latency'; did you mean within.latency_us?",
-        "between must be a dict of keys and values, got 3",
+        "unknown key nodez; did you mean nodes?",
+        "unknown key within.latency; did you mean within.latency_us?",
+        "between must be a dict of keys and values (between.latency_us, between.bandwidth_mbit), got 3",
         "processes_per_node must be a whole number from 1 to 1024, or gpu, got 0",
         "launcher must be one of torchrun, deepspeed, mpirun, slurm, kubernetes, got 'pdsh'",
         "within.bandwidth_mbit must be a number of Mbit/s above 0, got -1",
@@ -120,7 +157,10 @@ def test_all_problems_are_told_at_once() -> None:
         ("image: !!str a", "the tag tag:yaml.org,2002:str is not for cluster files"),
         ("image: [[[[a]]]]", "nested more than 3 deep"),
         ("image: [", "this is not valid YAML"),
-        ("image: 2024-99-99", "cannot be read (month must be in 1..12)"),
+        ("image: 1:30\nnodes: 0x2", "line 5: the key 'nodes' is there twice"),
+        ("delay_ms: 1:30", "delay_ms must be a number of milliseconds from 0 to 100000, got '1:30'"),
+        ("emulated: yes", "emulated must be true or false, got 'yes'"),
+        ("name: mine", "unknown key name; known are nodes, processes_per_node, "),
         (f"image: {'9' * 5000}", "cannot be read"),
         (f"image: {'9' * 4000}", "image must be the name of a container image, or null, got 9999"),
         ("image: \x00", "not a text file"),
@@ -133,10 +173,10 @@ def test_mistakes(line: str, wanted: str) -> None:
 def test_what_is_no_cluster_at_all(tmp_path: Path) -> None:
     for text in ("", "[1]", "a", "3", "null", "--- 1\n--- 2"):
         problem(text)
-    (tmp_path / "big.yaml").write_text(SMALL + "#" * MAX_BYTES)
+    (tmp_path / "big.yaml").write_text(SMALL + "#" * KIND.most_bytes)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     for name, wanted in (
-        ("big.yaml", f"at most {MAX_BYTES} bytes"),
+        ("big.yaml", f"more than {KIND.most_bytes} bytes"),
         ("binary.yaml", "not a text file in UTF-8"),
         ("none.yaml", "does not exist in"),
         ("", "is not a file; the built-in ones are emulated-100mbit, "),

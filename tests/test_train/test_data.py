@@ -304,12 +304,6 @@ def test_wrong_texts(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- images
 
 
-def test_unknown_data() -> None:
-    for ask in (load_task, data_hints):
-        with pytest.raises(DataError, match=r"unknown data 'digit': known are cifar10, .*did you mean 'digits'\?"):
-            ask(DataConfig(name="digit"))
-
-
 def test_digits() -> None:
     task = load_task(DataConfig(name="digits"), seed=3)
     assert isinstance(task, ClassificationTask) and (task.train_size, task.validation_size) == (1618, 179)

@@ -359,8 +359,6 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
 def test_bad_recipes_and_outputs(tmp_path: Path) -> None:
     for changes, sentence in (
         ({"batch_size": 15, "accumulation": 2}, "batch_size must be divisible"),
-        ({"optimizer": OptimizerConfig(name="adamv")}, "adamw"),
-        ({"schedule": ScheduleConfig("cosinus")}, "cosine"),
         ({"schedule": ScheduleConfig(warmup=99)}, "schedule.warmup must be at most the 12 steps"),
         ({"share": ShareConfig(plan="nowhere.json")}, "nowhere.json"),
     ):
@@ -420,9 +418,9 @@ def test_optimizers_follow_the_config_and_decay_only_what_should() -> None:
     sgd = build_optimizer(model, OptimizerConfig("sgd", momentum=0.0))
     assert isinstance(sgd, torch.optim.SGD) and not sgd.param_groups[0]["nesterov"]
     with pytest.raises(RecipeError, match="known are adamw, sgd"):
-        build_optimizer(model, OptimizerConfig("adam"))
+        OptimizerConfig("adam")
     with pytest.raises(RecipeError, match="known are constant, cosine, step"):
-        build_schedule(adamw, ScheduleConfig("linear"), 10)
+        ScheduleConfig("linear")
 
 
 def test_ledgers_add_up() -> None:

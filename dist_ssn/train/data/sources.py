@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dist_ssn.errors import DataError, unknown_choice
+from dist_ssn.errors import DataError
 from dist_ssn.train.data.captions import CAPTIONS, caption_indices
 from dist_ssn.train.data.cifar import read_cifar
 from dist_ssn.train.data.tasks import ClassificationTask, Hints, Images, LanguageTask, Task
@@ -54,7 +54,7 @@ def load_task(config: DataConfig, *, context: int | None = None, seed: int = 0) 
     Raises:
         DataError: the data is unknown, missing, malformed or too small.
     """
-    source = _source(config)
+    source = DATA[config.name]
     if context is not None and (not isinstance(context, int) or context < 1):
         raise DataError(f"the context must be a whole number of bytes, at least 1, got {context!r}")
     return source.load(config, DEFAULT_CONTEXT if context is None else context, seed)
@@ -62,16 +62,10 @@ def load_task(config: DataConfig, *, context: int | None = None, seed: int = 0) 
 
 def data_hints(config: DataConfig, *, context: int | None = None) -> Hints:
     """Arguments for a model's builder, without reading the data (a plan does not need the files)."""
-    hints = dict(_source(config).hints)
+    hints = dict(DATA[config.name].hints)
     if "vocabulary" in hints:
         hints["context"] = DEFAULT_CONTEXT if context is None else context
     return Hints(hints)
-
-
-def _source(config: DataConfig) -> Source:
-    if config.name not in DATA:
-        raise DataError(unknown_choice("data", config.name, DATA))
-    return DATA[config.name]
 
 
 def _held_out(config: DataConfig, samples: int) -> slice:

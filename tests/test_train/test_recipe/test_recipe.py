@@ -1,19 +1,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import pickle
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dist_ssn.baselines import CONTROLS
+from dist_ssn.engines import ENGINES
 from dist_ssn.errors import RecipeError
-from dist_ssn.train.data import data_hints
+from dist_ssn.train.data import DATA, data_hints
 from dist_ssn.train.models import build_model
+from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
 from dist_ssn.train.recipe.check import validate
-from dist_ssn.train.recipe.keys import bundled_recipes, recipe_keys
-from dist_ssn.train.recipe.read import load_recipe, parse_recipe, recipe_from_json
-from dist_ssn.train.recipe.schema import DataConfig, OptimizerConfig, Recipe, ShareConfig
+from dist_ssn.train.recipe.keys import bundled_recipes, recipe_keys, recipe_schema
+from dist_ssn.train.recipe.read import load_recipe, parse_recipe, recipe_from_json, recipe_to_yaml
+from dist_ssn.train.recipe.schema import (
+    ENGINE_OPTIONS,
+    DataConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    ShareConfig,
+)
 
 
 @pytest.fixture
@@ -84,7 +99,7 @@ def test_values_as_a_script_writes_them() -> None:
 
 
 def test_model_args_keep_their_types(file: Path) -> None:
-    """jsonargparse by itself reads text in a dict as YAML once more, and text of a single key not at all."""
+    """A text in a dict is not read as YAML once more, and that of a single key is."""
     file.write_text('model_args: {a: "3", b: 3, c: "x: y", d: "null", e: 1e-3, f: ["4", 4], g: true, h: 2024-01-01}')
     args = {"a": "3", "b": 3, "c": "x: y", "d": "null", "e": 0.001, "f": ["4", 4], "g": True, "h": "2024-01-01"}
     recipe = load_recipe(file)
@@ -174,7 +189,7 @@ def test_wrong_json(text: str, wanted: str) -> None:
         ("schedule:", "FILE: schedule must be a dict of keys and values (schedule.name, "),
         ("", "FILE: a recipe is a dict of keys and values, such as 'steps: 1000'"),
         ("- steps", "FILE: a recipe is a dict of keys and values, such as 'steps: 1000'"),
-        ("steps: 1\nsteps: 2", "FILE, line 2: this is not valid YAML ('steps' is there twice)"),
+        ("steps: 1\nsteps: 2", "FILE, line 2: the key 'steps' is there twice"),
         ("steps: 1\nname: [a", "FILE, line 2: this is not valid YAML ("),
         ("a: b: c", "FILE, line 1: this is not valid YAML ("),
         ("optimizer: {lr: .nan}", "FILE: optimizer.lr must be a number above 0, got nan"),
@@ -192,7 +207,7 @@ def test_wrong_files(file: Path, text: str, wanted: str) -> None:
     [
         ("--stepz=3", "unknown key stepz; did you mean steps?"),
         ("--model_args.a.b=3", "model_args.a.b is too deep: write --model_args.a={...}"),
-        ("--data=x.yaml", "data is a group of keys: data.name, data.path, "),
+        ("--data=x.yaml", "data is a section: data.name, data.path, "),
         ("--steps", "--steps needs a value, as in --steps=value"),
         ("--steps=few", "steps must be a whole number, got 'few'"),
         ("--steps=1e3", "steps must be a whole number, got '1e3'"),
@@ -265,27 +280,52 @@ def test_all_problems_are_reported_at_once_each_with_its_place(file: Path) -> No
         "command line: unknown key extra",
     ):
         assert part in message, part
-    assert message.startswith("5 problems: (1) ")
-    # values are looked at when all the types are right
-    message = message_of("--batch_size=33", "--accumulation=2", file=file, text="seed: -1\nmodel: x")
-    assert message.startswith("3 problems: ")
+    assert f"{file}: seed must be 0 or more" in message and message.startswith("6 problems: (1) ")
+    # a rule that reads a wrong value is not asked; the others are
+    message = message_of(
+        "--batch_size=33",
+        "--accumulation=2",
+        file=file,
+        text="seed: -1\nmodel: x\nsteps: 1.5\nschedule: {warmup: 9999}",
+    )
+    assert message.startswith("4 problems: ") and "warmup" not in message
     assert f"{file}: seed must be" in message and "command line: batch_size must be" in message
 
 
 def test_yaml_cannot_run_code(file: Path, tmp_path: Path) -> None:
     text = f"name: !!python/object/apply:os.mkdir ['{tmp_path}/made']"
-    assert "could not determine a constructor" in message_of(file=file, text=text)
+    assert "the tag tag:yaml.org,2002:python/object/apply:os.mkdir is not for recipes" in message_of(
+        file=file, text=text
+    )
     assert not (tmp_path / "made").exists()
 
 
-def test_validate_checks_recipes_made_in_python() -> None:
-    wrong = Recipe(steps="x", batch_size=6, data=DataConfig(limit=0), seed=None)  # pyright: ignore[reportArgumentType]
+def test_recipes_made_in_python_are_checked_when_they_are_made() -> None:
+    with pytest.raises(RecipeError, match=r"^DataConfig: limit must be at least 1, got 0$"):
+        DataConfig(limit=0)
     with pytest.raises(RecipeError) as caught:
-        validate(wrong, world_size=4)
-    message = str(caught.value)
-    assert message.startswith("4 problems: ") and "recipe 'run': steps must be a whole number, got 'x'" in message
-    assert "seed must be a whole number, got null" in message and "4 × 1 = 4, got 6; the next one is 8" in message
-    validate(dataclasses.replace(Recipe(), batch_size=8), world_size=4)
+        Recipe(steps="x", seed=None, precision="fp8")
+    assert str(caught.value) == (
+        "Recipe: 3 problems: (1) seed must be a whole number, got null; (2) steps must be a whole number, got 'x'; "
+        "(3) precision is an unknown name 'fp8': known are bf16, fp32"
+    )
+    with pytest.raises(RecipeError, match=r"^Recipe: schedule\.warmup must be at most the 5 steps, got 9$"):
+        Recipe(steps=5, schedule=ScheduleConfig(warmup=9))
+    with pytest.raises(RecipeError, match=r"schedule\.warmup"):
+        dataclasses.replace(Recipe(schedule=ScheduleConfig(warmup=9)), steps=5)
+    made = Recipe(batch_size=6)
+    with pytest.raises(RecipeError, match=r"^recipe 'run': batch_size .* 4 × 1 = 4, got 6; the next one is 8$"):
+        validate(made, world_size=4)
+    validate(made, world_size=3)
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
+def test_a_saved_recipe_loads_without_the_files_that_it_names() -> None:
+    text = json.dumps({"share": {"plan": "/gone/plan.json"}, "distill": {"teacher": "/gone"}, "optimizer": {"lr": 1}})
+    recipe = recipe_from_json(text)
+    assert (recipe.share.plan, recipe.distill.teacher, recipe.optimizer.lr) == ("/gone/plan.json", "/gone", 1.0)
+    with pytest.raises(RecipeError, match=r"2 problems: .*'/gone/plan.json' does not exist.*but is '/gone'"):
+        validate(recipe, world_size=1)
 
 
 def test_the_batch_is_checked_against_torchruns_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,5 +334,69 @@ def test_the_batch_is_checked_against_torchruns_processes(monkeypatch: pytest.Mo
 
 
 def test_every_key_has_words_for_its_type_and_a_sentence_of_help() -> None:
+    assert len({key.name for key in recipe_keys()}) == len(recipe_keys())
     for key in recipe_keys():
-        assert key.help and not re.search(r"[\[\]]|int|None", key.type.split(",")[0]), key
+        assert re.fullmatch(r"[A-Z].*[^.]\.", key.help) and "\n" not in key.help, key
+        assert key.type and key.name.startswith(key.section) and key.default == value_of(Recipe(), key.name), key
+
+
+def value_of(recipe: Recipe, key: str) -> object:
+    return functools.reduce(getattr, key.split("."), recipe)
+
+
+def test_names_are_those_of_the_registries() -> None:
+    """A recipe names what the registries have, so that reading one does not import them all."""
+    for key, registry in {
+        "data.name": DATA,
+        "optimizer.name": OPTIMIZERS,
+        "schedule.name": SCHEDULES,
+        "engine.name": ENGINES,
+        "share.control": CONTROLS,
+    }.items():
+        assert names_in_schema(key) == sorted(registry), key
+    assert list(ENGINE_OPTIONS) == list(ENGINES)
+
+
+def names_in_schema(key: str) -> list[str]:
+    section, name = key.split(".")
+    definition = recipe_schema()["properties"][section]["$ref"].rpartition("/")[2]
+    found = recipe_schema()["$defs"][definition]["properties"][name]
+    return sorted((found if "enum" in found else found["anyOf"][0])["enum"])
+
+
+def test_the_schema_beside_the_recipes_is_the_exported_one() -> None:
+    folder = bundled_recipes()["quickstart"].parent
+    assert json.loads((folder / "recipe.schema.json").read_text()) == json.loads(json.dumps(recipe_schema()))
+    for path in bundled_recipes().values():
+        assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("steps: 1:30", "steps must be a whole number, got '1:30'"),
+        ("steps: 0x10", "steps must be a whole number, got '0x10'"),
+        ("steps: 2024-01-01", "steps must be a whole number, got '2024-01-01'"),
+        ("data: {augment: yes}", "data.augment must be true or false, got 'yes'"),
+        ("wandb: {mode: off}", "wandb.mode is an unknown name 'off'"),
+        ("clip_norm: 1:30.5", "clip_norm must be a number or null, got '1:30.5'"),
+    ],
+)
+def test_what_yaml_1_1_takes_for_something_else(file: Path, line: str, wanted: str) -> None:
+    assert wanted in message_of(file=file, text=line)
+    key, _, value = line.replace(": {", ".").rstrip("}").partition(": ")
+    assert wanted in message_of(f"--{key}={value}")
+
+
+def test_a_leading_zero_is_decimal(file: Path) -> None:
+    file.write_text("batch_size: 010")
+    assert load_recipe(file).batch_size == load_recipe(None, ["--batch_size=010"]).batch_size == 10
+
+
+@given(st.text(max_size=12) | st.sampled_from(["1:30", "1e3", "08", "0x1", "yes", "null", "1_0", ".5", "~", "=", "<<"]))
+def test_a_recipe_as_yaml_reads_back(text: str) -> None:
+    recipe = Recipe(model_args={"a": text, "b": [1, 2.5, None, True]}, share=ShareConfig(budget=text))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.yaml"
+        path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
+        assert load_recipe(path) == recipe
