@@ -319,7 +319,7 @@ def _problem(cls: type, error: Mapping[str, Any], values: Mapping[str, Any]) -> 
     if kind == "value_error":
         return Problem(key, f"is wrong: {context['error']}")
     if kind == "literal_error" and isinstance(got, str) and not says.right:
-        return Problem(key, f"is an {unknown_choice('name', got, get_args(_bare(field.annotation)))}")
+        return Problem(key, f"is an {unknown_choice('name', got, _choices(field.annotation))}")
     in_type = kind.startswith(("greater_", "less_", "finite_", "string_pattern", "string_too"))
     right = says.right or _bounds(field.metadata) if in_type else _type_words(field)
     return Problem(key, f"must be {right}, got {shown(list(got) if isinstance(got, tuple) else got)}")
@@ -362,6 +362,13 @@ def _words(annotation: Any) -> str:
 
 def _bare(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Names that a value may be, where the type or one of a union's types lists them."""
+    if _is_union(annotation):
+        return tuple(choice for part in get_args(annotation) for choice in _choices(part))
+    return get_args(_bare(annotation)) if get_origin(_bare(annotation)) is Literal else ()
 
 
 def _is_union(annotation: Any) -> bool:

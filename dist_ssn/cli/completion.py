@@ -39,7 +39,7 @@ _SCRIPT = """\
     IFS=$'\\n'
     COMPREPLY+=($(compgen -P "$prefix" $files -- "$current"))
   fi
-  if [[ ${{#COMPREPLY[@]}} == 1 && ${{COMPREPLY[0]}} == *= ]]; then compopt -o nospace 2>/dev/null; fi
+  if [[ ${{#COMPREPLY[@]}} == 1 && ${{COMPREPLY[0]}} == *[=.] ]]; then compopt -o nospace 2>/dev/null; fi
   return 0
 }}
 complete {options}-F _dist_ssn dist-ssn
@@ -101,6 +101,8 @@ def _cases(commands: Iterable[Command], keys: list[Option], names: Mapping[str, 
 
 
 def _word(option: Option) -> str:
+    if option.name.endswith(".NAME"):
+        return option.name.removesuffix("NAME")
     return f"{option.name}=" if option.metavar else option.name
 
 

@@ -50,7 +50,7 @@ class Option:
         parts = [self.help]
         if self.required:
             parts.append("Required.")
-        if any(choice not in self.metavar for choice in self.choices):
+        if self.choices and not self.of_recipe:  # a recipe key's type names them
             parts.append(f"One of {', '.join(self.choices)}.")
         if self.default:
             parts.append(f"Default: {self.default}.")

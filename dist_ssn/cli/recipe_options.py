@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_ssn.cli.declare import RECIPES, Command, Group, Option
@@ -29,49 +30,6 @@ RECIPE = Group(
     ),
 )
 
-# Values that say more than a number derived from the default does; other keys need no line here.
-_EXAMPLES = {
-    "name": "my-run",
-    "output": "/scratch/runs",
-    "model": "wide_resnet",
-    "model_args": "{layers: 2, width: 64}",
-    "data.name": "cifar10",
-    "data.path": "corpus/*.txt",
-    "data.limit": "10000",
-    "share.budget": "10%",
-    "share.mapping": "depth:2",
-    "share.morph": "offset",
-    "share.include": "[Linear]",
-    "share.exclude": "[tokens.weight]",
-    "share.plan": "plan.json",
-    "share.control": "lowrank",
-    "optimizer.name": "sgd",
-    "optimizer.betas": "[0.9, 0.999]",
-    "schedule.name": "constant",
-    "schedule.warmup": "100",
-    "schedule.milestones": "[500, 800]",
-    "distill.teacher": "dense",
-    "distill.hidden": "[blocks.*]",
-    "prune.final": "0.5",
-    "prune.what": "weights",
-    "prune.begin": "200",
-    "prune.end": "800",
-    "precision": "bf16",
-    "patience": "5",
-    "checkpoint.every": "100",
-    "checkpoint.every_seconds": "600",
-    "engine.name": "fsdp",
-    "engine.stage": "2",
-    "engine.config": "deepspeed.json",
-    "engine.overlap": "segments:4",
-    "engine.compress": "fp16",
-    "wandb.mode": "offline",
-    "wandb.project": "my-project",
-    "wandb.entity": "my-team",
-    "wandb.tags": "[baseline]",
-    "predicted": "costs.json",
-    "threads": "2",
-}
 _METAVARS = {
     "a whole number": "N",
     "a number": "X",
@@ -84,11 +42,12 @@ _METAVARS = {
 
 def recipe_groups() -> tuple[Group, ...]:
     """Every recipe key as an option, by section."""
-    from dist_ssn.train.recipe.keys import recipe_keys
+    from dist_ssn.train.recipe.keys import recipe_keys, recipe_schema
 
+    fields = _fields(recipe_schema())
     sections: dict[str, list[Option]] = {"": []}
     for key in recipe_keys():
-        sections.setdefault(key.section, []).append(_option(key))
+        sections.setdefault(key.section, []).append(_option(key, fields[key.name]))
         if key.name == "model_args":
             text = "One argument of the model's function, as any YAML value. Example: --model_args.width=64"
             sections[key.section].append(Option("--model_args.NAME", text, "VALUE", of_recipe=True))
@@ -111,31 +70,47 @@ def read_recipe(command: Command, given: argparse.Namespace, rest: list[str]) ->
     return None
 
 
-def _option(key: Key) -> Option:
+def _fields(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Full key → its part of the JSON schema."""
+    found = {}
+    for name, field in schema["properties"].items():
+        if "$ref" in field:
+            section = schema["$defs"][field["$ref"].rpartition("/")[2]]
+            found |= {f"{name}.{inner}": part for inner, part in section["properties"].items()}
+        found[name] = field
+    return found
+
+
+def _option(key: Key, field: Mapping[str, Any]) -> Option:
+    flag = key.type == "true or false"
+    choices = [choice for part in (field, *field.get("anyOf", ())) for choice in part.get("enum", ())]
     metavar = next((short for start, short in _METAVARS.items() if key.type.startswith(start)), "VALUE")
-    is_flag = key.type == "true or false"
+    other = [example for example in field.get("examples", ()) if example != key.default and example is not None]
     return Option(
         f"--{key.name}",
-        f"{key.help.rstrip('.')}. Type: {key.type.partition(' (')[0]}.",
-        metavar,
+        key.help if flag else f"{key.help} Type: {key.type.partition(' (')[0]}.",
+        "NAME" if choices else metavar,
         default=_text(key.default) or "empty",
-        example=shlex.quote(_EXAMPLES.get(key.name) or _other(key.default)),
-        choices=("true", "false") if is_flag else (),
+        example=shlex.quote(_text(other[0] if other else _derived(key.default, choices, field))),
+        choices=("true", "false") if flag else tuple(choices),
         of_recipe=True,
     )
 
 
 def _text(value: Any) -> str:
-    """A default as one writes it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value as one writes it in YAML."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def _other(default: Any) -> str:
-    """A value that differs from the default where the type lets one derive it."""
+def _derived(default: Any, choices: Sequence[str], field: Mapping[str, Any]) -> Any:
+    """An example that differs from the default, as far as default and type allow one."""
+    types = [part.get("type") for part in (field, *field.get("anyOf", ()))]
+    if choices:
+        return next(choice for choice in choices if choice != default)
     if isinstance(default, bool):
-        return _text(not default)
-    if isinstance(default, int):
-        return _text(2 * default or 1)
-    if isinstance(default, float):
-        return _text(default / 2 or 0.5)
-    return _text(default) if default else "VALUE"
+        return not default
+    if isinstance(default, int) or (default is None and "integer" in types):
+        return 2 * (default or 0) or 1
+    if isinstance(default, float) or (default is None and "number" in types):
+        return (default or 1.0) / 2
+    return default or "NAME"

@@ -18,10 +18,6 @@ from typing_extensions import Self
 
 from dist_ssn.checked import Problem, Says, checked, mistake, refuse
 from dist_ssn.errors import PlanError, RecipeError, unknown_choice
-from dist_ssn.plan.mapping import check_mapping
-from dist_ssn.plan.overlap import check_compress, parse_overlap
-from dist_ssn.plan.rules import parse_morph
-from dist_ssn.train.models import MODELS
 
 # These may differ when a run goes on.
 SETTINGS_OF_A_START = ("name", "output", "threads", "checkpoint", "engine", "wandb", "predicted")
@@ -50,7 +46,12 @@ def _not_empty(text: str) -> str:
     return text
 
 
+# Rules of other parts are imported where a value is checked: with them comes torch, for which --help should not wait.
+
+
 def _model(model: str) -> str:
+    from dist_ssn.train.models import MODELS
+
     if _not_empty(model) not in MODELS and "." not in model:
         known = unknown_choice("name", model, MODELS)
         raise mistake(f"is an {known}; a model of your own is an import path such as my_module.build")
@@ -67,17 +68,23 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def _mapping(mapping: dict[str, str] | str) -> dict[str, str] | str:
     if mapping != "auto":
+        from dist_ssn.plan.mapping import check_mapping
+
         check_mapping(mapping)
     return mapping
 
 
 def _morph(morph: str) -> str:
     if morph != "auto":
+        from dist_ssn.plan.rules import parse_morph
+
         parse_morph(morph)
     return morph
 
 
 def _overlap(overlap: str) -> str:
+    from dist_ssn.plan.overlap import parse_overlap
+
     parse_overlap(overlap)
     return overlap
 
@@ -407,6 +414,10 @@ class EngineConfig:
                 owners = " or ".join(name for name, options in ENGINE_OPTIONS.items() if option in options)
                 text = f"goes with the engine {owners}, not with {self.name}"
                 yield Problem(f"engine.{option}", text, ("engine.name",))
+        if self.overlap == self.compress == "none":
+            return
+        from dist_ssn.plan.overlap import check_compress, parse_overlap
+
         try:
             check_compress(self.compress, parse_overlap(self.overlap))
         except PlanError as error:
