@@ -12,7 +12,7 @@ from dist_ssn.train.recipe.schema import Recipe
 FIGURES = ("bytes_per_step_logical", "exposed_ms_per_step", "ms_per_step")
 
 
-def way_of(share_budget: Any, share_mapping: str | dict[str, str], overlap: str) -> str:
+def alternative_of(share_budget: Any, share_mapping: str | dict[str, str], overlap: str) -> str:
     """Name of a run's settings among the alternatives that `dist-ssn plan --cluster` compares."""
     if share_budget is None:
         return "dense"
@@ -20,12 +20,12 @@ def way_of(share_budget: Any, share_mapping: str | dict[str, str], overlap: str)
     return str(share_mapping) if by_depth and overlap == "none" else overlap
 
 
-def read_prediction(path: Path, way: str) -> dict[str, float]:
+def read_prediction(path: Path, name: str) -> dict[str, float]:
     """The predicted figures of one alternative, FIGURES.
 
     Args:
         path: JSON, as `dist-ssn plan --cluster … --json` prints it.
-        way: name of the alternative.
+        name: of the alternative.
 
     Raises:
         ValueError: the file has another form, or lacks this alternative.
@@ -35,12 +35,12 @@ def read_prediction(path: Path, way: str) -> dict[str, float]:
     rows = content.get("ways") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "way" in row for row in rows):
         raise ValueError('it has no list of "ways"')
-    row = next((row for row in rows if row["way"] == way), None)
+    row = next((row for row in rows if row["way"] == name), None)
     if row is None:
-        raise ValueError(f"it says nothing of {way!r}, only of {', '.join(str(row['way']) for row in rows)}")
+        raise ValueError(f"it says nothing of {name!r}, only of {', '.join(str(row['way']) for row in rows)}")
     for key in FIGURES:
         if not isinstance(row.get(key), int | float):
-            raise ValueError(f"its {key} of {way!r} is {row.get(key)!r}, not a number")
+            raise ValueError(f"its {key} of {name!r} is {row.get(key)!r}, not a number")
     return {key: row[key] for key in FIGURES}
 
 
@@ -53,8 +53,8 @@ def prediction_of(recipe: Recipe) -> dict[str, float] | None:
     """
     if recipe.predicted is None:
         return None
-    way = way_of(recipe.share.budget, recipe.share.mapping, recipe.engine.overlap)
-    return read_prediction(Path(recipe.predicted), way)
+    name = alternative_of(recipe.share.budget, recipe.share.mapping, recipe.engine.overlap)
+    return read_prediction(Path(recipe.predicted), name)
 
 
 def comparison(predicted: Mapping[str, float], measured: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_ssn.checked import Problem, one_sentence
 from dist_ssn.errors import RecipeError
-from dist_ssn.train.metrics.predicted import read_prediction, way_of
+from dist_ssn.train.metrics.predicted import alternative_of, read_prediction
 from dist_ssn.train.recipe.schema import DENSE, Recipe
 
 
@@ -48,9 +48,9 @@ def problems_here(recipe: Recipe, world_size: int) -> Iterator[Problem]:
 
 
 def _prediction_problems(recipe: Recipe, path: str) -> Iterator[Problem]:
-    way = way_of(recipe.share.budget, recipe.share.mapping, recipe.engine.overlap)
+    alternative = alternative_of(recipe.share.budget, recipe.share.mapping, recipe.engine.overlap)
     try:
-        read_prediction(Path(path), way)
+        read_prediction(Path(path), alternative)
     except (OSError, ValueError) as error:
         text = f"must be what dist-ssn plan --cluster … --json printed, but {path}: {error}"
         yield Problem("predicted", text, ("share.budget", "share.mapping", "engine.overlap"))

@@ -12,7 +12,7 @@ from rich.console import Console
 from dist_ssn.errors import RecipeError
 from dist_ssn.report import report
 from dist_ssn.train.loop import train
-from dist_ssn.train.metrics.predicted import comparison, way_of
+from dist_ssn.train.metrics.predicted import alternative_of, comparison
 from dist_ssn.train.recipe.read import load_recipe
 
 SAID = {"bytes_per_step_logical": 1000, "exposed_ms_per_step": 5.0, "ms_per_step": 40.0}
@@ -39,7 +39,7 @@ def prediction(path: Path, content: Any = None) -> str:
     ],
 )
 def test_the_way_is_the_recipes(budget: Any, mapping: str, overlap: str, way: str) -> None:
-    assert way_of(budget, mapping, overlap) == way
+    assert alternative_of(budget, mapping, overlap) == way
 
 
 def test_only_what_was_measured_is_compared() -> None:
