@@ -1,8 +1,8 @@
 """Values that are checked once, where they enter, by pydantic: frozen dataclasses, and one sentence for each mistake.
 
-A class is declared with `@checked`, a key as `name: Annotated[type, Field(description=…, ge=…)] = default`. `Says` has the words of
-a key's messages, where those made from its type and bounds would say less. Rules across keys yield `Problem`s, and a validator of
-the whole hands them to `refuse`. A field whose type is a checked class is a section.
+A class is declared with `@checked`, a key as `name: type = default` and a docstring, its help. Bounds, examples and the words of
+messages, where those made from type and bounds would say less, are in `Annotated`. Rules across keys yield `Problem`s, and a
+validator of the whole hands them to `refuse`. A field whose type is a checked class is a section.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import annotated_types
 import pydantic.dataclasses
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -94,7 +95,12 @@ def checked(error: type[UserError]) -> Callable[[type[T]], type[T]]:
     """Makes a class a frozen dataclass that takes only right values; made with wrong ones, it raises `error`."""
 
     def decorate(cls: type[T]) -> type[T]:
-        config = ConfigDict(extra="forbid", allow_inf_nan=False, field_title_generator=lambda name, _: name)
+        config = ConfigDict(
+            extra="forbid",
+            allow_inf_nan=False,
+            use_attribute_docstrings=True,
+            field_title_generator=lambda name, _: name,
+        )
         made = pydantic.dataclasses.dataclass(frozen=True, config=config)(cls)
         init: Any = made.__init__
         names = list(made.__pydantic_fields__)  # pyright: ignore[reportAttributeAccessIssue]
@@ -242,14 +248,9 @@ def shown(value: Any) -> str:
 
 def plain_types(cls: type, key: str) -> set[type]:
     """Types of the plain values that a key takes: int, float, bool, str, list, dict and NoneType."""
-    annotation = _fields(cls)[key][1].annotation
-    parts = get_args(annotation) if _is_union(annotation) else (annotation,)
-    origins = {get_origin(_bare(part)) or _bare(part) for part in parts}
-    lists = {list} if tuple in origins else set()
-    whole = {int} if float in origins else set()  # 1 is a number, too
-    texts = {str} if Literal in origins else set()
-    dicts = {dict} if Mapping in origins else set()
-    return {part for part in origins if isinstance(part, type)} | lists | whole | texts | dicts
+    taken = {get_origin(_bare(part)) or _bare(part) for part in _parts(_fields(cls)[key][1].annotation)}
+    plain: dict[Any, set[type]] = {float: {int, float}, tuple: {list}, Literal: {str}, Mapping: {dict}}
+    return set().union(*(plain.get(kind, {kind}) for kind in taken))
 
 
 @functools.cache
@@ -321,15 +322,15 @@ def _problem(cls: type, error: Mapping[str, Any], values: Mapping[str, Any]) -> 
     if kind == "literal_error" and isinstance(got, str) and not says.right:
         return Problem(key, f"is an {unknown_choice('name', got, _choices(field.annotation))}")
     in_type = kind.startswith(("greater_", "less_", "finite_", "string_pattern", "string_too"))
-    right = says.right or _bounds(field.metadata) if in_type else _type_words(field)
+    right = says.right or _bounds(field) if in_type else _type_words(field)
     return Problem(key, f"must be {right}, got {shown(list(got) if isinstance(got, tuple) else got)}")
 
 
-def _bounds(metadata: Sequence[Any]) -> str:
+def _bounds(field: FieldInfo) -> str:
     """Bounds of a number in words."""
     found: dict[str, Any] = {}
-    for bound in metadata:
-        if isinstance(bound, (annotated_types.Ge, annotated_types.Gt, annotated_types.Le, annotated_types.Lt)):
+    for bound in (*field.metadata, *(extra for part in _parts(field.annotation) for extra in get_args(part)[1:])):
+        if isinstance(bound, (Ge, Gt, Le, Lt)):
             found |= dataclasses.asdict(bound)
     low, high = found.get("ge", found.get("gt")), found.get("le", found.get("lt"))
     if high is None:
@@ -346,30 +347,28 @@ def _type_words(field: FieldInfo) -> str:
 
 def _words(annotation: Any) -> str:
     """A type in words."""
-    annotation = _bare(annotation)
-    if _is_union(annotation):
-        first, *others = get_args(annotation)
+    first, *others = map(_bare, _parts(annotation))
+    if others:
         assert others == [type(None)], f"{annotation} needs words of its own: give it a Says"
         words = _words(first)
-        return _WORDS.get((_bare(first), None), f"{words}{',' if ',' in words else ''} or null")
-    if get_origin(annotation) is Literal:
-        *names, last = map(str, get_args(annotation))
+        return _WORDS.get((first, None), f"{words}{',' if ',' in words else ''} or null")
+    if get_origin(first) is Literal:
+        *names, last = map(str, get_args(first))
         return f"{', '.join(names)} or {last}"
-    if get_origin(annotation) is tuple:
-        return _WORDS[tuple, _bare(get_args(annotation)[0])]
-    return _WORDS[annotation]
+    return _WORDS[tuple, _bare(get_args(first)[0])] if get_origin(first) is tuple else _WORDS[first]
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """Names that a value may be, where the type or a member of a union lists them."""
+    return tuple(
+        name for part in _parts(annotation) if get_origin(_bare(part)) is Literal for name in get_args(_bare(part))
+    )
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """Members of a union, or the type itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _bare(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def _choices(annotation: Any) -> tuple[str, ...]:
-    """Names that a value may be, where the type or one of a union's types lists them."""
-    if _is_union(annotation):
-        return tuple(choice for part in get_args(annotation) for choice in _choices(part))
-    return get_args(_bare(annotation)) if get_origin(_bare(annotation)) is Literal else ()
-
-
-def _is_union(annotation: Any) -> bool:
-    return get_origin(annotation) is Union or type(annotation).__name__ == "UnionType"

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
+from annotated_types import Ge, Gt, Le
 from pydantic import BeforeValidator, Field, StrictBool, StrictFloat, StrictInt, model_validator
 from typing_extensions import Self
 
@@ -63,20 +64,10 @@ def _words(text: str) -> Says:
 class Link:
     """What lies between two processes."""
 
-    latency_us: Annotated[
-        StrictFloat,
-        Field(ge=0, le=1e8, description="Microseconds that one small message takes, one way, from process to process."),
-        _words("a number of microseconds, 0 or more"),
-    ]
-    bandwidth_mbit: Annotated[
-        StrictFloat,
-        Field(
-            gt=0,
-            le=1e9,
-            description="Mbit/s that one process can send over it while its node's other processes are silent.",
-        ),
-        _words("a number of Mbit/s above 0"),
-    ]
+    latency_us: Annotated[StrictFloat, Ge(0), Le(1e8), _words("a number of microseconds, 0 or more")]
+    """Microseconds that one small message takes, one way, from process to process."""
+    bandwidth_mbit: Annotated[StrictFloat, Gt(0), Le(1e9), _words("a number of Mbit/s above 0")]
+    """Mbit/s that one process can send over it while its node's other processes are silent."""
 
     @property
     def latency_seconds(self) -> float:
@@ -98,19 +89,12 @@ class Rendezvous:
 
     address: Annotated[
         str | None,
-        Field(
-            pattern=r"^[A-Za-z0-9:][\w.:-]*$",
-            max_length=253,
-            description="Name or address of node 0, as the other nodes reach it; null: not known before the start.",
-            examples=["10.0.0.1"],
-        ),
+        Field(pattern=r"^[A-Za-z0-9:][\w.:-]*$", max_length=253, examples=["10.0.0.1"]),
         _words("a host name or an IP address, or null"),
     ] = None
-    port: Annotated[
-        StrictInt,
-        Field(ge=1, le=65535, description="A free TCP port there."),
-        _words("a whole number from 1 to 65535"),
-    ] = 29500
+    """Name or address of node 0, as the other nodes reach it; null: not known before the start."""
+    port: Annotated[StrictInt, Ge(1), Le(65535), _words("a whole number from 1 to 65535")] = 29500
+    """A free TCP port there."""
 
 
 @checked(ClusterError)
@@ -118,73 +102,47 @@ class Cluster:
     """A cluster."""
 
     nodes: Annotated[
-        StrictInt,
-        Field(ge=1, le=MAX_NODES, description="Number of nodes.", examples=[4]),
-        _words(f"a whole number from 1 to {MAX_NODES}"),
+        StrictInt, Ge(1), Le(MAX_NODES), _words(f"a whole number from 1 to {MAX_NODES}"), Field(examples=[4])
     ]
+    """Number of nodes."""
     processes_per_node: Annotated[
-        Annotated[StrictInt, Field(ge=1, le=MAX_PROCESSES)] | Literal["gpu"],
-        Field(description="Number of processes to start on each node; gpu: one per GPU.", examples=["gpu", 2]),
+        Annotated[StrictInt, Ge(1), Le(MAX_PROCESSES)] | Literal["gpu"],
         _words(f"a whole number from 1 to {MAX_PROCESSES}, or gpu"),
+        Field(examples=["gpu", 2]),
     ]
+    """Number of processes to start on each node; gpu: one per GPU."""
     within: Link
     between: Link
-    launcher: Annotated[
-        Launcher,
-        Field(description="Program that starts the processes."),
-        _words(f"one of {', '.join(LAUNCHERS)}"),
-    ] = "torchrun"
+    launcher: Annotated[Launcher, _words(f"one of {', '.join(LAUNCHERS)}")] = "torchrun"
+    """Program that starts the processes."""
     interface: Annotated[
         str | None,
-        Field(
-            pattern=r"^[A-Za-z0-9][\w.-]*$",
-            max_length=15,
-            description="Network device between the nodes; null: gloo, NCCL or MPI choose.",
-            examples=["eth0"],
-        ),
+        Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=15, examples=["eth0"]),
         _words("the name of a network device such as eth0, or null"),
     ] = None
+    """Network device between the nodes; null: gloo, NCCL or MPI choose."""
     rendezvous: Rendezvous = Rendezvous()
     environment: Annotated[
         Mapping[str, str],
         BeforeValidator(_environment),
-        Field(
-            description="Environment variables of every process, beside the launcher's.",
-            examples=[{"NCCL_DEBUG": "INFO"}],
-        ),
+        Field(examples=[{"NCCL_DEBUG": "INFO"}]),
         _words("a dict of keys and values"),
     ] = dataclasses.field(default_factory=dict)
+    """Environment variables of every process, beside the launcher's."""
     image: Annotated[
         str | None,
-        Field(
-            pattern=r"^[A-Za-z0-9][\w./:@-]*$",
-            max_length=255,
-            description="Container image (kubernetes).",
-            examples=["dist-ssn:latest"],
-        ),
+        Field(pattern=r"^[A-Za-z0-9][\w./:@-]*$", max_length=255, examples=["dist-ssn:latest"]),
         _words("the name of a container image, or null"),
     ] = None
-    emulated: Annotated[
-        StrictBool,
-        Field(description="The lab can build it on one machine: each node a network namespace, between a rate limit."),
-    ] = False
-    delay_ms: Annotated[
-        StrictFloat,
-        Field(
-            ge=0,
-            le=1e5,
-            description="Milliseconds by which the lab delays every packet, one way; part of between.latency_us.",
-        ),
-        _words("a number of milliseconds from 0 to 100000"),
-    ] = 0.0
-    loss_percent: Annotated[
-        StrictFloat,
-        Field(ge=0, le=99, description="Percentage of the packets that the lab drops."),
-        _words("a number from 0 to 99"),
-    ] = 0.0
-    name: Annotated[str, Field(exclude=True, description="Name of the file, without its ending.")] = dataclasses.field(
-        default="cluster", compare=False
-    )
+    """Container image (kubernetes)."""
+    emulated: StrictBool = False
+    """The lab can build it on one machine: each node a network namespace, between a rate limit."""
+    delay_ms: Annotated[StrictFloat, Ge(0), Le(1e5), _words("a number of milliseconds from 0 to 100000")] = 0.0
+    """Milliseconds by which the lab delays every packet, one way; part of between.latency_us."""
+    loss_percent: Annotated[StrictFloat, Ge(0), Le(99), _words("a number from 0 to 99")] = 0.0
+    """Percentage of the packets that the lab drops."""
+    name: Annotated[str, Field(exclude=True)] = dataclasses.field(default="cluster", compare=False)
+    """Name of the file, without its ending."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, Field, StrictBool, StrictFloat, StrictInt, ValidationInfo, model_validator
 from typing_extensions import Self
 
@@ -95,47 +96,30 @@ def _rising(steps: tuple[int, ...]) -> tuple[int, ...]:
     return steps
 
 
-_Beta = Annotated[StrictFloat, Field(ge=0, lt=1)]
+Count = Annotated[StrictInt, Ge(1)]
+Ordinal = Annotated[StrictInt, Ge(0)]
+Positive = Annotated[StrictFloat, Gt(0)]
+NotNegative = Annotated[StrictFloat, Ge(0)]
+Fraction = Annotated[StrictFloat, Ge(0), Le(1)]
+BelowOne = Annotated[StrictFloat, Ge(0), Lt(1)]
 
 
 @checked(RecipeError)
 class DataConfig:
     """Training and validation data."""
 
-    name: Annotated[
-        Literal["text", "digits", "fashion_mnist", "fashion_captions", "cifar10", "cifar100"],
-        Field(description="Data set."),
-    ] = "text"
-    path: Annotated[
-        str | None,
-        Field(
-            description="File, folder or glob with the data; null: the place where the set is usually installed.",
-            examples=["cifar-10-binary.tar.gz"],
-        ),
-    ] = None
-    limit: Annotated[
-        StrictInt | None,
-        Field(
-            ge=1,
-            description="Number of training samples to use (of text: bytes, before validation is held out); null: all.",
-            examples=[10000],
-        ),
-    ] = None
-    validation: Annotated[
-        StrictFloat,
-        Field(
-            gt=0,
-            lt=1,
-            description="Fraction held out for validation, for sets without a test set of their own (text, digits).",
-        ),
-    ] = 0.1
-    fold: Annotated[
-        StrictInt,
-        Field(
-            ge=0, description="Part that is held out, for K-fold cross-validation; 0: the last, 1: the one before it."
-        ),
-    ] = 0
-    augment: Annotated[StrictBool, Field(description="Shift and flip training images at random.")] = True
+    name: Literal["text", "digits", "fashion_mnist", "fashion_captions", "cifar10", "cifar100"] = "text"
+    """Data set."""
+    path: Annotated[str | None, Field(examples=["cifar-10-binary.tar.gz"])] = None
+    """File, folder or glob with the data; null: the place where the set is usually installed."""
+    limit: Annotated[Count | None, Field(examples=[10000])] = None
+    """Number of training samples to use (of text: bytes, before validation is held out); null: all."""
+    validation: Annotated[StrictFloat, Gt(0), Lt(1)] = 0.1
+    """Fraction held out for validation, for sets without a test set of their own (text, digits)."""
+    fold: Ordinal = 0
+    """Part that is held out, for K-fold cross-validation; 0: the last, 1: the one before it."""
+    augment: StrictBool = True
+    """Shift and flip training images at random."""
 
 
 @checked(RecipeError)
@@ -144,50 +128,29 @@ class ShareConfig:
 
     budget: Annotated[
         StrictInt | StrictFloat | str | None,
-        Field(
-            description="Number of trainable parameters for all shared weights: a fraction of their number (0.1, 10%), "
-            "a count (5000000, 5M), or bytes sent per step (5MB, 5MB/step); null: a dense model.",
-            examples=["10%", 0.1, 5000000, "5M", "5MB/step"],
-        ),
+        Field(examples=["10%", 0.1, 5000000, "5M", "5MB/step"]),
         Says(type='a budget such as 0.1, "10%" or "5MB", or null'),
     ] = None
+    """Trainable parameters for all shared weights: a fraction of their number, a count, or bytes sent per step; null: dense."""
     mapping: Annotated[
         dict[str, str] | str,
         AfterValidator(_mapping),
-        Field(
-            description="Which weights share a bank: the name of a mapping, or a dict of globs over weight names to groups.",
-            examples=["auto", "depth:4", {"layers.*": "blocks"}],
-        ),
+        Field(examples=["auto", "depth:4", {"layers.*": "blocks"}]),
         Says(type="a name, or a dict of globs to groups"),
     ] = "auto"
-    morph: Annotated[
-        str,
-        AfterValidator(_morph),
-        Field(description="How a weight is made from its bank.", examples=["auto", "offset"]),
-    ] = "auto"
-    include: Annotated[
-        tuple[str, ...] | None,
-        Field(
-            description="Names, globs or classes of the weights to share; null: all that can be.",
-            examples=[["layers.*"]],
-        ),
-    ] = None
-    exclude: Annotated[
-        tuple[str, ...] | None,
-        Field(description="Names, globs or classes of the weights to keep dense; null: none.", examples=[["head.*"]]),
-    ] = None
-    plan: Annotated[
-        str | None,
-        Field(
-            description="JSON file of a plan to follow instead of budget, mapping and morph; null: none.",
-            examples=["plan.json"],
-        ),
-    ] = None
-    control: Annotated[
-        Literal["tied", "hashed", "hashed-global", "lowrank"] | None,
-        Field(description="Baseline method to train with this budget instead of sharing; null: none."),
-    ] = None
-    seed: Annotated[StrictInt, Field(ge=0, description="Seed of the plan's pseudo-random choices.")] = 0
+    """Which weights share a bank: the name of a mapping, or a dict of globs over weight names to groups."""
+    morph: Annotated[str, AfterValidator(_morph), Field(examples=["auto", "offset"])] = "auto"
+    """How a weight is made from its bank."""
+    include: Annotated[tuple[str, ...] | None, Field(examples=[["layers.*"]])] = None
+    """Names, globs or classes of the weights to share; null: all that can be."""
+    exclude: Annotated[tuple[str, ...] | None, Field(examples=[["head.*"]])] = None
+    """Names, globs or classes of the weights to keep dense; null: none."""
+    plan: Annotated[str | None, Field(examples=["plan.json"])] = None
+    """JSON file of a plan to follow instead of budget, mapping and morph; null: none."""
+    control: Literal["tied", "hashed", "hashed-global", "lowrank"] | None = None
+    """Baseline method to train with this budget instead of sharing; null: none."""
+    seed: Ordinal = 0
+    """Seed of the plan's pseudo-random choices."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""
@@ -212,44 +175,37 @@ class ShareConfig:
 class OptimizerConfig:
     """The optimizer."""
 
-    name: Annotated[Literal["adamw", "sgd"], Field(description="Optimizer.")] = "adamw"
-    lr: Annotated[
-        StrictFloat,
-        Field(
-            gt=0, description="Learning rate of the dense model, which a shared model uses too.", examples=[3e-3, 0.1]
-        ),
-    ] = 1e-3
-    weight_decay: Annotated[
-        StrictFloat,
-        Field(ge=0, description="Weight decay of banks and weights; biases, norms, gains and coefficients have none."),
-    ] = 0.01
+    name: Literal["adamw", "sgd"] = "adamw"
+    """Optimizer."""
+    lr: Annotated[Positive, Field(examples=[3e-3, 0.1])] = 1e-3
+    """Learning rate of the dense model, which a shared model uses too."""
+    weight_decay: NotNegative = 0.01
+    """Weight decay of banks and weights; biases, norms, gains and coefficients have none."""
     betas: Annotated[
-        tuple[_Beta, _Beta],
-        Field(description="Decay of the first and second moment (adamw)."),
+        tuple[BelowOne, BelowOne],
         Says("two numbers, at least 0 and below 1", "a list of two numbers, such as [0.9, 0.95]"),
     ] = (0.9, 0.95)
-    momentum: Annotated[StrictFloat, Field(ge=0, lt=1, description="Momentum (sgd).")] = 0.9
-    nesterov: Annotated[StrictBool, Field(description="Use Nesterov's momentum (sgd).")] = True
+    """Decay of the first and second moment (adamw)."""
+    momentum: BelowOne = 0.9
+    """Momentum (sgd)."""
+    nesterov: StrictBool = True
+    """Use Nesterov's momentum (sgd)."""
 
 
 @checked(RecipeError)
 class ScheduleConfig:
     """The learning rate over the steps."""
 
-    name: Annotated[Literal["cosine", "step", "constant"], Field(description="Shape of the schedule.")] = "cosine"
-    warmup: Annotated[
-        StrictInt, Field(ge=0, description="Number of steps in which the learning rate grows linearly.", examples=[50])
-    ] = 0
-    final: Annotated[
-        StrictFloat,
-        Field(ge=0, le=1, description="Learning rate at the last step, as a fraction of optimizer.lr (cosine)."),
-    ] = 0.1
-    milestones: Annotated[
-        tuple[StrictInt, ...],
-        AfterValidator(_rising),
-        Field(description="Steps at which the learning rate is multiplied by gamma (step).", examples=[[500, 800]]),
-    ] = ()
-    gamma: Annotated[StrictFloat, Field(gt=0, le=1, description="Factor at each milestone (step).")] = 0.1
+    name: Literal["constant", "cosine", "step"] = "cosine"
+    """Shape of the schedule."""
+    warmup: Annotated[Ordinal, Field(examples=[50])] = 0
+    """Number of steps in which the learning rate grows linearly."""
+    final: Fraction = 0.1
+    """Learning rate at the last step, as a fraction of optimizer.lr (cosine)."""
+    milestones: Annotated[tuple[StrictInt, ...], AfterValidator(_rising), Field(examples=[[500, 800]])] = ()
+    """Steps at which the learning rate is multiplied by gamma (step)."""
+    gamma: Annotated[StrictFloat, Gt(0), Le(1)] = 0.1
+    """Factor at each milestone (step)."""
 
     def rules(self, steps: int) -> Iterator[Problem]:
         """Rules across keys."""
@@ -264,31 +220,16 @@ class ScheduleConfig:
 class DistillConfig:
     """A trained model whose outputs are targets beside the data's own."""
 
-    teacher: Annotated[
-        str | None,
-        Field(
-            description="Folder of a finished run; dense: this recipe without sharing, trained first; null: no teacher.",
-            examples=["dense", "runs/dense"],
-        ),
-    ] = None
-    weight: Annotated[
-        StrictFloat,
-        Field(
-            ge=0,
-            le=1,
-            description="Fraction of the loss that compares logits with the teacher's; the rest uses the data.",
-        ),
-    ] = 0.5
-    temperature: Annotated[
-        StrictFloat, Field(gt=0, description="Divisor of both models' logits where they are compared.")
-    ] = 2.0
-    hidden: Annotated[
-        tuple[str, ...],
-        Field(description="Names or globs of submodules whose outputs are compared too.", examples=[["layers.*"]]),
-    ] = ()
-    hidden_weight: Annotated[
-        StrictFloat, Field(ge=0, description="Weight of the mean squared error between these outputs.")
-    ] = 1.0
+    teacher: Annotated[str | None, Field(examples=["dense", "runs/dense"])] = None
+    """Folder of a finished run; dense: this recipe without sharing, trained first; null: no teacher."""
+    weight: Fraction = 0.5
+    """Fraction of the loss that compares logits with the teacher's; the rest uses the data."""
+    temperature: Positive = 2.0
+    """Divisor of both models' logits where they are compared."""
+    hidden: Annotated[tuple[str, ...], Field(examples=[["layers.*"]])] = ()
+    """Names or globs of submodules whose outputs are compared too."""
+    hidden_weight: NotNegative = 1.0
+    """Weight of the mean squared error between these outputs."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""
@@ -300,20 +241,16 @@ class DistillConfig:
 class PruneConfig:
     """Magnitude pruning (engines ddp and mpi)."""
 
-    final: Annotated[
-        StrictFloat, Field(ge=0, lt=1, description="Fraction of the parameters that is zero at the end; 0: no pruning.")
-    ] = 0.0
-    what: Annotated[
-        Literal["bank", "weights"], Field(description="What is pruned: parameters of banks, or generated weights.")
-    ] = "bank"
-    begin: Annotated[StrictInt, Field(ge=0, description="Number of steps before the first pruning.")] = 0
-    end: Annotated[
-        StrictInt | None,
-        Field(
-            description="Step from which the final fraction is zero; if it equals begin, all at once; null: the last step."
-        ),
-    ] = None
-    every: Annotated[StrictInt, Field(ge=1, description="Number of steps between two prunings.")] = 10
+    final: BelowOne = 0.0
+    """Fraction of the parameters that is zero at the end; 0: no pruning."""
+    what: Literal["bank", "weights"] = "bank"
+    """What is pruned: parameters of banks, or generated weights."""
+    begin: Ordinal = 0
+    """Number of steps before the first pruning."""
+    end: StrictInt | None = None
+    """Step from which the final fraction is zero; if it equals begin, all at once; null: the last step."""
+    every: Count = 10
+    """Number of steps between two prunings."""
 
     def rules(self, recipe: Recipe) -> Iterator[Problem]:
         """Rules across keys."""
@@ -342,70 +279,44 @@ class PruneConfig:
 class CheckpointConfig:
     """Checkpoints."""
 
-    every: Annotated[
-        StrictInt | None,
-        Field(
-            ge=1,
-            description="Number of steps between two checkpoints; null: at the end, and as every_seconds says.",
-            examples=[1000],
-        ),
-    ] = None
-    every_seconds: Annotated[
-        StrictFloat | None,
-        Field(gt=0, description="Seconds between two checkpoints; null: not by time.", examples=[600]),
-        Says("a number of seconds above 0, or null"),
-    ] = None
-    keep: Annotated[StrictInt, Field(ge=1, description="Number of latest checkpoints to keep.")] = 2
-    resume: Annotated[
-        StrictBool, Field(description="Continue from the latest checkpoint of this run, if there is one.")
-    ] = False
+    every: Annotated[Count | None, Field(examples=[1000])] = None
+    """Number of steps between two checkpoints; null: at the end, and as every_seconds says."""
+    every_seconds: Annotated[Positive | None, Field(examples=[600]), Says("a number of seconds above 0, or null")] = (
+        None
+    )
+    """Seconds between two checkpoints; null: not by time."""
+    keep: Count = 2
+    """Number of latest checkpoints to keep."""
+    resume: StrictBool = False
+    """Continue from the latest checkpoint of this run, if there is one."""
 
 
 @checked(RecipeError)
 class EngineConfig:
     """How processes work together."""
 
-    name: Annotated[Literal["ddp", "fsdp", "deepspeed", "mpi"], Field(description="Engine.")] = "ddp"
-    static_graph: Annotated[
-        StrictBool, Field(description="Every step uses the same layers in the same order (ddp).")
-    ] = False
-    find_unused_parameters: Annotated[StrictBool, Field(description="Some steps leave layers out (ddp).")] = False
-    stage: Annotated[
-        StrictInt | None,
-        Field(ge=0, le=3, description="Stage of ZeRO; null: the stage in config, else 1 (deepspeed)."),
-        Says("0, 1, 2 or 3"),
-    ] = None
-    config: Annotated[
-        str | None,
-        Field(
-            description="JSON file with DeepSpeed's own configuration; null: none (deepspeed).", examples=["ds.json"]
-        ),
-    ] = None
-    cuda_aware: Annotated[StrictBool, Field(description="Pass gradients on a GPU to MPI without a copy (mpi).")] = False
-    overlap: Annotated[
-        str,
-        AfterValidator(_overlap),
-        Field(
-            description="How gradients travel while processes compute: none, segments:N, sums:N or delay (ddp, mpi).",
-            examples=["none", "segments:4", "sums:2", "delay"],
-        ),
-    ] = "none"
-    compress: Annotated[
-        str, Field(description="Number format of gradients on the network: none or fp16 (ddp).", examples=["fp16"])
-    ] = "none"
-    compare_every: Annotated[
-        StrictInt | None,
-        Field(
-            ge=1, description="Number of steps between two proofs that all ranks hold the same parameters; null: none."
-        ),
-    ] = 100
-    timeout_seconds: Annotated[
-        StrictFloat,
-        Field(
-            gt=0, lt=1e9, description="Seconds that processes wait for each other, at the start and in each collective."
-        ),
-        Says("a number of seconds above 0"),
-    ] = 600.0
+    name: Literal["ddp", "fsdp", "deepspeed", "mpi"] = "ddp"
+    """Engine."""
+    static_graph: StrictBool = False
+    """Every step uses the same layers in the same order (ddp)."""
+    find_unused_parameters: StrictBool = False
+    """Some steps leave layers out (ddp)."""
+    stage: Annotated[StrictInt | None, Field(ge=0, le=3), Says("0, 1, 2 or 3")] = None
+    """Stage of ZeRO; null: the stage in config, else 1 (deepspeed)."""
+    config: Annotated[str | None, Field(examples=["ds.json"])] = None
+    """JSON file with DeepSpeed's own configuration; null: none (deepspeed)."""
+    cuda_aware: StrictBool = False
+    """Pass gradients on a GPU to MPI without a copy (mpi)."""
+    overlap: Annotated[str, AfterValidator(_overlap), Field(examples=["none", "segments:4", "sums:2", "delay"])] = (
+        "none"
+    )
+    """How gradients travel while processes compute: none, segments:N, sums:N or delay (ddp, mpi)."""
+    compress: Annotated[str, Field(examples=["fp16"])] = "none"
+    """Number format of gradients on the network: none or fp16 (ddp)."""
+    compare_every: Count | None = 100
+    """Number of steps between two proofs that all ranks hold the same parameters; null: none."""
+    timeout_seconds: Annotated[StrictFloat, Gt(0), Lt(1e9), Says("a number of seconds above 0")] = 600.0
+    """Seconds that processes wait for each other, at the start and in each collective."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""
@@ -428,87 +339,64 @@ class EngineConfig:
 class WandbConfig:
     """Weights & Biases, beside the JSON lines that are always written."""
 
-    mode: Annotated[
-        Literal["disabled", "offline", "online"], Field(description="Whether and where W&B logs the run.")
-    ] = "disabled"
-    project: Annotated[str, Field(description="Project of the run.")] = "dist_ssn"
-    entity: Annotated[str | None, Field(description="User or team; null: the account's own.")] = None
-    tags: Annotated[tuple[str, ...], Field(description="Tags of the run.", examples=[["baseline"]])] = ()
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """Whether and where W&B logs the run."""
+    project: str = "dist_ssn"
+    """Project of the run."""
+    entity: str | None = None
+    """User or team; null: the account's own."""
+    tags: Annotated[tuple[str, ...], Field(examples=[["baseline"]])] = ()
+    """Tags of the run."""
 
 
 @checked(RecipeError)
 class Recipe:
     """A training run."""
 
-    name: Annotated[str, AfterValidator(_name), Field(description="Name of the run, and of its folder in output.")] = (
-        "run"
-    )
-    seed: Annotated[StrictInt, Field(ge=0, description="Seed of the initial weights and of the order of the data.")] = 0
-    output: Annotated[str, AfterValidator(_not_empty), Field(description="Folder of the runs.")] = "runs"
-    model: Annotated[
-        str,
-        AfterValidator(_model),
-        Field(
-            description="Model: gpt, wide_resnet, or the import path of a function that returns an nn.Module.",
-            examples=["gpt", "wide_resnet", "my_module.build"],
-        ),
-    ] = "gpt"
+    name: Annotated[str, AfterValidator(_name)] = "run"
+    """Name of the run, and of its folder in output."""
+    seed: Ordinal = 0
+    """Seed of the initial weights and of the order of the data."""
+    output: Annotated[str, AfterValidator(_not_empty)] = "runs"
+    """Folder of the runs."""
+    model: Annotated[str, AfterValidator(_model), Field(examples=["gpt", "wide_resnet", "my_module.build"])] = "gpt"
+    """Model: gpt, wide_resnet, or the import path of a function that returns an nn.Module."""
     model_args: Annotated[
         dict[str, Any],
         AfterValidator(_plain),
-        Field(
-            description="Keyword arguments of that function; --model_args.NAME=value sets one of them.",
-            examples=[{"layers": 4, "width": 128}],
-        ),
+        Field(examples=[{"layers": 4, "width": 128}]),
         Says(type="a dict of argument names to values"),
     ] = dataclasses.field(default_factory=dict)
+    """Keyword arguments of that function; --model_args.NAME=value sets one of them."""
     data: DataConfig = DataConfig()
     share: ShareConfig = ShareConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     distill: DistillConfig = DistillConfig()
     prune: PruneConfig = PruneConfig()
-    steps: Annotated[StrictInt, Field(ge=1, description="Number of optimizer steps.")] = 1000
-    batch_size: Annotated[
-        StrictInt,
-        Field(ge=1, description="Samples per step, of all processes and accumulated micro-batches together."),
-    ] = 32
-    accumulation: Annotated[StrictInt, Field(ge=1, description="Micro-batches per step and process.")] = 1
-    clip_norm: Annotated[
-        StrictFloat | None,
-        Field(gt=0, description="Largest norm of the gradient; null: no clipping."),
-        Says("a number above 0, or null for no clipping"),
-    ] = 1.0
-    precision: Annotated[
-        Literal["fp32", "bf16"], Field(description="Number format of computing; bf16 uses autocast.")
-    ] = "fp32"
-    evaluate_every: Annotated[StrictInt, Field(ge=1, description="Number of steps between two evaluations.")] = 100
-    evaluate_batches: Annotated[
-        StrictInt, Field(ge=1, description="Number of batches, of batch_size samples each, in an evaluation.")
-    ] = 16
-    patience: Annotated[
-        StrictInt | None,
-        Field(
-            ge=1,
-            description="Number of evaluations without a better one after which a run stops; null: never.",
-            examples=[5],
-        ),
-    ] = None
+    steps: Count = 1000
+    """Number of optimizer steps."""
+    batch_size: Count = 32
+    """Samples per step, of all processes and accumulated micro-batches together."""
+    accumulation: Count = 1
+    """Micro-batches per step and process."""
+    clip_norm: Annotated[Positive | None, Says("a number above 0, or null for no clipping")] = 1.0
+    """Largest norm of the gradient; null: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Number format of computing; bf16 uses autocast."""
+    evaluate_every: Count = 100
+    """Number of steps between two evaluations."""
+    evaluate_batches: Count = 16
+    """Number of batches, of batch_size samples each, in an evaluation."""
+    patience: Annotated[Count | None, Field(examples=[5])] = None
+    """Number of evaluations without a better one after which a run stops; null: never."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     engine: EngineConfig = EngineConfig()
     wandb: WandbConfig = WandbConfig()
-    predicted: Annotated[
-        str | None,
-        Field(
-            description="File that dist-ssn plan --cluster … --json wrote, to compare its prediction with the run; null: none "
-            "(ddp, mpi).",
-            examples=["predicted.json"],
-        ),
-    ] = None
-    threads: Annotated[
-        StrictInt | None,
-        Field(ge=1, description="Processor threads of each process; null: torch's own choice.", examples=[1]),
-    ] = None
+    predicted: Annotated[str | None, Field(examples=["predicted.json"])] = None
+    """File that dist-ssn plan --cluster … --json wrote, to compare its prediction with the run; null: none (ddp, mpi)."""
+    threads: Annotated[Count | None, Field(examples=[1])] = None
+    """Processor threads of each process; null: torch's own choice."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""
