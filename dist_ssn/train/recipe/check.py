@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_ssn.checked import Problem, one_sentence
 from dist_ssn.errors import RecipeError
-from dist_ssn.train.metrics.predicted import alternative_of, read_prediction
+from dist_ssn.train.recipe.prediction_file import alternative_of, read_prediction
 from dist_ssn.train.recipe.schema import DENSE, Recipe
 
 

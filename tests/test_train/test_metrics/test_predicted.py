@@ -12,7 +12,8 @@ from rich.console import Console
 from dist_ssn.errors import RecipeError
 from dist_ssn.report import report
 from dist_ssn.train.loop import train
-from dist_ssn.train.metrics.predicted import alternative_of, comparison
+from dist_ssn.train.metrics.predicted import comparison
+from dist_ssn.train.recipe.prediction_file import alternative_of
 from dist_ssn.train.recipe.read import load_recipe
 
 SAID = {"bytes_per_step_logical": 1000, "exposed_ms_per_step": 5.0, "ms_per_step": 40.0}
