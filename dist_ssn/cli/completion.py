@@ -44,7 +44,10 @@ _SCRIPT = """\
 }}
 complete {options}-F _dist_ssn dist-ssn
 """
-_ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
+_ZSH = """\
+(($+functions[compdef])) || { autoload -U +X compinit && compinit; }
+autoload -U +X bashcompinit && bashcompinit
+"""
 
 
 def completion(commands: Mapping[str, Command]) -> Command:

@@ -99,7 +99,7 @@ def _facts(process: subprocess.Popen[str] | str, deadline: float, seconds: float
     if isinstance(process, str):
         return {"error": process}
     try:
-        output, errors = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+        output, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -179,6 +179,15 @@ def _install(what: str, package: str, extra: str) -> str:
     return f"{what} is installed and cannot be imported"
 
 
+def _platform() -> str:
+    return " ".join((platform.system(), platform.release(), platform.machine(), *platform.libc_ver()))
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def _cores() -> str:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{os.cpu_count()}, {usable} of them usable by this process"
@@ -201,8 +210,8 @@ def _driver() -> str:
 
 
 _MACHINE: dict[str, Callable[[], str]] = {
-    "platform": platform.platform,
-    "processor": platform.machine,
+    "platform": _platform,
+    "processor": _processor,
     "cores": _cores,
     "memory": _memory,
     "/dev/shm": _shared_memory,
