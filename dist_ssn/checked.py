@@ -123,29 +123,30 @@ def checked(error: type[UserError]) -> Callable[[type[T]], type[T]]:
 
 
 def check(
-    cls: type[T], values: Mapping[str, Any], further: Callable[[T], Iterable[Problem]] | None = None
+    cls: type[T], leaves: Mapping[str, Any], further: Callable[[T], Iterable[Problem]] | None = None
 ) -> tuple[T | None, dict[str, str]]:
     """A checked value from plain data, or everything that is wrong with it.
 
     Args:
-        values: key → value, a section being a dict of its own.
-        further: rules besides those of the class, for `refuse` to ask.
+        leaves: full key → value, as `flat` makes it.
+        further: rules besides those of the class, for its validator to `refuse`.
 
     Returns:
         The value and nothing; or None, and key → sentence.
     """
     adapter = _adapter(cls)
     try:
-        return adapter.validate_python(values, context=further), {}
+        return adapter.validate_python(_nested(cls, leaves), context=further), {}
     except ValidationError as error:
-        problems = _problems(cls, error, values)
+        problems = _problems(cls, error, leaves)
     # pydantic asks rules across keys only when each key is right. Asked with defaults for the wrong ones, they still say what is
     # wrong with the others.
     wrong = {problem.key for problem in problems}
+    right = {key: value for key, value in leaves.items() if not any(f"{name}.".startswith(f"{key}.") for name in wrong)}
     try:
-        adapter.validate_python(_without(values, wrong), context=further)
+        adapter.validate_python(_nested(cls, right), context=further)
     except ValidationError as error:
-        problems += [found for found in _problems(cls, error, values) if not wrong & {found.key, *found.reads}]
+        problems += [found for found in _problems(cls, error, leaves) if not wrong & {found.key, *found.reads}]
     return None, _sentences(problems)
 
 
@@ -206,18 +207,6 @@ def flat(cls: type, content: Mapping[Any, Any]) -> dict[str, Any]:
     return leaves
 
 
-def nested(cls: type, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The reverse of `flat`."""
-    values: dict[str, Any] = {}
-    for key, value in leaves.items():
-        section, _, name = key.partition(".")
-        if name and section in sections_of(cls):
-            values.setdefault(section, {})[name] = value
-    return values | {
-        key: value for key, value in leaves.items() if key.partition(".")[0] not in values or "." not in key
-    }
-
-
 def members(cls: type, section: str) -> str:
     """The keys of a section, as a list in words."""
     return ", ".join(key.name for key in keys_of(cls) if key.section == section)
@@ -231,7 +220,7 @@ def unknown_key(key: str, known: Collection[str]) -> str:
         for name in last
         if last[name] in difflib.get_close_matches(key[:80].rpartition(".")[2], last.values(), n=1)
     ]
-    name = key if len(key) <= 80 and key.isprintable() else shown(key)
+    name = key if 0 < len(key) <= 80 and key.isprintable() else shown(key)
     if near:
         return f"unknown key {name}; did you mean {' or '.join(near)}?"
     return f"unknown key {name}; {'--help lists all keys' if len(known) > 20 else 'known are ' + ', '.join(known)}"
@@ -241,8 +230,8 @@ def shown(value: Any) -> str:
     """A value in a message, at most a line long."""
     try:
         text = "null" if value is None else repr(value)
-    except ValueError:  # Python prints no number of more than 4,300 digits
-        text = "a very long number"
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits, or lists as deep as the stack
+        text = "a very long value"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -274,20 +263,21 @@ def _default(field: FieldInfo) -> Any:
     return REQUIRED if field.is_required() else field.get_default(call_default_factory=True)
 
 
-def _without(values: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-    for key in keys:
-        section, _, name = key.partition(".")
-        inner = kept.get(section)
-        if name and key not in kept and isinstance(inner, dict):
-            inner.pop(name, None)
+def _nested(cls: type, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of `flat`; every section is there."""
+    sections: dict[str, dict[str, Any]] = {section: {} for section in sections_of(cls)}
+    others: dict[str, Any] = {}
+    for key, value in leaves.items():
+        section, dot, name = key.partition(".")
+        if dot and section in sections:
+            sections[section][name] = value
         else:
-            kept.pop(key, None)
-    return kept
+            others[key] = value
+    return sections | others
 
 
-def _problems(cls: type, error: ValidationError, values: Mapping[str, Any]) -> list[Problem]:
-    return [_problem(cls, found, values) for found in error.errors(include_url=False)]
+def _problems(cls: type, error: ValidationError, leaves: Mapping[str, Any]) -> list[Problem]:
+    return [_problem(cls, found, leaves) for found in error.errors(include_url=False)]
 
 
 def _sentences(problems: Iterable[Problem]) -> dict[str, str]:
@@ -298,7 +288,7 @@ def _sentences(problems: Iterable[Problem]) -> dict[str, str]:
     return found
 
 
-def _problem(cls: type, error: Mapping[str, Any], values: Mapping[str, Any]) -> Problem:
+def _problem(cls: type, error: Mapping[str, Any], leaves: Mapping[str, Any]) -> Problem:
     """One of pydantic's errors in our words."""
     loc, kind, context = error["loc"], error["type"], error.get("ctx", {})
     fields = _fields(cls)
@@ -313,8 +303,7 @@ def _problem(cls: type, error: Mapping[str, Any], values: Mapping[str, Any]) -> 
         return Problem(key, f"is missing: it {right}" if kind == "missing" else f"{right}, got {shown(error['input'])}")
     field = fields[key][1]
     says = next((extra for extra in field.metadata if isinstance(extra, Says)), Says())
-    inside = values.get(loc[0]) if depth == 2 else values
-    got = inside.get(loc[depth - 1], error["input"]) if isinstance(inside, Mapping) else error["input"]
+    got = leaves.get(key, error["input"])
     if kind == "missing" and len(loc) == depth:
         return Problem(key, f"is missing: it must be {says.right or _type_words(field)}")
     if kind == "value_error":

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dist_ssn.checked import Key, check, flat, keys_of, nested, one_sentence, schema_of, shown, unknown_key
+from dist_ssn.checked import Key, check, flat, keys_of, one_sentence, schema_of, shown, unknown_key
 from dist_ssn.cluster.types import Cluster, Rendezvous
 from dist_ssn.errors import ClusterError
 from dist_ssn.safe_yaml import Kind, parse_yaml, read_yaml, to_yaml
@@ -88,22 +88,23 @@ def _cluster(content: Any, source: str) -> Cluster:
         raise ClusterError(
             f"{source}: a cluster is a dict of keys and values, such as 'nodes: 4', got {shown(content)}"
         )
-    values = nested(Cluster, flat(Cluster, content))
-    values = {key: value for key, value in values.items() if value is not None or key not in _MAY_BE_NULL}
-    named = values.pop("name", None) is not None  # the name is the file's
+    leaves = flat(Cluster, content)
+    leaves = {key: value for key, value in leaves.items() if value is not None or key not in _MAY_BE_NULL}
     # A link that no process uses may be left out; it is then taken to be like the other one.
+    links = {link: {key: x for key, x in leaves.items() if key.startswith(link)} for link in ("within", "between")}
     for link, other, alone in (("within", "between", "processes_per_node"), ("between", "within", "nodes")):
-        values.setdefault(link, values.get(other, {}) if values.get(alone) == 1 else {})
-    cluster, problems = check(Cluster, values)
+        if leaves.get(alone) == 1 and not links[link]:
+            leaves |= {key.replace(other, link): value for key, value in links[other].items()}
+    named = leaves.pop("name", None) is not None  # the name is the file's
+    cluster, problems = check(Cluster, leaves)
     if named:
         problems["name"] = unknown_key("name", [key.name for key in cluster_keys()])
     if any("unknown key" in problem for problem in problems.values()):  # what is missing may be there, misspelt
         problems = {key: problem for key, problem in problems.items() if " is missing: " not in problem}
-    elif (
-        not values["within"] and not values["between"] and values.get("nodes") == values.get("processes_per_node") == 1
-    ):
+    elif not any(links.values()) and leaves.get("nodes") == leaves.get("processes_per_node") == 1:
         link = "such as within: {latency_us: 50, bandwidth_mbit: 9000}"
-        problems = {"within": f"within is missing: a cluster has at least one link, {link}"}
+        problems = {key: problem for key, problem in problems.items() if key.partition(".")[0] not in links}
+        problems["within"] = f"within is missing: a cluster has at least one link, {link}"
     if cluster is None or problems:
         raise ClusterError(f"{source}: {one_sentence(list(problems.values()))}")
     return dataclasses.replace(cluster, name=Path(source).stem)  # pyright: ignore[reportArgumentType]

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dist_ssn.checked import check, flat, members, nested, one_sentence, plain_types, sections_of, unknown_key
+from dist_ssn.checked import check, flat, members, one_sentence, plain_types, sections_of, unknown_key
 from dist_ssn.errors import RecipeError
 from dist_ssn.files import parse_json
 from dist_ssn.safe_yaml import Kind, read_yaml, to_yaml, yaml_value
@@ -79,7 +79,7 @@ def recipe_from_json(text: str, source: str = "recipe.json") -> Recipe:
         raise RecipeError(f"{source}: cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{source}: {_NO_DICT}")
-    recipe, problems = check(Recipe, content)
+    recipe, problems = check(Recipe, flat(Recipe, content))
     if recipe is None:
         raise RecipeError(one_sentence([f"{source}: {problem}" for problem in problems.values()]))
     return recipe
@@ -121,7 +121,7 @@ class _Settings:
             values["model_args"] = args | self._model_args
         processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's; a malformed one is reported where processes meet
         here = partial(problems_here, world_size=int(processes) if processes.isdigit() else 1)
-        recipe, found = check(Recipe, nested(Recipe, values), here)
+        recipe, found = check(Recipe, values, here)
         problems = self._problems + [f"{self._where(key)}: {problem}" for key, problem in found.items()]
         if recipe is None or problems:
             raise RecipeError(one_sentence(problems))

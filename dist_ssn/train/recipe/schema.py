@@ -62,7 +62,7 @@ def _model(model: str) -> str:
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(values, allow_nan=False)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise mistake("must hold only text, numbers, true, false, null, lists and dicts of them") from None
     return values
 
