@@ -1,11 +1,11 @@
-"""Many benchmarks, one after the other: `make bench`.
+"""Runs many benchmarks, one after the other: `make bench`.
 
     sudo python -m benchmarks.bench [short|full]     # a step that is done at this commit is not done again
     python -m benchmarks.documents                   # then: the tables and figures of README and docs
 
-"short" measures what is quick, "full" also what takes long. Some steps leave out what results/ has; with
-DIST_SSN_RESULTS=FOLDER in the environment all is measured anew, into that folder. What needs emulated hosts needs root, and is left
-out with a word about it otherwise. Each step's time is a line in results/bench/.
+"short" has the quick benchmarks, "full" also the long ones. Some steps skip cells that results/ has. With
+DIST_SSN_RESULTS=FOLDER in the environment everything is measured anew, into that folder. Emulated hosts need root; without it their
+benchmarks are skipped, and the table says so. Each step's time is a line in results/bench/.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models of further tasks, as a user would write them: a recipe names them by import path."""
+"""Models of further tasks, as a user would write them. A recipe names them by import path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def blocks(layers: int, width: int, heads: int) -> nn.ModuleList:
 
 
 class VisionTransformer(nn.Module):
-    """Makes `outputs` numbers of an image from the mean over its encoded patches (arXiv 2010.11929)."""
+    """Maps an image to `outputs` values, from the mean over its encoded patches (arXiv 2010.11929)."""
 
     def __init__(self, outputs: int, channels: int, size: int, patch: int, layers: int, width: int, heads: int) -> None:
         super().__init__()
@@ -49,12 +49,12 @@ class VisionTransformer(nn.Module):
 
 
 class ImageText(nn.Module):
-    """Says how well each of a set of captions goes with an image: the cosine of two encoders' outputs (arXiv 2103.00020).
+    """Scores each of a set of captions for an image, by the cosine of two encoders' outputs (arXiv 2103.00020).
 
     Args:
-        captions: as text; the model reads their bytes.
+        captions: Texts; the model reads their bytes.
         image: images (B, C, H, W) → (B, outputs).
-        layers, width, heads: of the captions' encoder.
+        layers, width, heads: Size of the captions' encoder.
     """
 
     captions: Tensor
@@ -91,7 +91,7 @@ class ImageText(nn.Module):
 
 
 def lstm(vocabulary: int = 256, width: int = 128, layers: int = 2, context: int = 128) -> nn.Module:
-    """`context` is for the data alone: how many bytes are in a window."""
+    """Builds the LSTM. `context` is the number of bytes in a window of the data; the model does not need it."""
     return RecurrentText(vocabulary, width, layers)
 
 
@@ -116,7 +116,7 @@ def image_text(
 
 
 def mlp(classes: int, channels: int, size: int, width: int = 256, layers: int = 3) -> nn.Module:
-    """Names an image through `layers` hidden layers."""
+    """Builds an MLP that classifies an image through `layers` hidden layers."""
     widths = [channels * size**2, *[width] * layers]
     hidden = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))

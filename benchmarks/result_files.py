@@ -1,4 +1,4 @@
-"""Results as files: one measurement per line, with everything that is needed to make it again."""
+"""Results files: one measurement per line, with everything that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(os.environ.get("DIST_SSN_RESULTS") or Path(__file__).parent / "results")
-"""Where lines are read and written: with another folder in the environment, everything is measured anew."""
+"""Folder of the lines. With another folder in the environment, everything is measured anew."""
 
 
 def provenance() -> dict[str, Any]:
@@ -53,7 +53,7 @@ def lines_of(benchmark: str) -> list[dict[str, Any]]:
 
 
 class ResultFile:
-    """Appends measurements to `results/<benchmark>/<date>-<commit>.jsonl`; knows those of earlier runs."""
+    """Appends measurements to `results/<benchmark>/<date>-<commit>.jsonl`, and reads those of earlier runs."""
 
     def __init__(self, benchmark: str):
         self.benchmark = benchmark
@@ -64,7 +64,7 @@ class ResultFile:
         return lines_of(self.benchmark)
 
     def add(self, measurement: dict[str, Any]) -> None:
-        """Writes one line; what the measurement says of its own provenance (the commit when it began) holds."""
+        """Writes one line. Keys of `measurement` win over this process's provenance (such as the commit at which it began)."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({**self.provenance, **measurement}) + "\n")
@@ -82,7 +82,7 @@ class ResultFile:
 
 
 def latest(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The last measurement of each cell, by what `keys` say in it; cells in the order in which they first came."""
+    """Newest measurement of each cell, which the values of `keys` identify; cells in order of their first measurement."""
     return {tuple(line[key] for key in keys): line for line in lines}
 
 

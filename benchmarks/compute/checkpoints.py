@@ -1,4 +1,4 @@
-"""What checkpoints cost, and what a run becomes on other numbers of ranks.
+"""Cost of checkpoints, and runs that continue on another number of ranks.
 
     python -m benchmarks.compute.checkpoints --what size      # bytes of a checkpoint, shared against dense
     python -m benchmarks.compute.checkpoints --what time      # seconds that a step loses to checkpoints in the background
@@ -48,7 +48,7 @@ COMMON = {
 
 
 def trained(budget: float | None) -> Engine:
-    """A model that has made one step, so that the optimizer has all its tensors."""
+    """A model after one step, so that its optimizer has all its tensors."""
     torch.manual_seed(0)
     model = build_gpt(**SIZES)
     if budget is not None:
@@ -66,7 +66,7 @@ def step(engine: Engine) -> None:
 
 
 def size() -> list[dict[str, Any]]:
-    """Bytes of all files of a checkpoint."""
+    """Size of a checkpoint in bytes, over all its files."""
     sizes: dict[float | None, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         for budget in (None, *BUDGETS):
@@ -90,7 +90,7 @@ def size() -> list[dict[str, Any]]:
 
 
 def seconds(budget: float | None = 0.1) -> list[dict[str, Any]]:
-    """Steps with a checkpoint started before the first of them, and as many without, in turn."""
+    """Seconds of steps that begin with a checkpoint, and of as many steps without one, in turn."""
     engine = trained(budget)
     plan = dist_ssn.shared_plan(engine.module)
     steps = 12  # long enough for a write to end
@@ -128,7 +128,7 @@ def seconds(budget: float | None = 0.1) -> list[dict[str, Any]]:
 
 
 def train_on(ranks: int, steps: int, folder: str, name: str, resume: bool) -> dict[str, float]:
-    """A part of a run: step → validation loss, of the whole run so far."""
+    """Trains a part of a run. Returns step → validation loss of the whole run so far."""
     settings = {**COMMON, "name": name, "steps": steps, "output": folder, "checkpoint.resume": str(resume).lower()}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
     command = [
@@ -146,7 +146,7 @@ def train_on(ranks: int, steps: int, folder: str, name: str, resume: bool) -> di
 
 
 def ranks() -> list[dict[str, Any]]:
-    """20 steps on each number of ranks, and 60 on one."""
+    """Trains 20 steps on each number of ranks, and 60 steps on one number of ranks, and compares them."""
     parts = (4, 2, 3)
     with tempfile.TemporaryDirectory() as folder:
         whole = train_on(4, 60, folder, "whole", False)

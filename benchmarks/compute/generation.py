@@ -1,11 +1,11 @@
-"""What making weights costs: by bank size, by depth, and by morph × kind of layer × batch; one thread.
+"""Time to generate weights, by bank size, by depth, and by morph × kind of layer × batch; one thread.
 
     python -m benchmarks.compute.generation size depth kinds [--repetitions 9]
     python -m benchmarks.compute.generation --table
 
-"size" and "depth" time every weight's generation and the way back of its gradient, warm, in ns per number of the weights: the
-bank grows to 10⁸ numbers, the model to 200 layers. "kinds" times forward and backward of one layer, shared and dense in turn, with
-small and large batches: what a layer pays whose bank nobody else reads. Writes results/generation/.
+"size" and "depth" time every weight's generation and its gradient, warm, in ns per element of the weights.
+The bank grows to 10⁸ parameters, the model to 200 layers. "kinds" times forward and backward of one layer that is alone with its
+bank, shared and dense in turn, with small and large batches. Writes results/generation/.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MORPHS = {
     0.1: ("offset", "offset:templates=2", "offset:rank=4", "hash", "inter", "mask", "repeat", "wavg"),
     2.0: ("avg", "wavg", "emb"),
 }
-"""budget → morphs that are made for it."""
+"""budget → morphs that are measured at it."""
 
 
 def _noise(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -56,7 +56,7 @@ LAYERS: dict[str, Layer] = {
 
 
 def stack(layers: int, width: int, budget: int) -> list[Bank]:
-    """The banks of so many linear layers."""
+    """Banks of `layers` linear layers."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     dist_ssn.share(model, budget, morph="offset:templates=1", mapping="single")
@@ -64,25 +64,25 @@ def stack(layers: int, width: int, budget: int) -> list[Bank]:
 
 
 def nanoseconds(banks: list[Bank], repetitions: int) -> dict[str, list[float]]:
-    """Median, least and most ns per number of all weights: to make them, and to take their gradients back."""
+    """Median, least and most ns per element of all weights, for generation and for the gradient."""
     slots = [(bank, index, torch.randn(slot.shape)) for bank in banks for index, slot in enumerate(bank.group.slots)]
     sums = {bank: {name: torch.zeros_like(p) for name, p in bank.named_parameters()} for bank in banks}
     numbers = sum(gradient.numel() for *_, gradient in slots)
-    ways: dict[str, Callable[[Bank, int, Tensor], Any]] = {
+    passes: dict[str, Callable[[Bank, int, Tensor], Any]] = {
         "make_ns": lambda bank, index, _: bank(index),
         "back_ns": lambda bank, index, gradient: bank.pull_back(
             gradient, index, None, bank.values().tensors, sums[bank]
         ),
     }
-    taken: dict[str, list[float]] = {way: [] for way in ways}
+    taken: dict[str, list[float]] = {name: [] for name in passes}
     with torch.no_grad():
         for _ in range(WARM_UP + repetitions):
-            for way, call in ways.items():
+            for name, call in passes.items():
                 began = time.perf_counter()
                 for slot in slots:
                     call(*slot)
-                taken[way].append((time.perf_counter() - began) * 1e9 / numbers)
-    return {way: spread(values[WARM_UP:]) for way, values in taken.items()}
+                taken[name].append((time.perf_counter() - began) * 1e9 / numbers)
+    return {name: spread(values[WARM_UP:]) for name, values in taken.items()}
 
 
 def spread(values: list[float]) -> list[float]:
@@ -90,7 +90,7 @@ def spread(values: list[float]) -> list[float]:
 
 
 def sizes(repetitions: int) -> Iterable[Line]:
-    """Eight weights of 512 × 512, read from ever larger banks."""
+    """Measures eight weights of 512 × 512, with banks of growing size."""
     for size in SIZES:
         banks = stack(8, 512, size)
         found = sum(bank.group.size for bank in banks)
@@ -98,7 +98,7 @@ def sizes(repetitions: int) -> Iterable[Line]:
 
 
 def depths(repetitions: int) -> Iterable[Line]:
-    """Ever more weights of 256 × 256, read from a bank of a million."""
+    """Measures a growing number of weights of 256 × 256, with a bank of a million parameters."""
     for layers in DEPTHS:
         banks = stack(layers, 256, 10**6)
         found = sum(bank.group.size for bank in banks)
@@ -106,7 +106,7 @@ def depths(repetitions: int) -> Iterable[Line]:
 
 
 def kinds(repetitions: int) -> Iterable[Line]:
-    """Every morph in every kind of layer."""
+    """Measures every morph in every kind of layer."""
     for name, (build, inputs, batches) in LAYERS.items():
         for budget, morphs in MORPHS.items():
             for morph in morphs:
@@ -120,7 +120,7 @@ def kinds(repetitions: int) -> Iterable[Line]:
 
 
 def seconds(layer: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """Of a forward and a backward."""
+    """Seconds of one forward and backward."""
     began = time.perf_counter()
     output = layer(*inputs)
     (output[0] if isinstance(output, tuple) else output).sum().backward()
@@ -133,11 +133,11 @@ SWEEPS = {"size": sizes, "depth": depths, "kinds": kinds}
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
-    """By size and depth; and the kinds, a row for each morph and a column for each layer and batch."""
+    """Two tables: by size and depth; by kind, with a row per morph and a column per layer and batch."""
     lines = list(lines)
     by_number = Table("weights", "bank", "ns per element, generation: median (min-max)", "ns per element, gradient")
     for line in latest((line for line in lines if line["what"] != "kinds"), ("what", "layers", "bank")).values():
-        texts = ["{:.2f} ({:.2f}-{:.2f})".format(*line[way]) for way in ("make_ns", "back_ns")]
+        texts = ["{:.2f} ({:.2f}-{:.2f})".format(*line[key]) for key in ("make_ns", "back_ns")]
         by_number.add_row(f"{line['layers']} × {line['width']}²", f"{line['bank']:,}", *texts)
     cells = latest((line for line in lines if line["what"] == "kinds"), ("morph", "budget", "layer", "batch"))
     columns = list(dict.fromkeys((layer, batch) for _, _, layer, batch in cells))

@@ -3,8 +3,8 @@
     python -m benchmarks.compute.memory [--models gpt-256 gpt-512 wrn-16-4] [--budgets 0.02 0.1 0.5]
     python -m benchmarks.compute.memory --table
 
-Peak: all that is there after two steps, and the most that a third one (forward, backward, update) adds. What
-libraries below torch allocate on their own (oneDNN's scratch) is not reported, on either side. Writes results/memory/.
+Peak: all memory held after two steps, and the most that a third step (forward, backward, update) adds. Allocations
+of libraries below torch (oneDNN's scratch) are not counted, on either side. Writes results/memory/.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def allocations(step: Any) -> list[int]:
 
 
 class Training:
-    """A model and its optimizer, made and trained under the profiler's eyes."""
+    """A model and its optimizer, built and trained under the profiler."""
 
     def __init__(self, name: str, budget: float | None):
         torch.manual_seed(0)
@@ -65,7 +65,7 @@ class Training:
 
 
 def measure(name: str, budget: float | None) -> Line:
-    """All that is there after two steps (tables that banks keep among it), and the most that a third one adds."""
+    """Bytes held after two steps, tables of banks included, and the most that a third step adds."""
     made: list[Training] = []
 
     def begin() -> None:
@@ -85,7 +85,7 @@ def measure(name: str, budget: float | None) -> Line:
 
 
 def table(lines: Iterable[Line]) -> Table:
-    """Each budget beside the same model's dense side."""
+    """A table with a row per model and budget, beside the dense model."""
     cells = latest(lines, ("model", "budget"))
     headings = ("model", "budget", "parameters", "optimizer, MiB", "gradients, MiB", "peak of a step, MiB", "to dense")
     shown = Table(*headings)

@@ -45,7 +45,7 @@ MODELS = {
 
 
 def stepper(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], float]:
-    """A function that trains one step and returns its seconds, those of a GPU's last kernel among them."""
+    """A function that trains one step and returns its seconds, up to the end of a GPU's last kernel."""
     wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
     optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(model), lr=1e-3)
 
@@ -63,7 +63,7 @@ def stepper(model: nn.Module, inputs: Tensor, targets: Tensor) -> Callable[[], f
 
 
 def measure(name: str, budget: float, morph: str, repetitions: int, device: str) -> dict[str, object]:
-    """Both sides' step times in ms, and their ratio by medians and by the fastest steps."""
+    """Step times of both sides in ms, and their ratios by medians and by the fastest steps."""
     torch.manual_seed(0)
     build, *samples = MODELS[name]()
     inputs, targets = (sample.to(device) for sample in samples)

@@ -165,10 +165,10 @@ def _of(name: str, function: Callable[[str], str], tasks: Iterable[str]) -> dict
 TABLES: dict[str, Callable[[], str]] = {
     **_of("longer", longer, LONGER_NAMES),
     **_of("larger", larger, LARGER_NAMES),
-    **_of("decay", lambda task: decays(task, 0.1), further_suites.WAYS),
+    **_of("decay", lambda task: decays(task, 0.1), further_suites.OPTION_TASKS),
     "decay-lstm-2": lambda: decays("lstm", LOW),
-    **_of("teacher", teacher, further_suites.WAYS),
-    **_of("pruned", pruned, further_suites.WAYS),
+    **_of("teacher", teacher, further_suites.OPTION_TASKS),
+    **_of("pruned", pruned, further_suites.OPTION_TASKS),
     **_of("search", search, searches.TASKS),
     "search-beside-controls": beside_controls,
 }

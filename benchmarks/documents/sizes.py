@@ -1,4 +1,4 @@
-"""Tables of quality at a size: banks and whatever else has as many parameters, beside the dense model."""
+"""Tables of quality by size: banks and other methods with as many parameters, beside the dense model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MAPPED = {"shape": "one per shape", "pretrain": "plan by `pretrain`"}
 
 
 def quality(runs: Sequence[Line]) -> str:
-    """The accuracy where there is one, else the loss: mean, and each seed (of many: their standard deviation)."""
+    """Text of the accuracy, or of the loss if the task has none: mean, and each seed (of many, the standard deviation)."""
     if "validation_accuracy" in runs[0]:
         return mean([100 * run["validation_accuracy"] for run in runs], ".1f", " %")
     return losses(runs)
@@ -52,7 +52,7 @@ def mean_of(runs: Iterable[Line], what: str = "validation_loss") -> float:
 
 
 def methods(task: str, budget: float) -> dict[str, tuple[float, list[Line]]]:
-    """kind → its best rate and its runs there, of the kinds that were measured at this budget."""
+    """kind → its best learning rate and its runs there, for kinds that were measured at this budget."""
     lines = lines_of("quality")
     known = best_rates(lines, budget)
     found = {kind: at_best(lines, task, kind, budget) for kind in KINDS if (task, kind) in known}
@@ -62,7 +62,7 @@ def methods(task: str, budget: float) -> dict[str, tuple[float, list[Line]]]:
 
 
 def by_mapping(task: str) -> dict[str, list[Line]]:
-    """Banks of 10 % by another mapping than the default, at its best rate: mapping → runs, where all seeds were measured."""
+    """mapping → runs of 10 % banks by it, at the default's best learning rate, where all seeds were measured."""
     found: dict[str, list[Line]] = {}
     for line in latest((line for line in lines_of("searches") if line["task"] == task), ("mapping", "seed")).values():
         found.setdefault(line["mapping"], []).append(line)
@@ -74,7 +74,7 @@ def by_mapping(task: str) -> dict[str, list[Line]]:
 
 
 def of_wider(task: str) -> list[Line]:
-    """Wider models' banks, as small as the usual one's of 10 %: at the better rate with the most seeds."""
+    """Runs of a wider model's bank, as small as the usual 10 % bank, at the better learning rate with the most seeds."""
     known = {identity(line): line for line in lines_of("quality")}
     by_rate: dict[float, list[Line]] = {}
     for one in wider((task,)):
@@ -84,7 +84,7 @@ def of_wider(task: str) -> list[Line]:
 
 
 def mappings() -> str:
-    """Banks of 10 % by the default mapping, by the one before, and one per shape."""
+    """Losses of 10 % banks by the default mapping, by the former default, and by a bank per shape."""
     known = {identity(line): line for line in lines_of("quality")}
     rows = []
     for task in MODELS:
@@ -101,7 +101,7 @@ def mappings() -> str:
 
 
 def at(budget: float, task: str) -> str:
-    """Each kind at its best rate, best mean loss first; other mappings at the default's, wider models at the better of two."""
+    """Each kind at its best learning rate, best first; other mappings at the default's, wider models at the better of two."""
     named = [(KINDS[kind], runs) for kind, (_, runs) in methods(task, budget).items()]
     if budget == 0.1:
         mapped = by_mapping(task)
@@ -118,7 +118,7 @@ def at(budget: float, task: str) -> str:
 
 
 def in_short() -> str:
-    """The two larger tasks, for README."""
+    """Quality of dense, bank and small dense model on two tasks, for README."""
     names = {"dense": "dense", "shared": "**10 % bank**", "equal": "dense, as small as that"}
     rows = []
     for task in ("gpt", "wrn"):
@@ -133,7 +133,7 @@ def in_short() -> str:
 
 
 def goals() -> str:
-    """Per task: how far the 10 % bank is from dense, and from the best of whatever else is as small."""
+    """Distance of the 10 % bank to dense on each task, and the best other method of its size."""
     rows = []
     for task in MODELS:
         found = {kind: runs for kind, (_, runs) in methods(task, 0.1).items()}
@@ -182,7 +182,7 @@ def _beside(bank: Sequence[Line], other: Sequence[Line]) -> str:
 
 
 def on_curves(task: str, mapping: str | None = None) -> dict[float, list[Line]]:
-    """budget → its runs at the better of the rates tried: where all seeds were measured at one, there."""
+    """budget → its runs at the better learning rate, among those with the most seeds."""
     known = {identity(line): line for line in lines_of("quality")}
     found = {}
     for budget in CURVE:
@@ -197,11 +197,11 @@ def on_curves(task: str, mapping: str | None = None) -> dict[float, list[Line]]:
 
 
 EARLIER = {"one bank per range of scales": "scale", "a bank per shape": "shape"}
-"""Mappings that were the default when curves were measured, in words."""
+"""Former default mappings with measured curves: words → mapping."""
 
 
 def curve() -> str:
-    """Quality by budget, a column per task, means of all seeds (in brackets how many, where it is not all).
+    """Quality by budget, a column per task, means of all seeds (in brackets the number, if it is not all).
 
     Earlier defaults have rows from a budget of 1 on, and elsewhere where the present one was not measured.
     """

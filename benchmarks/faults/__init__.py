@@ -1,1 +1,1 @@
-"""What a run survives."""
+"""Faults, and how runs survive them."""

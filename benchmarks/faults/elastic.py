@@ -2,8 +2,8 @@
 
     sudo python -m benchmarks.faults.elastic [--budgets 10% null] [--repetitions 3]
 
-Seconds from the start of a host that joins (or from the death of one) to the first forward of the new group, shared and dense, and
-the steps that are made again. Hosts share their disk, on which the checkpoints are. Writes results/elastic/.
+Measures the seconds from a host's start (or death) to the first forward of the new set of ranks, shared and dense, and the steps
+that are repeated. Hosts share the disk with the checkpoints. Writes results/elastic/.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Elastic:
         launcher, program = self.command
         there = self.lab.network.hosts[host].address
         variables = {"FAULT": "mark 0 1", "FAULT_MARK": str(self.mark), "GLOO_SOCKET_IFNAME": self.lab.network.device}
-        # Else one who joins waits for an address that was told in a former round only (torch 2.13).
+        # Without it, a joining node waits for an address that was given in an earlier round only (torch 2.13).
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with (self.folder / f"host-{host}.log").open("wb") as log:
             # Else torchrun guesses by names, which all hosts share here.
@@ -76,13 +76,13 @@ class Elastic:
             self.hosts[host] = self.lab.start(host, argv, environment_of(variables), log)
 
     def leave(self, host: int) -> None:
-        """A host dies, with all that runs there."""
+        """Kills a host, with all that runs there."""
         launcher = psutil.Process(self.hosts.pop(host).pid)
         for process in (launcher, *launcher.children(recursive=True)):
             process.kill()
 
     def after(self, change: Callable[[], None]) -> dict[str, Any]:
-        """Makes a change of the group, and waits for the first forward of the next one, and for a checkpoint of its."""
+        """Changes the set of ranks, and waits for the first forward of the new set and for its first checkpoint."""
         self.mark.unlink(missing_ok=True)
         known = {host: len(sentences(self.folder / f"host-{host}.log")) for host in self.hosts}
         time.sleep(self.dice.uniform(0, TO_CHECKPOINT_SECONDS))  # not always just after a checkpoint
@@ -105,14 +105,14 @@ class Elastic:
 
 
 def lost(said: list[str]) -> int | None:
-    """Steps that are made again, by what the ranks said; None where nobody has said anything."""
-    told = [(re.search(r"after step (\d+)", line), re.search(r"checkpoints/step-(\d+)", line)) for line in said]
-    made = [int(at[1]) - int(saved[1]) for at, saved in told if at and saved]
+    """Number of repeated steps, from the ranks' messages; None if there is no message."""
+    named = [(re.search(r"after step (\d+)", line), re.search(r"checkpoints/step-(\d+)", line)) for line in said]
+    made = [int(at[1]) - int(saved[1]) for at, saved in named if at and saved]
     return max(made, default=None)
 
 
 def measure(budget: str, dice: random.Random) -> list[dict[str, Any]]:
-    """One job: what each change of its group costs."""
+    """Runs one job and measures the cost of each change of its ranks."""
     found = []
     with (
         tempfile.TemporaryDirectory() as name,

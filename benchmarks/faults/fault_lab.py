@@ -1,4 +1,4 @@
-"""Runs of a recipe on the lab's hosts in which something goes wrong, and what is left afterwards."""
+"""Runs of a recipe on the lab's hosts with a fault, and their outcome."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ START_SECONDS = 400  # until the fault, and for a run without one: the start of 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """Outcome of a run.
 
     Args:
-        codes: exit codes of the hosts' launchers
-        said: what the processes said in one sentence each, in the order of the hosts
-        detected: seconds from the fault to the first such sentence, None if there was none
-        ended: seconds from the fault to the end of the last process, None if there was no fault
-        hung: it had to be killed
-        seconds: everything
+        codes: Exit codes of the hosts' launchers.
+        said: One-sentence messages of the processes, in the order of the hosts.
+        detected: Seconds from the fault to the first such message; None without a message.
+        ended: Seconds from the fault to the end of the last process; None without a fault.
+        hung: Whether the run had to be killed.
+        seconds: Duration of the whole run.
     """
 
     codes: list[int]
@@ -58,8 +58,8 @@ def run_on(
     """Runs `dist-ssn PROGRAM` on all hosts.
 
     Args:
-        fault: of `fault_model.py`: kind, rank, step.
-        act: what is done from outside once the fault is there, called again and again with the seconds since, until it says True.
+        fault: Kind, rank and step, as in `fault_model.py`.
+        act: Called with the seconds since the fault, again and again, until it returns True; acts from outside.
     """
     mark = folder / "mark"
     mark.unlink(missing_ok=True)
@@ -107,26 +107,26 @@ def start_on(
 
 
 def environment_of(variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's, with `variables`, and with this Python's programs first."""
+    """Environment of this process with `variables`, and with this Python's programs first."""
     environ = {**DEFAULTS, **os.environ, **variables}
     return {**environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])}
 
 
 def sentences(log: Path) -> list[str]:
-    """What dist-ssn itself said in a log."""
+    """Messages of dist-ssn itself in a log."""
     lines = log.read_text(errors="replace").splitlines()
     return [line.removeprefix("dist-ssn: ") for line in lines if line.startswith("dist-ssn: ")]
 
 
 def link(lab: Lab, host: int, up: bool) -> None:
-    """Takes a host's cable out, or puts it back."""
+    """Cuts a host's link, or restores it."""
     network = lab.network
     state = "up" if up else "down"
     subprocess.run(["ip", "-n", network.switch, "link", "set", network.hosts[host].port, state], check=True)
 
 
 def signal_all(processes: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    """To the launchers and all that they have started, as a scheduler does."""
+    """Sends a signal to the launchers and all processes that they started, as a scheduler does."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, number)
@@ -134,7 +134,7 @@ def signal_all(processes: Sequence[subprocess.Popen[bytes]], number: int) -> Non
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A disk of its own at `folder`."""
+    """Mounts a small disk at `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
     try:
@@ -144,7 +144,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 
 def fill(folder: Path, spare: int) -> Path:
-    """Fills the disk that `folder` is on, but for so many bytes."""
+    """Fills the disk of `folder`, and leaves a given number of bytes free."""
     ballast = folder / "ballast"
     with ballast.open("wb") as file:
         file.write(bytes(max(0, shutil.disk_usage(folder).free - spare)))
@@ -152,7 +152,7 @@ def fill(folder: Path, spare: int) -> Path:
 
 
 def last_checkpoint(run: Path) -> tuple[int, bool] | None:
-    """Step of the newest checkpoint, and whether all its files are as they were written."""
+    """Step of the newest checkpoint, and whether all its files are intact."""
     found = latest(run / "checkpoints")
     if found is None:
         return None
@@ -161,7 +161,7 @@ def last_checkpoint(run: Path) -> tuple[int, bool] | None:
 
 
 def result_of(run: Path) -> dict[str, Any] | None:
-    """What two runs are compared by, bit for bit: validation losses and the last checkpoint; None if it has not ended."""
+    """Validation losses and last checkpoint of a run, for a comparison bit for bit; None if the run has not ended."""
     if not (run / "summary.json").exists():
         return None
     summary = json.loads((run / "summary.json").read_text())

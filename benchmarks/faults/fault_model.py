@@ -1,7 +1,7 @@
-"""A small GPT that has an accident in one forward of one rank, as the variable FAULT says: `kind rank step`.
+"""A small GPT with a fault in one forward of one rank. The variable FAULT names it: `kind rank step`.
 
-The accident comes in the process's forward of that number. What the driver does from outside (to links, disks, all ranks at
-once) is the kind `mark`. Each writes the time into the file FAULT_MARK first.
+The fault comes in the process's forward of that number. The kind `mark` does nothing here: the driver acts from outside (on links,
+disks, all ranks at once). Every kind first writes the time into the file FAULT_MARK.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class FaultyGPT(nn.Module):
 
 
 def build(**arguments: Any) -> nn.Module:
-    """The recipe's model."""
+    """Builds the recipe's model."""
     return FaultyGPT(build_gpt(**arguments))
 
 
 def mark() -> None:
-    """Notes when the accident came."""
+    """Writes down the time of the fault."""
     path = Path(os.environ["FAULT_MARK"])
     path.with_suffix(".tmp").write_text(repr(time.time()))
     os.replace(path.with_suffix(".tmp"), path)

@@ -1,8 +1,8 @@
-"""Hostile files by the million: every reader refuses them by an error of ours, in bounded time and memory.
+"""Feeds changed files to every reader, by the million: each must refuse by an error of ours, in bounded time and memory.
 
     python -m benchmarks.faults.fuzz [--inputs 1000000] [--seed 0] [--readers plan cluster ...]
 
-Writes results/fuzz/, one line per reader. An input that makes a reader fail in any other way is printed, and is the exit code.
+Writes results/fuzz/, one line per reader. Any other failure is printed with its input, and sets the exit code.
 Memory: no thousand readings may take the process's address space 16 MiB further, touched or not; and of a sample, Python's own
 allocations are compared with those for the good file. A parser's tree of a text that does nothing but nest has some 250 bytes for
 each of its bytes.
@@ -27,7 +27,7 @@ WEIGHTS = {
     **{"plan": 35, "cluster": 20, "recipe": 2, "recipe-json": 3},
     **{"state.json": 12, "model.safetensors": 12, "optimizer.safetensors": 8, "plan.json": 5, "recipe.json": 3},
 }
-"""How the inputs are spread over the readers, in per cent: most to those that are quick."""
+"""Percentage of the inputs for each reader; quick readers get most."""
 SAMPLE = 200  # of so many inputs one is read with its memory traced, which is slow
 BETWEEN_LIMITS = 1000
 SLOW_SECONDS = 5.0
@@ -36,7 +36,7 @@ EXCESS = 400.0  # bytes of Python's that a byte of a file may take beyond what t
 
 
 def fuzz(readers: Readers, name: str, inputs: int, seed: int) -> dict[str, Any]:
-    """Reads `inputs` changed files; what is found wrong is printed."""
+    """Feeds `inputs` changed files to a reader, and prints every failure."""
     dice = random.Random(f"{name} {seed}")
     good = readers.seeds[name]
     for _ in range(20):  # imports and caches are not an input's
@@ -74,7 +74,7 @@ def fuzz(readers: Readers, name: str, inputs: int, seed: int) -> dict[str, Any]:
 
 
 def traced_peak(readers: Readers, name: str, data: bytes) -> int:
-    """Bytes that Python allocates, at most at once, to read `data`."""
+    """Peak of Python's allocations in bytes while `data` is read."""
     tracemalloc.start()
     try:
         readers.accepts(name, data)
@@ -84,7 +84,7 @@ def traced_peak(readers: Readers, name: str, data: bytes) -> int:
 
 
 def limit_memory() -> None:
-    """What needs more than SPARE_BYTES from now on is a MemoryError, which is no error of ours.
+    """Makes every allocation of more than SPARE_BYTES from now on a MemoryError, which is no error of ours.
 
     Not once for all: allocators keep what they have split up, some 100 bytes per reading.
     """

@@ -1,4 +1,4 @@
-"""A job that Slurm requeues in the middle, against the same job undisturbed, on several numbers of nodes.
+"""Compares a job that Slurm requeues in the middle with the undisturbed job, on several numbers of nodes.
 
     python -m benchmarks.faults.requeue [--nodes 2 3] [--signal]
 
@@ -32,7 +32,7 @@ LIMIT_SECONDS = 900
 
 
 def submit(nodes: int, folder: Path) -> str:
-    """Hands in a job; returns its number."""
+    """Submits a job and returns its number."""
     here = {"MASTER_ADDR": "127.0.0.1", "INTERFACE": "lo", "PROCESSES": "1", "OMP_NUM_THREADS": "1"}
     command = [
         "sbatch",
@@ -49,7 +49,7 @@ def submit(nodes: int, folder: Path) -> str:
 
 
 def state(job: str) -> tuple[str, int]:
-    """The job's state, and how often Slurm has started it again."""
+    """State of the job, and the number of restarts by Slurm."""
     shown = subprocess.run(["scontrol", "show", "job", job], check=True, capture_output=True, text=True).stdout
     found = re.search(r"JobState=(\w+)", shown), re.search(r"Restarts=(\d+)", shown)
     assert found[0] and found[1]
@@ -57,7 +57,7 @@ def state(job: str) -> tuple[str, int]:
 
 
 def until(job: str, states: tuple[str, ...], step: int | None, run: Path) -> None:
-    """Waits for one of `states`, and for a checkpoint of at least `step`."""
+    """Waits for one of `states` and for a checkpoint of at least `step`."""
     deadline = time.time() + LIMIT_SECONDS
     while time.time() < deadline:
         there = latest(run / "checkpoints")
@@ -71,7 +71,7 @@ def until(job: str, states: tuple[str, ...], step: int | None, run: Path) -> Non
 
 
 def run(nodes: int, requeued: bool, signalled: bool = False) -> dict[str, Any]:
-    """The job until its end."""
+    """Runs the job to its end."""
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

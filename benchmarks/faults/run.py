@@ -1,9 +1,9 @@
-"""What a run survives: each fault on four emulated hosts at 100 Mbit/s, under DDP and ZeRO-1; then the run is started again.
+"""Causes each fault on four emulated hosts at 100 Mbit/s, under DDP and ZeRO-1, then starts the run again and compares.
 
     sudo python -m benchmarks.faults.run [--faults NAME ...] [--engines ddp zero-1] [--table]
 
-Writes results/faults/, one line per fault and engine, and leaves out what this commit has measured already. --table: shows what is
-there, and measures nothing.
+Writes results/faults/, one line per fault and engine, and skips what this commit has measured already. --table: shows the measured
+lines, and measures nothing.
 """
 
 from __future__ import annotations
@@ -64,8 +64,18 @@ Act = Callable[[Lab, list[subprocess.Popen[bytes]], float], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """kind: of `fault_model.py`. act: what is done from outside. rank: whose accident it is. made: steps made when it is noticed,
-    where no sentence says so."""
+    """A fault.
+
+    Args:
+        kind: Kind in `fault_model.py`.
+        act: Acts from outside once the fault is there.
+        rank: Rank with the fault.
+        at: Step of the fault.
+        loss_percent: Packet loss of the links.
+        disk_mb: Size of the disk for the run's folder; None: no limit.
+        truncate: Whether the newest checkpoint is truncated before the restart.
+        made: Number of steps made at detection, if no message says it.
+    """
 
     kind: str
     act: Act | None = None
@@ -115,7 +125,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def program(engine: str, output: Path, resume: bool = False) -> list[str]:
-    """The training of one engine."""
+    """Command line that trains under one engine."""
     settings = [f"--{key}={value}" for key, value in SETTINGS.items()] + ENGINES[engine]
     going_on = ["--checkpoint.resume=true"] if resume else []
     return ["train", "--no-progress", f"--output={output}", *settings, *going_on]
@@ -129,7 +139,7 @@ def lab_of(loss_percent: float) -> Iterator[tuple[Lab, Any]]:
 
 
 def measure(engine: str, fault: Fault, reference: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The fault, and the run that is started after it."""
+    """Causes the fault, starts the run again, and compares it with the undisturbed run."""
     run = folder / "run"
     with lab_of(fault.loss_percent) as (lab, cluster):
         act = fault.act if fault.disk_mb is None else _fill_disk(folder)
@@ -174,7 +184,7 @@ def measure(engine: str, fault: Fault, reference: dict[str, Any], folder: Path) 
 
 
 def undisturbed(engine: str) -> dict[str, Any]:
-    """The same run, to which nothing happens."""
+    """Result of the same run without a fault."""
     with tempfile.TemporaryDirectory() as folder, lab_of(0) as (lab, cluster):
         quiet = run_on(lab, cluster, program(engine, Path(folder)), Path(folder), "none 0 0")
         result = result_of(Path(folder) / "run")

@@ -1,8 +1,8 @@
-"""Training on four emulated hosts for hours, with a random fault every few minutes; then the same steps undisturbed.
+"""Trains on four emulated hosts for hours, with a random fault every few minutes; then the same steps undisturbed.
 
     sudo python -m benchmarks.faults.soak [--minutes 120] [--every 180] [--seed 0]
 
-What a scheduler does is done here too: a job that has ended is started again, with SLURM_RESTART_COUNT, and goes on by itself.
+As a scheduler does, it restarts a job that has ended, with SLURM_RESTART_COUNT, and the job continues by itself.
 Writes results/soak/: a line per fault, and one of the whole: whether losses, parameters and optimizer state are bit for bit those
 of the undisturbed run, and how memory and open files of each process grew. The link is slow, so that the steps wait for it and
 not for this machine's processors, which four ranks share.
@@ -44,7 +44,7 @@ LONG_RUN = {"evaluate_every": 500, "checkpoint.every": 100, "checkpoint.keep": 3
 
 
 class Job:
-    """The run on the lab's hosts: started, disturbed, watched, started again."""
+    """A run on the lab's hosts that is started, disturbed, watched and restarted."""
 
     def __init__(self, folder: Path, steps: int, engine: str, mbit: float = MBIT) -> None:
         cluster = load_cluster("emulated-100mbit")
@@ -58,7 +58,7 @@ class Job:
         self.samples: dict[psutil.Process, list[tuple[float, int, int]]] = {}
 
     def start(self, *more: str) -> None:
-        """Starts it, as often as it has ended."""
+        """Starts the job, or restarts it after its end."""
         end_processes(self.lab.network.namespaces)
         variables = {"FAULT": "none 0 0", "FAULT_MARK": str(self.folder / "mark")}
         variables |= {"SLURM_RESTART_COUNT": str(self.starts)}
@@ -89,7 +89,7 @@ class Job:
             self.samples.setdefault(worker, []).append(row)
 
     def watch(self, seconds: float) -> bool:
-        """Samples for so long, or until the job ends; whether it still runs."""
+        """Takes samples for a given time or until the job ends. Returns whether it still runs."""
         end = time.time() + seconds
         while time.time() < end and self.runs():
             self.sample()
@@ -97,7 +97,7 @@ class Job:
         return self.runs()
 
     def step(self) -> int:
-        """Of the newest checkpoint."""
+        """Step of the newest checkpoint."""
         found = latest(self.folder / "run" / "checkpoints")
         return int(found.name.removeprefix("step-")) if found is not None else 0
 
@@ -150,7 +150,7 @@ def _terminate_all(job: Job, _: int) -> None:
 
 
 def _truncate(job: Job, host: int) -> None:
-    """The newest checkpoint is cut off while nobody runs; the one before is whole."""
+    """Truncates the newest checkpoint while no process runs; the one before stays whole."""
     _kill_host(job, host)
     job.watch(LONGEST_SECONDS)
     newest = latest(job.folder / "run" / "checkpoints")
@@ -172,7 +172,7 @@ FAULTS: dict[str, Callable[[Job, int], None]] = {
 
 
 def disturb(job: Job, name: str, host: int) -> dict[str, Any]:
-    """One fault, and the job until its next checkpoint: a start again where it has ended."""
+    """Causes one fault and runs the job to its next checkpoint, with a restart if it has ended."""
     before, began = job.step(), time.time()
     FAULTS[name](job, host)
     hung = not _until(lambda: not job.runs() or job.step() > before, job)
@@ -199,7 +199,7 @@ def _until(condition: Callable[[], bool], job: Job) -> bool:
 
 
 def growth(job: Job) -> dict[str, Any]:
-    """How memory and open files of the processes that lived long enough grew from the end of their warming up to their end."""
+    """Growth of memory and open files from warm-up to end, of the processes that lived long enough."""
     memory, files, alive, first = [], [], [], []
     for rows in job.samples.values():
         warm = [(age, rss, fds) for age, rss, fds in rows if age > WARM_SECONDS]
@@ -220,7 +220,7 @@ def growth(job: Job) -> dict[str, Any]:
 
 
 def finish(job: Job, steps: int) -> dict[str, Any] | None:
-    """Ends the run at the step that it has reached, as a run of so many steps ends."""
+    """Ends the run at its present step, as a run with this number of steps ends."""
     job.start(f"--steps={steps}", "--checkpoint.resume=true")
     job.watch(600)
     return result_of(job.folder / "run")

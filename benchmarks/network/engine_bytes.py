@@ -1,4 +1,4 @@
-"""What each engine sends per step and keeps per rank, dense and shared, beside what theory says.
+"""Bytes that each engine sends per step and keeps per rank, dense and shared, beside the theory.
 
 python -m benchmarks.network.engine_bytes [--ranks 2 4]     # all engines; writes results/engine_bytes/
 """
@@ -40,7 +40,7 @@ STEP_PURPOSES = ("gradients", "parameters", "buffers", "other")
 
 
 def measure(column: str, budget: float | None, rank: int, world_size: int) -> dict[str, Any]:
-    """What a step sends, after the first two, and the optimizer's bytes on this rank."""
+    """Bytes of a step after the first two, and bytes of the optimizer state on this rank."""
     torch.manual_seed(0)
     model = build_gpt(vocabulary=256, layers=4, width=128, heads=4, context=32)
     if budget is not None:
@@ -80,11 +80,17 @@ def measure(column: str, budget: float | None, rank: int, world_size: int) -> di
 
 
 def theory(column: str, trainable: int, ranks: int, banks: int = 0) -> float:
-    """Bytes on the wire, by the ring formula, of one step of so many numbers in fp32, `banks` of them in banks.
+    """Bytes on the wire of one step in fp32, by the ring formula.
 
     An all-reduce of everything, or its two halves: reduce-scatter, then all-gather (Rajbhandari et al. 2020, section 7). DeepSpeed
-    (0.19) does the first half of stages 1 and 2 by an all-reduce, unless told otherwise (use_multi_rank_bucket_allreduce).
+    (0.19) does the first half of stages 1 and 2 by an all-reduce, unless configured otherwise (use_multi_rank_bucket_allreduce).
     PowerSGD leaves vectors as they are, and a bank is one.
+
+    Args:
+        column: An engine and its options.
+        trainable: Number of trainable parameters.
+        ranks: Number of ranks.
+        banks: Number of those parameters that are in banks.
     """
     halves = {"zero-1": 3, "zero-2": 3, "ddp, fp16 hook": 1}.get(column, 2)
     if "sums" in column:  # each bank as often as there are partial sums
@@ -131,10 +137,10 @@ def main() -> None:
                 results.add(line)
             for column in columns:
                 dense, shared = (line for line in found if line["engine"] == column)
-                told = shared["ring_bytes"] / theory(column, shared["trainable"], ranks, shared["banks"])
+                over_theory = shared["ring_bytes"] / theory(column, shared["trainable"], ranks, shared["banks"])
                 ratio = dense["ring_bytes"] / shared["ring_bytes"]
                 bytes_ = [f"{line[key]:,.0f}" for key in ("ring_bytes", "optimizer_bytes") for line in (dense, shared)]
-                table.add_row(str(ranks), column, *bytes_[:2], f"{told:.3f}", f"{ratio:.2f}", *bytes_[2:])
+                table.add_row(str(ranks), column, *bytes_[:2], f"{over_theory:.3f}", f"{ratio:.2f}", *bytes_[2:])
     Console(width=150).print(table)
 
 

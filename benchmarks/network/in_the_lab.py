@@ -1,4 +1,4 @@
-"""The emulated cluster with other links than its file says, programs on its hosts, and a quiet way to run them."""
+"""The emulated cluster with other links than those of its file, and programs on its hosts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cluster_file(
     delay_ms: float = 0,
     loss_percent: float = 0,
 ) -> str:
-    """Writes a cluster file into `folder`; what is not given is as in emulated-100mbit. Returns its path."""
+    """Writes a cluster file into `folder` and returns its path. Other facts are those of emulated-100mbit."""
     cluster = load_cluster("emulated-100mbit")
     facts: dict[str, Any] = {
         key: value for key, value in dataclasses.asdict(cluster).items() if value and key not in ("name", "within")
@@ -42,14 +42,19 @@ def cluster_file(
 def in_the_lab(cluster: str, logs: Path, program: Sequence[str]) -> None:
     """Runs `program` (a command of dist-ssn, or a script and its arguments) on all hosts; their logs go to `logs`.
 
-    Raises: SystemExit, as `quietly`.
+    Raises:
+        SystemExit: As `quietly`.
     """
     lab = ["-m", "dist_ssn.cli", "lab", "run", f"--cluster={cluster}", f"--logs={logs}"]
     quietly([*lab, "--", *program])
 
 
 def quietly(arguments: Sequence[str], **environment: str) -> str:
-    """What Python, run with these arguments, has printed. Raises: SystemExit with the end of all it said, when it fails."""
+    """Output of Python with these arguments.
+
+    Raises:
+        SystemExit: The program failed; with the end of its output.
+    """
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, **environment}, check=False
     )

@@ -1,4 +1,4 @@
-"""What the network interface says was sent, beside what the meter says, on emulated hosts.
+"""Bytes sent by the counters of the network interface, beside those of the meter, on emulated hosts.
 
     sudo python -m benchmarks.network.interface_bytes --hosts h0 h1 --address 10.77.0.1
 
@@ -26,17 +26,17 @@ PORT = 29_611
 
 
 def sent(host: str, device: str) -> int:
-    """Bytes that the host's device has sent so far."""
+    """Bytes that the host's network device has sent so far."""
     path = f"/sys/class/net/{device}/statistics/tx_bytes"
     text = subprocess.run(["ip", "netns", "exec", host, "cat", path], capture_output=True, text=True, check=True).stdout
     return int(text)
 
 
 def run_on(hosts: list[str], address: str, device: str, program: list[str]) -> str:
-    """Runs `dist-ssn PROGRAM` in one process on each host; returns what the first one printed.
+    """Runs `dist-ssn PROGRAM` in one process on each host and returns the output of the first.
 
     Raises:
-        SystemExit: a process failed; its own message stands above.
+        SystemExit: A process failed; its own message is on the terminal.
     """
     processes = []
     for rank, host in enumerate(hosts):
@@ -65,14 +65,14 @@ def run_on(hosts: list[str], address: str, device: str, program: list[str]) -> s
 
 
 def train_on(hosts: list[str], address: str, device: str, recipe: list[str], folder: str) -> dict[str, Any]:
-    """Trains the quick start with these settings, one process on each host; returns its summary."""
+    """Trains the quick start with these settings, one process on each host, and returns its summary."""
     program = ["train", "--config", "quickstart", f"--output={folder}", "--schedule.warmup=1", *recipe]
     run_on(hosts, address, device, program)
     return json.loads((Path(folder) / "quickstart" / "summary.json").read_text())
 
 
 def measure(arguments: argparse.Namespace, budget: str | None, folder: str) -> dict[str, object]:
-    """The meter's and the interfaces' figures per rank and step."""
+    """Bytes per rank and step, by the meter and by the interfaces."""
     before = [sent(host, arguments.device) for host in arguments.hosts]
     recipe = [f"--steps={arguments.steps}", f"--evaluate_every={arguments.steps}"]
     recipe += [f"--share.budget={json.dumps(budget) if budget is None else budget}"]

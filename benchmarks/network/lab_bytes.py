@@ -1,9 +1,9 @@
-"""Bytes that four emulated hosts send, by their network devices, over what the plan says, for each engine.
+"""Bytes that four emulated hosts send, by their network devices, over the plan's figure, for each engine.
 
     sudo python -m benchmarks.network.lab_bytes [--steps 1000] [--engines ddp zero-1 mpi] [--recipe batch_size=4]
 
 Each is `dist-ssn lab run` of the quick start at a budget of 50 %, start, evaluation, metrics and packet headers included. The
-plan's figure is what all steps need by the ring formula (benchmarks.network.engine_bytes). A full Ethernet frame of TCP carries
+plan's figure is the need of all steps by the ring formula (benchmarks.network.engine_bytes). A full Ethernet frame of TCP carries
 1448 bytes in 1514, so that nothing can be below 1.046 of it. Writes results/lab_bytes/.
 """
 
@@ -30,7 +30,7 @@ ENGINES = {
 
 
 def measure(engine: str, steps: int, recipe: list[str]) -> dict[str, Any]:
-    """One run, with the counters of its hosts."""
+    """Runs one engine and reads the counters of its hosts."""
     launcher, settings = ENGINES[engine]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,9 +1,9 @@
-"""What a network's delay takes of a step, by the rounds that a way to send needs; measured, and as `dist-ssn plan` says it.
+"""Time that a network's delay adds to a step, by overlap setting; measured, and as `dist-ssn plan` predicts it.
 
     sudo python -m benchmarks.network.latency [--delay-ms 0 10 50] [--repetitions 3]
     python -m benchmarks.network.latency --table
 
-Two emulated hosts, one per core, on links of 100 Mbit/s that hold every packet so long. Resumable; writes results/latency/.
+Two emulated hosts, one per core, on links of 100 Mbit/s that delay every packet. Resumable; writes results/latency/.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ KEYS = ("side", "delay_ms", "repetition")
 
 
 def measured(delay_ms: float, sides: Iterable[str]) -> Iterable[Line]:
-    """These sides on such links, each beside its prediction."""
+    """Measures these sides on such links, each beside its prediction."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         compute = calibrate(HOSTS, MODEL, BUDGET, folder)
         cluster = cluster_file(folder, hosts=HOSTS, mbit=MBIT, delay_ms=delay_ms)
-        told = predict(cluster, MODEL, BUDGET, compute)
+        predicted = predict(cluster, MODEL, BUDGET, compute)
         for side in sides:
-            way = SIDES[side]
-            recipe = overlap.SIDES[way][1:]  # what comes first is the budget
+            setting = SIDES[side]
+            recipe = overlap.SIDES[setting][1:]  # what comes first is the budget
             ms = measure(cluster, "ddp", MODEL, None if side == "dense" else BUDGET, folder, recipe)["ms_per_step"]
-            said = {"predicted_ms_per_step": told[way]["ms_per_step"], "rounds": told[way]["rounds"]}
+            said = {"predicted_ms_per_step": predicted[setting]["ms_per_step"], "rounds": predicted[setting]["rounds"]}
             yield {"side": side, "delay_ms": delay_ms, "ms_per_step": ms, **said}
 
 
 def table(lines: Iterable[Line]) -> Table:
-    """Medians by side and delay, beside what was predicted last (`lines` are oldest first)."""
+    """A table of medians by side and delay, beside the newest predictions (`lines` are oldest first)."""
     lines = list(lines)
     delays = sorted({line["delay_ms"] for line in lines})
     shown = Table("side", "messages per step", *(f"{delay:g} ms: ms per step; predicted" for delay in delays))
@@ -75,8 +75,8 @@ def main() -> None:
             missing = [side for side in SIDES if (side, delay, repetition) not in done]
             for line in measured(delay, missing) if missing else ():
                 results.add({**line, "repetition": repetition})
-                told = f"{line['ms_per_step']:.0f} ms, predicted {line['predicted_ms_per_step']:.0f}"
-                print(f"{line['side']}, {delay:g} ms of delay: {told}", flush=True)
+                shown = f"{line['ms_per_step']:.0f} ms, predicted {line['predicted_ms_per_step']:.0f}"
+                print(f"{line['side']}, {delay:g} ms of delay: {shown}", flush=True)
     Console(width=140).print(table(results.lines()))
 
 

@@ -1,9 +1,9 @@
-"""`dist-ssn` whose DDP engine synchronizes by another method's rule: baselines, for dense models and for banks.
+"""`dist-ssn` with a DDP engine that synchronizes by another method: baselines, for dense models and for banks.
 
-    torchrun … benchmarks/methods.py powersgd:2 train --config …
+    torchrun … benchmarks/network/methods.py powersgd:2 train --config …
 
-`powersgd:RANK`, `local:PERIOD` (post-local SGD), `diloco:PERIOD`, `demo:K`. Checkpoints would not hold what a method keeps
-(error feedback, the outer momentum), and evaluation is each process's own model's, so a run should end on a whole period.
+`powersgd:RANK`, `local:PERIOD` (post-local SGD), `diloco:PERIOD`, `demo:K`. Checkpoints do not hold a method's own state
+(error feedback, the outer momentum), and each process evaluates its own model. So a run should end on a whole period.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ START = 5
 
 
 class Method(DDPEngine):
-    """`number` is what stands behind the colon."""
+    """A method of synchronization. `number` is its parameter, behind the colon."""
 
     number: ClassVar[int]
 
@@ -39,7 +39,7 @@ class Method(DDPEngine):
 
 
 class PowerSGD(Method):
-    """PyTorch's hook (Vogels et al., arXiv 1905.13727) of that rank.
+    """PowerSGD of rank `number`, by PyTorch's hook (Vogels et al., arXiv 1905.13727).
 
     All in one bucket: the hook's later rounds are started by gloo's threads, in any order of the buckets.
     """
@@ -54,7 +54,7 @@ class PowerSGD(Method):
 
 
 class PostLocalSGD(Method):
-    """The mean of all models every `number` steps, by PyTorch's hook and averager (Lin et al., arXiv 1808.07217)."""
+    """Post-local SGD: averages all models every `number` steps, by PyTorch's hook and averager (Lin et al., arXiv 1808.07217)."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -70,7 +70,7 @@ class PostLocalSGD(Method):
 
 
 class DiLoCo(Method):
-    """`number` steps of the recipe's optimizer alone, then one of Nesterov's on the mean change of all.
+    """DiLoCo: `number` local steps of the recipe's optimizer, then one Nesterov step on the mean change of all processes.
 
     Douillard et al., arXiv 2311.08105; the outer rate and momentum are the paper's.
     """
@@ -104,7 +104,7 @@ class DiLoCo(Method):
 
 
 class DeMo(Method):
-    """Sends the `number` largest cosine coefficients of each chunk of the momentum, and keeps the rest.
+    """DeMo: sends the `number` largest cosine coefficients of each chunk of the momentum, and keeps the rest.
 
     Peng et al., arXiv 2411.19870. Chunks of at most 64 numbers in each dimension; the sign of the mean of all is the update. The
     recipe's optimizer must be SGD without momentum. Values travel as 4 bytes, places as 2.
@@ -135,7 +135,7 @@ class DeMo(Method):
         return super().step()
 
     def _mean(self, values: list[Tensor], places: list[Tensor], shapes: list[torch.Size]) -> list[Tensor]:
-        """What all have sent, as updates of the parameters' shapes."""
+        """Mean of the messages of all processes, as updates in the parameters' shapes."""
         flat = torch.cat([value.flatten() for value in values])
         where = torch.cat([place.flatten() for place in places]).to(torch.int16)
         all_values = flat.new_empty(self.world_size * flat.numel())
@@ -171,7 +171,7 @@ def chunk_of(size: int) -> int:
 
 
 def cosines(values: Tensor) -> Tensor:
-    """[chunks, numbers in a chunk]: the transform of each chunk of a vector, or of a matrix, to which others are flattened."""
+    """Cosine transform of each chunk of a vector or matrix (others are flattened to a matrix), [chunks, elements of a chunk]."""
     matrix = values.flatten(1) if values.dim() > 1 else values[None]
     high, wide = (chunk_of(size) for size in matrix.shape)
     chunks = matrix.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).transpose(1, 2)
@@ -179,7 +179,7 @@ def cosines(values: Tensor) -> Tensor:
 
 
 def from_cosines(coefficients: Tensor, shape: torch.Size) -> Tensor:
-    """The reverse of `cosines`."""
+    """Inverse of `cosines`."""
     rows, columns = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape[0])
     high, wide = chunk_of(rows), chunk_of(columns)
     chunks = coefficients.view(rows // high, columns // wide, high, wide)
@@ -190,7 +190,11 @@ METHODS: dict[str, type[Method]] = {"powersgd": PowerSGD, "local": PostLocalSGD,
 
 
 def method(text: str) -> type[Method]:
-    """The engine that "name:number" names; a ValueError says what there is."""
+    """The engine that "name:number" names.
+
+    Raises:
+        ValueError: No such method; the message lists the known ones.
+    """
     name, _, number = text.partition(":")
     if name not in METHODS or not number.isdigit() or number == "0":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How long a step waits for the network, by each way to overlap communication, measured and as `dist-ssn plan` predicts it.
+"""Time that a step waits for the network, by overlap setting, measured and as `dist-ssn plan` predicts it.
 
     sudo python -m benchmarks.network.overlap --hosts h0 h1 h2 h3 --address 10.77.0.1 --cluster emulated-100mbit
 
@@ -25,14 +25,14 @@ WARM_UP = 10
 """Steps before those that count: processes connect, and DDP learns in which order its gradients come."""
 SIDES: dict[str, list[str]] = {
     "dense": ["--share.budget=null"],
-    **{way: ["--share.budget=10%", f"--engine.overlap={way}"] for way in ("none", "segments:4", "sums:2", "delay")},
-    **{way: ["--share.budget=10%", f"--share.mapping={way}"] for way in ("depth:2", "depth:4")},
+    **{name: ["--share.budget=10%", f"--engine.overlap={name}"] for name in ("none", "segments:4", "sums:2", "delay")},
+    **{name: ["--share.budget=10%", f"--share.mapping={name}"] for name in ("depth:2", "depth:4")},
 }
 """The names of `cost.alternatives` → recipe."""
 
 
 def measure(arguments: argparse.Namespace, recipe: list[str]) -> dict[str, Any]:
-    """Medians or means per step, as rank 0 saw them."""
+    """Medians or means per step, on rank 0."""
     total = WARM_UP + arguments.steps
     steps = [f"--steps={total}", f"--evaluate_every={WARM_UP}", "--evaluate_batches=1"]
     recipe = [f"--batch_size={arguments.batch_size}", *steps, *recipe]
@@ -50,15 +50,15 @@ def measure(arguments: argparse.Namespace, recipe: list[str]) -> dict[str, Any]:
 
 
 def predict(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Side → what `dist-ssn plan --cluster` says of it, with compute measured on all hosts."""
+    """Side → prediction of `dist-ssn plan --cluster`, with compute measured on all hosts."""
     program = ["plan", "--config", "quickstart", f"--batch_size={arguments.batch_size}", "--json"]
     said = run_on(arguments.hosts, arguments.address, arguments.device, [*program, f"--cluster={arguments.cluster}"])
-    told = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
-    return {row["way"]: row for row in told["ways"]}
+    predicted = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    return {row["way"]: row for row in predicted["ways"]}
 
 
 def table_of(lines: list[dict[str, Any]]) -> Table:
-    """Medians of what was measured, beside medians of what was predicted for the same runs."""
+    """A table of measured medians, beside the medians of the predictions for the same runs."""
     table = Table("side", "rounds", "logical B/step")
     for what in ("exposed ms", "step ms"):
         table.add_column(f"{what}: median (min-max)", justify="right")
@@ -68,10 +68,10 @@ def table_of(lines: list[dict[str, Any]]) -> Table:
         cells = []
         for key in ("exposed_ms_per_step", "ms_per_step"):
             values = [line[key] for line in mine]
-            told = statistics.median(line["predicted"][key] for line in mine)
+            predicted = statistics.median(line["predicted"][key] for line in mine)
             middle = statistics.median(values)
             cells.append(f"{middle:.0f} ({min(values):.0f}-{max(values):.0f})")
-            cells.append(f"{told:.0f} ({told / middle - 1:+.0%})")
+            cells.append(f"{predicted:.0f} ({predicted / middle - 1:+.0%})")
         table.add_row(side, f"{mine[0]['predicted']['rounds']}", f"{mine[0]['bytes_per_step_logical']:,}", *cells)
     return table
 
@@ -90,9 +90,9 @@ def main() -> None:
     results = ResultFile("overlap")
     common = {"cluster": arguments.cluster, "hosts": len(arguments.hosts), "batch_size": arguments.batch_size}
     for _ in range(0 if arguments.table else arguments.repetitions):
-        told = predict(arguments)
+        predicted = predict(arguments)
         for side, recipe in SIDES.items():
-            line = {**common, "steps": arguments.steps, **measure(arguments, recipe), "predicted": told[side]}
+            line = {**common, "steps": arguments.steps, **measure(arguments, recipe), "predicted": predicted[side]}
             results.add({"side": side, **line})
     lines = results.lines()
     Console(width=140).print(table_of([line for line in lines if line["commit"] == lines[-1]["commit"]]))

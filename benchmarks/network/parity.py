@@ -1,4 +1,4 @@
-"""Every engine against plain autograd in one process on the same global batch: losses and parameters after five steps.
+"""Compares every engine with plain autograd in one process on the same global batch: losses and parameters after five steps.
 
 python -m benchmarks.network.parity                                   # all engines, on 1, 2 and 4 processes; writes results/parity/
 torchrun --nproc-per-node=2 -m benchmarks.network.parity --worker ddp fsdp    # one line of JSON per cell, from rank 0
@@ -34,7 +34,7 @@ WORLDS = (1, 2, 4)
 
 
 class Variant(NamedTuple):
-    """What is done differently, and the relative difference that is allowed."""
+    """A variant of the training step, and the allowed relative difference."""
 
     tolerance: float = 1e-5
     accumulation: int = 1
@@ -53,7 +53,7 @@ VARIANTS = {
 
 
 class Checkpointed(nn.Module):
-    """Runs a model's whole forward again in backward."""
+    """Recomputes a model's whole forward in backward."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -107,7 +107,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tens
 
 
 def made(name: str, variant: Variant) -> tuple[nn.Module, Tensor, Tensor]:
-    """A shared model, and inputs and targets of all steps."""
+    """Builds a shared model, and inputs and targets of all steps."""
     torch.manual_seed(0)
     build, data = MODELS[name]
     model = dist_ssn.share(build(), 0.2)
@@ -125,7 +125,7 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor, variant: Variant)
 
 
 def refusal(name: str, variant: Variant) -> str | None:
-    """Why this processor cannot run the dense model so, if it can't: some have no 16-bit LSTM."""
+    """Reason why this processor cannot run the dense model in this variant, or None: some have no 16-bit LSTM."""
     build, data = MODELS[name]
     try:
         inputs, targets = data()
@@ -136,7 +136,7 @@ def refusal(name: str, variant: Variant) -> str | None:
 
 
 def alone(name: str, variant: Variant) -> tuple[list[float], dict[str, Tensor]]:
-    """Plain autograd on whole batches: losses, and parameters after the last step."""
+    """Trains by plain autograd on whole batches. Returns losses, and parameters after the last step."""
     model, inputs, targets = made(name, variant)
     optimizer = optimizer_of(model)
     losses = []
@@ -154,7 +154,7 @@ def alone(name: str, variant: Variant) -> tuple[list[float], dict[str, Tensor]]:
 def together(
     name: str, variant: Variant, kind: str, options: dict[str, Any], rank: int, ranks: int
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """The same by an engine, each rank with its part of the batch; parameters count on rank 0."""
+    """Trains by an engine, each rank with its part of the batch. Returns the same; parameters are valid on rank 0."""
     model, inputs, targets = made(name, variant)
     cls = engine_class(kind)
     model = cls.prepare(model)
@@ -219,7 +219,7 @@ def cells(
 
 
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative difference, by norms: of all banks, all gains and so on, and of all own parameters.
+    """Largest relative difference by norms, of all banks, all gains and so on, and of all own parameters.
 
     A bank of a stem has a dozen numbers, and in bf16 the sum of many rounded gradients for each: by itself it says nothing.
     """
@@ -234,7 +234,7 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def is_equal(cell: dict[str, Any]) -> bool:
-    """Whether a cell is as it should be: within its tolerance, or impossible on this processor."""
+    """Whether a cell passes: within its tolerance, or impossible on this processor."""
     return "why_not" in cell or max(cell["difference"], cell["loss_difference"]) <= cell["tolerance"]
 
 

@@ -1,4 +1,4 @@
-"""What `dist-ssn plan --cluster` says of a step, against the step in the lab: models × budgets × bandwidths × engines.
+"""Predictions of `dist-ssn plan --cluster` for a step, against the step in the lab: models × budgets × bandwidths × engines.
 
     sudo python -m benchmarks.network.prediction [--hosts 2] [--mbit 50 200] [--repetitions 3]
     python -m benchmarks.network.prediction --table
@@ -37,7 +37,7 @@ COMMON = ["--config=quickstart", "--batch_size=8", "--threads=1", "--schedule.wa
 
 
 def calibrate(hosts: int, model: str, budget: float, folder: Path, more: Sequence[str] = ()) -> Path:
-    """Compute, dense and shared, of all hosts at once; `more`: what else the recipe says."""
+    """Measures compute, dense and shared, on all hosts at once; `more` are further settings of the recipe."""
     kept = folder / "compute.json"
     cluster = cluster_file(folder, hosts=hosts, mbit=100)
     settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={budget}", *more]
@@ -46,7 +46,7 @@ def calibrate(hosts: int, model: str, budget: float, folder: Path, more: Sequenc
 
 
 def predict(cluster: str, model: str, budget: float, compute: Path, more: Sequence[str] = ()) -> dict[str, Line]:
-    """Way → what is said of it."""
+    """Alternative → its prediction."""
     settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={budget}", *more]
     command = ["-m", "dist_ssn.cli", "plan", *settings, f"--cluster={cluster}", f"--compute={compute}", "--json"]
     said = quietly(command)
@@ -56,7 +56,7 @@ def predict(cluster: str, model: str, budget: float, compute: Path, more: Sequen
 def measure(
     cluster: str, engine: str, model: str, budget: float | None, folder: Path, more: Sequence[str] = ()
 ) -> Line:
-    """A short run on the hosts."""
+    """Figures of a short run on the hosts."""
     lengths = [f"--steps={WARM_UP + STEPS}", f"--evaluate_every={WARM_UP}", "--evaluate_batches=1", "--no-progress"]
     settings = [*COMMON, f"--model_args={json.dumps(MODELS[model])}", f"--share.budget={json.dumps(budget)}"]
     program = ["train", *settings, *lengths, *more, f"--engine.name={engine}", f"--output={folder}", "--name=run"]
@@ -66,7 +66,7 @@ def measure(
 
 
 def table(lines: list[Line]) -> Table:
-    """Medians, and how far off each prediction is."""
+    """A table of medians, and the error of each prediction."""
     shown = Table(
         "engine", "model", "budget", "hosts", "Mbit/s", "ms per step: median (min-max)", "predicted", "off", "bytes off"
     )
@@ -77,13 +77,13 @@ def table(lines: list[Line]) -> Table:
     errors = []
     for key, mine in cells.items():
         ms = [line["ms_per_step"] for line in mine]
-        told = statistics.median(line["predicted_ms_per_step"] for line in mine)
-        errors.append(told / statistics.median(ms) - 1)
+        predicted = statistics.median(line["predicted_ms_per_step"] for line in mine)
+        errors.append(predicted / statistics.median(ms) - 1)
         sent = mine[0]["predicted_bytes_per_step_logical"] / mine[0]["bytes_per_step_logical"] - 1
         middle = f"{statistics.median(ms):.0f} ({min(ms):.0f}-{max(ms):.0f})"
         engine, model, budget, hosts, mbit = key
         named = (engine, model, f"{budget:.0%}" if budget else "dense", str(hosts), f"{mbit:g}")
-        shown.add_row(*named, middle, f"{told:.0f}", f"{errors[-1]:+.0%}", f"{sent:+.1%}")
+        shown.add_row(*named, middle, f"{predicted:.0f}", f"{errors[-1]:+.0%}", f"{sent:+.1%}")
     if errors:
         sizes = [abs(error) for error in errors]
         shown.caption = (
@@ -120,11 +120,13 @@ def main() -> None:
                         continue
                     compute = compute or calibrate(arguments.hosts, model, budget or 0.1, folder)
                     cluster = cluster_file(folder, hosts=arguments.hosts, mbit=mbit, launcher=ENGINES[engine])
-                    told = predict(cluster, model, budget or 0.1, compute)["none" if budget else "dense"]
+                    predicted = predict(cluster, model, budget or 0.1, compute)["none" if budget else "dense"]
                     measured = measure(cluster, engine, model, budget, folder)
-                    said = {f"predicted_{key}": told[key] for key in ("ms_per_step", "bytes_per_step_logical")}
+                    said = {f"predicted_{key}": predicted[key] for key in ("ms_per_step", "bytes_per_step_logical")}
                     results.add({**cell, **measured, **said})
-                    print(cell, f"{measured['ms_per_step']:.0f} ms, predicted {told['ms_per_step']:.0f}", flush=True)
+                    print(
+                        cell, f"{measured['ms_per_step']:.0f} ms, predicted {predicted['ms_per_step']:.0f}", flush=True
+                    )
     Console(width=160).print(table(list(results.lines())))
 
 

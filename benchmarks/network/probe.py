@@ -1,4 +1,4 @@
-"""What `dist-ssn cluster probe` finds in the lab, where the links are known.
+"""Results of `dist-ssn cluster probe` in the lab, where the links are known.
 
     sudo python -m benchmarks.network.probe
     python -m benchmarks.network.probe --table
@@ -31,17 +31,17 @@ LINKS: dict[str, tuple[float, float]] = {
 
 
 def measure(name: str) -> Line:
-    """One probe, beside what the link was told to be."""
+    """Runs one probe and returns it beside the link's settings."""
     with tempfile.TemporaryDirectory() as text:
         folder, (delay_ms, loss_percent) = Path(text), LINKS[name]
         cluster = Path(cluster_file(folder, hosts=2, delay_ms=delay_ms, loss_percent=loss_percent))
         in_the_lab(str(cluster), folder / "logs", ["cluster", "probe", f"--output={folder}/found.yaml"])
-        told, found = (yaml.safe_load(path.read_text())["between"] for path in (cluster, folder / "found.yaml"))
-    return {"link": name, "told": told, "found": found}
+        settings, found = (yaml.safe_load(path.read_text())["between"] for path in (cluster, folder / "found.yaml"))
+    return {"link": name, "told": settings, "found": found}
 
 
 def table(lines: Iterable[Line]) -> Table:
-    """The newest probe of each link."""
+    """A table of the newest probe of each link, beside its settings."""
     shown = Table("link", "latency set, µs", "measured", "bandwidth set, Mbit/s", "measured")
     for (name,), line in latest(lines, ("link",)).items():
         pairs = [(line["told"][key], line["found"][key]) for key in ("latency_us", "bandwidth_mbit")]

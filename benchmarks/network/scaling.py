@@ -1,10 +1,10 @@
-"""How a job grows with its hosts: up to 8 emulated ones measured beside what the model says, up to 4,096 by the model alone.
+"""Step time by number of hosts: up to 8 emulated ones measured beside the model, up to 4,096 by the model alone.
 
     sudo python -m benchmarks.network.scaling measured modelled [--hosts 2 4 8] [--mbit 50] [--repetitions 3]
     python -m benchmarks.network.scaling --table
 
-Hosts share this machine's processors, so that more of them compute more slowly, whatever the network does. Efficiency is
-therefore told against the same hosts on links of 10 Gbit/s: what is lost is the network's. "weak": a batch of 4 per host;
+Hosts share this machine's processors, so more of them compute more slowly, on any network. Efficiency is therefore relative to
+the same hosts on links of 10 Gbit/s: the loss is the network's. "weak": a batch of 4 per host;
 "strong": 16 in all. Resumable; writes results/scaling/.
 """
 
@@ -35,7 +35,7 @@ WORKERS = (2, 8, 64, 512, 4096)
 
 
 def measured(hosts: list[int], mbit: float, repetition: int, done: set[tuple[Any, ...]]) -> Iterator[Line]:
-    """Dense and shared steps on slow and on fast links, and the predictions of both."""
+    """Measures dense and shared steps on slow and on fast links, and predicts both."""
     for count in hosts:
         for batch in sorted({size(count) for size in BATCHES.values()}):
             cells = [
@@ -56,17 +56,17 @@ def measured(hosts: list[int], mbit: float, repetition: int, done: set[tuple[Any
                 folder, more = Path(name), [f"--batch_size={batch}"]
                 compute = calibrate(count, MODEL, BUDGET, folder, more)
                 for cell in cells:
-                    budget, way = cell["budget"], "none" if cell["budget"] else "dense"
+                    budget, alternative = cell["budget"], "none" if cell["budget"] else "dense"
                     for where, rate in (("slow", mbit), ("fast", FAST)):
                         cluster = cluster_file(folder, hosts=count, mbit=rate)
-                        said = predict(cluster, MODEL, BUDGET, compute, more)[way]["ms_per_step"]
+                        said = predict(cluster, MODEL, BUDGET, compute, more)[alternative]["ms_per_step"]
                         ms = measure(cluster, "ddp", MODEL, budget, folder, more)["ms_per_step"]
                         cell |= {f"{where}_ms": ms, f"{where}_predicted_ms": said}
                     yield cell
 
 
 def modelled() -> Iterator[Line]:
-    """Compute of one process here, with a batch of 4, on clusters that are not here."""
+    """Predicts steps on other clusters, from the compute of one process here with a batch of 4."""
     base = ["plan", "--config=quickstart", "--threads=1", f"--share.budget={BUDGET}", "--json"]
     base += [f"--model_args={json.dumps(MODELS[MODEL])}", f"--workers={','.join(map(str, WORKERS))}"]
     for name in CLUSTERS:
@@ -78,7 +78,7 @@ def modelled() -> Iterator[Line]:
 
 
 def tables(lines: Iterable[Line]) -> list[Table]:
-    """Efficiencies, measured beside predicted; and modelled."""
+    """Two tables: measured efficiencies beside predicted ones, and modelled efficiencies."""
     lines = list(lines)
     first = Table(
         "hosts",

@@ -1,4 +1,4 @@
-"""Runs of several lengths and rates, and how many steps of them come to the loss at which dense training ends."""
+"""Runs of several lengths and learning rates, and the number of steps that reaches dense's final loss."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from benchmarks.quality.cells import SEEDS
 
 Line = dict[str, Any]
 Runs = dict[int, dict[int, dict[float, float]]]
-"""steps of the run → seed → rate → final loss"""
+"""steps of the run → seed → learning rate → final loss"""
 Losses = dict[int, dict[int, float]]
-"""steps of the run → seed → final loss at the best rate"""
+"""steps of the run → seed → final loss at the best learning rate"""
 TARGET_SUITES = ("target", "target-confirm")
 SMALL = "dense, as small as 10 %"
 
 
 def side_of(line: Line) -> str:
-    """The name of what a line of `benchmarks.quality.run` measured."""
+    """Name of the side that a line of `benchmarks.quality.run` measured."""
     budget = line["overrides"].get("share.budget")
     return f"{budget:.0%}" if budget else SMALL if line["kind"] == "equal" else str(line["kind"])
 
@@ -45,13 +45,13 @@ def losses_of(runs: Runs) -> Losses:
 
 
 def best_rate(runs: Runs) -> float:
-    """Of the first seed, at its longest run."""
+    """Best learning rate of the first seed in its longest runs."""
     rates = runs[max(steps for steps, seeds in runs.items() if SEEDS[0] in seeds)][SEEDS[0]]
     return min(rates, key=lambda rate: rates[rate])
 
 
 def steps_to(dense: dict[int, float], losses: Losses) -> int | None:
-    """Steps of the shortest run whose mean loss is not above dense's, seeds alike."""
+    """Number of steps of the shortest run whose mean loss is not above dense's, with the same seeds."""
     for steps, seeds in sorted(losses.items()):
         if statistics.mean(seeds.values()) <= statistics.mean(dense[seed] for seed in seeds):
             return steps

@@ -1,4 +1,4 @@
-"""How long it takes to come to the loss at which dense training ends, on four hosts, by bandwidth.
+"""Time to dense's final loss on four hosts, by bandwidth.
 
     sudo python -m benchmarks.network.time_to_target curves steps [--mbit 100 1000 10000] [--delay-ms 0 10] [--repetitions 5]
     sudo python -m benchmarks.network.time_to_target whole --sides "5%, fp16" --mbit 100
@@ -6,9 +6,9 @@
 
 A synchronous method's loss by step does not depend on the network. So time is steps times seconds per step. The steps are those
 of the shortest run whose mean final loss is not above dense's with the same seeds (`benchmarks.quality.run target target-confirm`;
-runs that send something else than gradients in fp32 are made here, by "curves": 16 bits on two processes, other methods on four,
-and over learning rates of their own). A step is measured in the lab ("steps"), all sides in turn. "whole" holds the product
-against a run to the target. Four ranks share this machine's processors, which is hard on the sides that send little. Writes
+runs that send anything but gradients in fp32 are made here, by "curves": 16 bits on two processes, other methods on four,
+over learning rates of their own). A step is measured in the lab ("steps"), all sides in turn. "whole" compares the product
+with a run to the target. Four ranks share this machine's processors, which is hard on the sides that send little. Writes
 results/time_to_target/.
 """
 
@@ -38,12 +38,12 @@ Line = dict[str, Any]
 TASK, HOSTS = "gpt-wide", 4
 WARM_UP, STEPS = 10, 30
 TWINS = {"dense, fp16": "dense", "10%, fp16": "10%", "5%, fp16": "5%"}
-"""Sides whose gradients travel as 16 bits → the side in fp32 whose steps and best rate they take."""
+"""Sides whose gradients travel as 16 bits → the side in fp32 whose steps and best learning rate they take."""
 ENGINES = {
     **{f"dense, ZeRO-{n}": ["--engine.name=deepspeed", f"--engine.stage={n}"] for n in (1, 2, 3)},
     "dense, FSDP2": ["--engine.name=fsdp"],
 }
-"""Sides that compute what dense does, to rounding, so that dense's losses are theirs → what their recipes say."""
+"""Sides with dense's losses, because they compute the same to rounding → settings of their recipes."""
 Grid = tuple[tuple[int, ...], tuple[float, ...]]
 _ADAM = (3.75e-4, 7.5e-4, 1.5e-3)
 METHODS: dict[str, tuple[str, Grid]] = {
@@ -55,15 +55,15 @@ METHODS: dict[str, tuple[str, Grid]] = {
     "dense, DiLoCo, H = 100": ("diloco:100", ((1500,), _ADAM)),
     "dense, DeMo, k = 32": ("demo:32", ((1500,), (2.5e-4, 5e-4, 1e-3))),
 }
-"""side → a method of `benchmarks.network.methods`, and steps and rates of its runs."""
+"""side → a method of `benchmarks.network.methods`, and steps and learning rates of its runs."""
 APART = ["--engine.compare_every=null"]
-"""The processes' models may differ."""
+"""Methods whose processes may hold different models."""
 SIGNS = ["--optimizer.name=sgd", "--optimizer.momentum=0"]
-"""Of the update that DeMo makes itself."""
+"""Settings for DeMo, which makes the update itself."""
 
 
 def sides() -> dict[str, list[str]]:
-    """name → what its recipe says; every budget of `quality.TARGETS`."""
+    """Name of a side → settings of its recipe, for every budget of `TARGETS`."""
     fp16 = ["--engine.compress=fp16"]
     budgets = {f"{side:.0%}": [f"--share.budget={side}"] for side in TARGETS[TASK] if isinstance(side, float)}
     return {
@@ -78,7 +78,7 @@ def sides() -> dict[str, list[str]]:
 
 
 def program(side: str, steps: int, folder: str, more: Iterable[str]) -> list[str]:
-    """A command line of training, for a launcher."""
+    """Command line of a training run, for a launcher."""
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in TASKS[TASK].items()}
     texts |= {"name": "run", "steps": str(steps), "output": folder, "threads": "1"}
     return ["train", "--no-progress", *(f"--{key}={value}" for key, value in texts.items()), *sides()[side], *more]
@@ -89,13 +89,13 @@ def script(side: str) -> list[str]:
 
 
 def period(side: str) -> int:
-    """Steps after which what a side does begins anew."""
+    """Number of steps after which a side's pattern of communication repeats."""
     name, _, number = METHODS[side][0].partition(":") if side in METHODS else ("", "", "1")
     return int(number) if name in ("local", "diloco") else 1
 
 
 def curve(side: str, steps: int, rate: float, seed: int) -> Line:
-    """A whole run on this machine; a method with as many processes as in the lab, since its losses depend on it."""
+    """Trains a whole run on this machine; a method with as many processes as in the lab, since its losses depend on that."""
     processes = HOSTS if side in METHODS else 2
     with tempfile.TemporaryDirectory() as folder:
         more = [f"--optimizer.lr={rate}", f"--seed={seed}", *([f"--share.seed={seed}"] if "%" in side else [])]
@@ -114,7 +114,7 @@ def curve(side: str, steps: int, rate: float, seed: int) -> Line:
 
 
 def in_lab(side: str, steps: int, mbit: float, delay_ms: float, more: Iterable[str]) -> Line:
-    """The summary of a run on four emulated hosts."""
+    """Summary of a run on four emulated hosts."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         cluster = cluster_file(folder, mbit=mbit, delay_ms=delay_ms)
@@ -138,7 +138,7 @@ def step(side: str, mbit: float, delay_ms: float) -> Line:
 
 
 def whole(side: str, steps: int, rate: float, mbit: float, delay_ms: float) -> Line:
-    """A run to the target: what the product of steps and time per step is held against."""
+    """Runs to the target, for a comparison with steps times time per step."""
     row = in_lab(side, steps, mbit, delay_ms, [f"--optimizer.lr={rate}", f"--seed={SEEDS[0]}"])
     cell = {"what": "whole", "task": TASK, "side": side, "mbit": mbit, "delay_ms": delay_ms, "hosts": HOSTS}
     seconds = row["history"][-1]["seconds"]  # of steps alone
@@ -146,12 +146,12 @@ def whole(side: str, steps: int, rate: float, mbit: float, delay_ms: float) -> L
 
 
 def target(runs: dict[str, Runs]) -> dict[int, float]:
-    """Dense's final loss by seed."""
+    """Final loss of the dense model by seed."""
     return losses_of(runs["dense"])[TASKS[TASK]["steps"]]
 
 
 def curves_of(side: str, seed: int, runs: dict[str, Runs]) -> list[tuple[int, float]]:
-    """Steps and rates of the runs to make: a method's first seed over all rates, the others at the best."""
+    """Steps and learning rates of the runs to make: the first seed over all learning rates, the others at the best."""
     if side in TWINS:
         twin = runs[TWINS[side]]
         return [(steps_to(target(runs), losses_of(twin)) or max(twin), best_rate(twin))]
@@ -160,7 +160,7 @@ def curves_of(side: str, seed: int, runs: dict[str, Runs]) -> list[tuple[int, fl
 
 
 def key(line: Line) -> tuple[Any, ...]:
-    """Which run a curve's line tells of."""
+    """Key of the run that a curve's line describes."""
     return tuple(line[name] for name in ("task", "side", "steps", "rate", "seed"))
 
 
@@ -173,7 +173,7 @@ def named(mbit: float, delay_ms: float) -> str:
 
 
 def table(runs: dict[str, Runs], lines: Iterable[Line]) -> Table:
-    """Steps and time to dense's final loss, side by side."""
+    """A table of steps and time to dense's final loss, a row per side."""
     lines = list(lines)
     measured = [line for line in lines if line["what"] == "step" and line["task"] == TASK]
     links = sorted({link(line) for line in measured})
@@ -222,7 +222,7 @@ def table(runs: dict[str, Runs], lines: Iterable[Line]) -> Table:
 
 
 def made() -> Table:
-    """The table of everything measured so far."""
+    """Table of everything measured so far."""
     lines = lines_of("time_to_target")
     return table(all_runs(TASK, lines_of("quality"), lines), lines)
 

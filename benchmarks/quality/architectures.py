@@ -3,7 +3,7 @@
     python -m benchmarks.quality.architectures rates seeds [--jobs 2]      # resumable: measured cells stay
     python -m benchmarks.quality.architectures --table
 
-Random weights, 500 steps of 16 samples; nothing about sharing is said but the budget. "rates" trains both sides at a grid of
+Random weights, 500 steps of 16 samples, and no setting of sharing but the budget. "rates" trains both sides over a grid of
 learning rates with one seed, "seeds" the other two seeds at each side's best. Text is bytes of Python's help texts in windows of
 64: GPT-2 predicts the next one, BERT the 15 % that are masked, T5 the second half of a window from its first. ViT names images
 of Fashion-MNIST. Writes results/architectures/.
@@ -32,14 +32,14 @@ from dist_ssn.train.recipe.schema import DataConfig, OptimizerConfig, ScheduleCo
 Line = dict[str, Any]
 Settings = dict[str, Any]
 Cell = tuple[str, float | None, float, int]
-"""architecture, budget (None: dense), rate, seed"""
+"""architecture, budget (None: dense), learning rate, seed"""
 BUDGET, RATES = 0.1, (1.875e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3)
 STEPS, BATCH, CONTEXT, HELD_OUT = 500, 16, 64, 40
 WIDTH, LAYERS, HEADS = 128, 4, 4
 EXTRA = 256
-"""A token that is no byte: BERT's mask, T5's start and padding."""
+"""A token beside the bytes: BERT's mask, T5's start and padding."""
 NOT_ASKED = -100
-"""A label that these models' losses leave out."""
+"""The label that these models' losses ignore."""
 KEYS = ("architecture", "budget", "rate", "seed")
 
 
@@ -126,7 +126,7 @@ ARCHITECTURES = {
 
 
 def trained(cell: Cell, steps: int = STEPS) -> Line:
-    """One run on one thread: its settings, its number of parameters, and its mean loss on held-out samples."""
+    """Trains one run on one thread. Returns its settings, number of parameters, and mean loss on held-out samples."""
     name, budget, rate, seed = cell
     commit = provenance()["commit"]
     torch.set_num_threads(1)
@@ -157,20 +157,20 @@ def trained(cell: Cell, steps: int = STEPS) -> Line:
 
 
 def rates() -> Iterator[Cell]:
-    """Every rate, one seed."""
+    """Cells of every learning rate, with one seed."""
     for name in ARCHITECTURES:
         for budget in (None, BUDGET):
             yield from ((name, budget, rate, SEEDS[0]) for rate in RATES)
 
 
 def seeds() -> Iterator[Cell]:
-    """The other seeds at each side's best rate."""
+    """Cells of the other seeds, at each side's best learning rate."""
     for (name, budget), rate in best_rates(lines_of("architectures")).items():
         yield from ((name, budget, rate, seed) for seed in SEEDS[1:])
 
 
 def best_rates(lines: Iterable[Line]) -> dict[tuple[str, float | None], float]:
-    """(architecture, budget) → the rate of the least loss, with the first seed."""
+    """(architecture, budget) → the learning rate with the least loss, for the first seed."""
     first = [line for line in lines if line["seed"] == SEEDS[0]]
     ranked = sorted(first, key=lambda line: -line["validation_loss"])
     return {(line["architecture"], line["budget"]): line["rate"] for line in ranked}
@@ -180,7 +180,7 @@ SUITES = {"rates": rates, "seeds": seeds}
 
 
 def rows(lines: Iterable[Line]) -> Iterator[tuple[str, ...]]:
-    """For each architecture and side its parameters, its best rate, its losses; and how far the shared one is from its twin."""
+    """Rows of the table: parameters, best learning rate and losses of each side, and the distance of shared to dense."""
     lines = list(lines)
     known, best = latest(lines, KEYS), best_rates(lines)
     for name in ARCHITECTURES:

@@ -1,4 +1,4 @@
-"""Cells of `benchmarks.quality.run`: one run each, told by its task, kind, seed and what it overrides in the task's recipe."""
+"""Cells of `benchmarks.quality.run`. A cell is one run: task, kind, seed, and overrides of the task's recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dist_ssn.train.recipe.schema import Recipe
 
 Cell = dict[str, Any]
 Method = tuple[str, str, float]
-"""A task, a kind, and the budget that the kind keeps or is as small as (dense: 0.1, for it has none)."""
+"""A task, a kind, and the kind's budget or size as a budget (dense has none: 0.1)."""
 
 _ADAMW, _SGD = (1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2), (0.05, 0.1, 0.2, 0.4, 0.8)
 RATES: dict[str, tuple[float, ...]] = {
@@ -27,27 +27,27 @@ CONTROL_RATES: dict[str, tuple[float, ...]] = {
     **{task: (*grid, 2 * grid[-1]) for task, grid in RATES.items()},
     **{"gpt": _ADAMW[1:], "wrn": _SGD[1:4]},
 }
-"""One rate more for Adam, which nothing raises for a control as `parameter_groups` does for a bank; the slowest tasks have
-fewer rates, about the best ones."""
+"""Learning rates of controls. Adam's grid has one more, since `parameter_groups` raises only a bank's. The slowest tasks have
+fewer, around the best ones."""
 LOW = 0.02
 LOW_KINDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt", "lstm", "digits"), ("shared", "equal", "shallow", *CONTROLS)),
     "wrn": ("shared", *CONTROLS),
     **dict.fromkeys(("vit", "captions"), ("shared", "equal", "shallow", "hashed", "hashed-global")),
 }
-"""Kinds that can be made so small: no dense Wide ResNet can, and on small models the numbers are fewer than rank 1 wants."""
+"""Kinds that exist at 2 %. No dense Wide ResNet is that small, and on small models rank 1 needs more parameters."""
 LOW_RATES: dict[tuple[str, str], tuple[float, ...]] = {
     **{("gpt", kind): (*_ADAMW[1:], 4.8e-2) for kind in ("equal", "shallow", "hashed", "hashed-global")},
     ("wrn", "hashed-global"): _SGD[1:],
 }
-"""Of controls so small that were the best at the last of CONTROL_RATES: one rate more."""
+"""Learning rates of controls at 2 % whose best was the last of CONTROL_RATES: one more."""
 DEFAULT = "offset:chunk=16"
-"""What "auto" chooses below a budget of 1 (gains where a weight is a matrix), named so that a line says what it measured."""
+"""The choice of "auto" below a budget of 1 (with gains for matrices), by name, so that a line says what it measured."""
 SEEDS = (0, 1, 2)
 TWIN = "dense at "
-"""Before a rate, as `distill.teacher`: a dense run of the task at that rate, with the seed of the cell."""
+"""Prefix of a learning rate in `distill.teacher`: a dense run of the task at that learning rate, with the cell's seed."""
 FOLDS = {"digits": 10}
-"""Tasks without a test set of their own, which are cross-validated: a seed is a fold, too."""
+"""Number of folds of tasks without a test set: they are cross-validated, and a seed is a fold too."""
 
 
 def seeds_of(task: str) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ def seeds_of(task: str) -> tuple[int, ...]:
 def cell(
     task: str, kind: str, lr: float, seed: int = 0, more: dict[str, Any] | None = None, budget: float = 0.1
 ) -> Cell:
-    """One run: `kind` is one of KINDS or CONTROLS, or "shallow"; `more` are overrides of the recipe."""
+    """A cell: `kind` is one of KINDS or CONTROLS, or "shallow"; `more` are overrides of the recipe."""
     small = {"equal": EQUAL, "shallow": SHALLOW}.get(kind)
     overrides: dict[str, Any] = {"model_args": small[budget][task]} if small else {}
     overrides |= {"share.budget": budget, "share.morph": DEFAULT} if kind == "shared" else {}
@@ -66,12 +66,12 @@ def cell(
 
 
 def seeded(kind: str, seed: int) -> dict[str, Any]:
-    """What else a seed decides: where a weight reads the bank, or its buckets."""
+    """Overrides by seed: where a weight reads its bank or its buckets."""
     return {"share.seed": seed} if seed and kind not in ("dense", "equal", "shallow") else {}
 
 
 def grids() -> Iterator[tuple[Method, tuple[float, ...]]]:
-    """Every method and the rates that it is tried at."""
+    """Every method, and the learning rates at which it is tried."""
     for task, rates in RATES.items():
         for kind in KINDS:
             yield (task, kind, 0.1), rates
@@ -85,7 +85,7 @@ def grids() -> Iterator[tuple[Method, tuple[float, ...]]]:
 
 
 def grid(methods: Iterable[Method]) -> Iterator[Cell]:
-    """These methods at all their rates, one seed."""
+    """Cells of these methods at all their learning rates, with one seed."""
     wanted = list(methods)
     for (task, kind, budget), rates in grids():
         if (task, kind, budget) in wanted:
@@ -98,7 +98,7 @@ def identity(measured: Cell) -> str:
 
 
 def losses_by_rate(lines: Iterable[Cell], first_seed_only: bool = False) -> dict[Method, dict[float, float]]:
-    """Each method's mean validation loss, by rate, where all seeds were measured."""
+    """Method → learning rate → mean validation loss, where all seeds were measured."""
     measured = {identity(line): line["validation_loss"] for line in lines}
     found: dict[Method, dict[float, float]] = {}
     for method, rates in grids():
@@ -112,7 +112,7 @@ def losses_by_rate(lines: Iterable[Cell], first_seed_only: bool = False) -> dict
 
 
 def best_rates(lines: Iterable[Cell], budget: float = 0.1) -> dict[tuple[str, str], float]:
-    """(task, kind) → the rate of the lowest validation loss, in the mean of all seeds where `confirm` has measured them."""
+    """(task, kind) → learning rate with the lowest validation loss, in the mean of all seeds if `confirm` has measured them."""
     lines = list(lines)
     known = {**losses_by_rate(lines, first_seed_only=True), **losses_by_rate(lines)}
     return {
@@ -123,7 +123,7 @@ def best_rates(lines: Iterable[Cell], budget: float = 0.1) -> dict[tuple[str, st
 
 
 def at_best(lines: Iterable[Cell], task: str, kind: str, budget: float = 0.1) -> tuple[float, list[Cell]]:
-    """A method's best rate, and its line for each seed there that was measured."""
+    """Best learning rate of a method, and its line for each measured seed."""
     lines = list(lines)
     rate, known = best_rates(lines, budget)[task, kind], {identity(line): line for line in lines}
     wanted = (identity(cell(task, kind, rate, seed, seeded(kind, seed), budget)) for seed in seeds_of(task))
@@ -131,7 +131,7 @@ def at_best(lines: Iterable[Cell], task: str, kind: str, budget: float = 0.1) ->
 
 
 def recipe_of(wanted: Cell, folder: str) -> Recipe:
-    """A cell's run, on one thread."""
+    """Recipe of a cell's run, on one thread."""
     fold = {"data.fold": wanted["seed"]} if wanted["task"] in FOLDS else {}
     settings = {**TASKS[wanted["task"]], **wanted["overrides"], "seed": wanted["seed"], "output": folder, "threads": 1}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in {**settings, **fold}.items()}

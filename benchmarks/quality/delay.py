@@ -1,4 +1,4 @@
-"""What a step that is delayed by one costs in quality, over strengths of its correction: a small GPT, 10 % bank, 2 processes.
+"""Quality under a step that is delayed by one, by strength of its correction: a small GPT, 10 % bank, 2 processes.
 
 python -m benchmarks.quality.delay [--rates 1e-3 2e-3 4e-3] [--seeds 0 1 2]
 """
@@ -23,13 +23,13 @@ from rich.table import Table
 from benchmarks.quality.tasks import TASKS
 from benchmarks.result_files import ResultFile
 
-WAYS = ("none", "delay:0", "delay:1")
+SETTINGS = ("none", "delay:0", "delay:1")
 
 
-def measure(way: str, rate: float, seed: int) -> float:
-    """The validation loss at the end."""
+def measure(setting: str, rate: float, seed: int) -> float:
+    """Validation loss at the end of a run."""
     options: dict[str, Any] = {**TASKS["gpt-small"], "optimizer.name": "adamw", "optimizer.lr": rate, "seed": seed}
-    options |= {"share.budget": "10%", "share.seed": seed, "engine.overlap": way, "name": "delay"}
+    options |= {"share.budget": "10%", "share.seed": seed, "engine.overlap": setting, "name": "delay"}
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
         settings = [
@@ -48,14 +48,16 @@ def main() -> None:
     arguments = parser.parse_args()
     results = ResultFile("delay")
     found: dict[tuple[str, float], list[float]] = {}
-    for way, (rate, seed) in track(list(itertools.product(WAYS, itertools.product(arguments.rates, arguments.seeds)))):
-        loss = measure(way, rate, seed)
-        found.setdefault((way, rate), []).append(loss)
-        results.add({"way": way, "rate": rate, "seed": seed, "validation_loss": loss})
+    for setting, (rate, seed) in track(
+        list(itertools.product(SETTINGS, itertools.product(arguments.rates, arguments.seeds)))
+    ):
+        loss = measure(setting, rate, seed)
+        found.setdefault((setting, rate), []).append(loss)
+        results.add({"way": setting, "rate": rate, "seed": seed, "validation_loss": loss})
     table = Table("overlap", *(f"rate {rate:g}: mean (seed by seed)" for rate in arguments.rates))
-    for way in WAYS:
-        rows = [found[way, rate] for rate in arguments.rates]
-        table.add_row(way, *(f"{statistics.mean(row):.3f} ({', '.join(f'{x:.3f}' for x in row)})" for row in rows))
+    for setting in SETTINGS:
+        rows = [found[setting, rate] for rate in arguments.rates]
+        table.add_row(setting, *(f"{statistics.mean(row):.3f} ({', '.join(f'{x:.3f}' for x in row)})" for row in rows))
     Console(width=120).print(table)
 
 

@@ -1,4 +1,4 @@
-"""Suites of `benchmarks.quality.run` that leave the usual run: a teacher, pruning, decay, wider and larger models, longer runs."""
+"""Further suites of `benchmarks.quality.run`: a teacher, pruning, decay, wider and larger models, longer runs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from dist_ssn.train.data import data_hints
 from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe.schema import DataConfig
 
-WAYS = ("digits", "lstm")
-"""Tasks in which a teacher and pruning are tried: they are quick, and a teacher makes a run 2.5 times as long."""
+OPTION_TASKS = ("digits", "lstm")
+"""Tasks of the suites for a teacher, pruning and decay: they are quick, and a teacher makes a run 2.5 times as long."""
 HIDDEN = {"digits": ["[246]"]}
-"""Tasks in which hidden states are taught, too, and whose: after each hidden layer."""
+"""task → modules whose hidden states are taught too: those after each hidden layer."""
 TEACHERS: dict[str, dict[str, Any]] = {
     "none": {},
     "half": {"distill.weight": 0.5},
     "most": {"distill.weight": 0.9},
     "half, hidden": {"distill.weight": 0.5},
 }
-"""What a dense twin teaches: a part of the loss, and hidden states."""
+"""Option → overrides: the teacher's part of the loss, and hidden states."""
 
 
 def distill() -> Iterator[Cell]:
-    """Banks with and without their dense twin as a teacher, at the default's best rate; the twin trains at its own."""
+    """Banks with and without their dense twin as a teacher, each at its own best learning rate."""
     best = best_rates(ResultFile("quality").lines())
-    for task in WAYS:
+    for task in OPTION_TASKS:
         if not {(task, "shared"), (task, "dense")} <= best.keys():
             continue
         for seed, budget, name in itertools.product(seeds_of(task), (0.1, 0.02), TEACHERS):
@@ -43,7 +43,7 @@ def distill() -> Iterator[Cell]:
 
 
 def widened(task: str) -> Settings:
-    """Overrides that share a wider model so that it has as many parameters as the usual one at 10 %."""
+    """Overrides for a wider model with as many parameters as the usual one at 10 %."""
     sizes = WIDER[task]
     hints = data_hints(DataConfig(name=TASKS[task]["data.name"]), context=sizes.get("context"))
     usual, wide = (
@@ -55,9 +55,9 @@ def widened(task: str) -> Settings:
 
 
 def wider(tasks: Iterable[str] = tuple(WIDER)) -> Iterator[Cell]:
-    """Wider models of as few parameters: the same bytes, and more compute.
+    """Wider models with as few parameters: the same bytes and more compute.
 
-    At the best rate of the usual bank and half of it, all seeds.
+    At the usual bank's best learning rate and half of it, all seeds.
     """
     best = best_rates(ResultFile("quality").lines())
     for task in (task for task in tasks if task in WIDER):
@@ -87,11 +87,11 @@ LONGER: dict[str, tuple[tuple[str, float, tuple[float, ...]], ...]] = {
         *(("shared", budget, (3e-3, 6e-3, 1.2e-2)) for budget in (0.1, 0.25, 0.5)),
     ),
 }
-"""task → kind (or "wider", a bank's), budget, rates: about the best ones of the usual run."""
+"""task → kind (or "wider", for a bank), budget, learning rates around the best ones of the usual run."""
 
 
 def longer() -> Iterator[Cell]:
-    """Four times the steps, one seed."""
+    """Runs of four times the steps, with one seed."""
     for task, sides in LONGER.items():
         for kind, budget, rates in sides:
             wide = widened(task) if kind == "wider" else {}
@@ -107,11 +107,11 @@ LARGER: dict[str, dict[str, tuple[float, ...]]] = {
         **{"equal": (1.2e-2, 2.4e-2, 4.8e-2), "hashed": (1.2e-2, 2.4e-2, 4.8e-2)},
     },
 }
-"""task → kind → rates: from about the usual model's best one down, since a wider model wants lower ones."""
+"""task → kind → learning rates, from about the usual model's best one down: wider models need lower ones."""
 
 
 def larger(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
-    """Ten times the weights, at 10 %; one seed over the rates."""
+    """Models of ten times the weights, at 10 %: one seed over the learning rates."""
     for (task, sides), seed in itertools.product(LARGER.items(), seeds):
         for kind, rates in sides.items():
             for lr in rates:
@@ -119,15 +119,15 @@ def larger(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
 
 
 DECAYED = ("dense", "shared", "hashed", "hashed-global", "shallow")
-"""Kinds that are the best of their size somewhere, and dense."""
+"""Dense, and kinds that are the best of their size on some task."""
 DECAYS = (0.025, 0.4, 1.6)
-"""Weight decays beside the usual 0.1."""
+"""Weight decays that are tried beside the usual 0.1."""
 
 
 def decay() -> Iterator[Cell]:
-    """Whether a method gains by another weight decay, which its rate multiplies; best rates, all seeds."""
+    """Methods with other weight decays (the learning rate multiplies the decay): best learning rates, all seeds."""
     lines = ResultFile("quality").lines()
-    for budget, tasks, kinds in ((0.1, WAYS, DECAYED), (LOW, ("lstm",), ("shared", "hashed"))):
+    for budget, tasks, kinds in ((0.1, OPTION_TASKS, DECAYED), (LOW, ("lstm",), ("shared", "hashed"))):
         best = best_rates(lines, budget)
         for task, kind, value in itertools.product(tasks, kinds, DECAYS):
             for seed in seeds_of(task) if (task, kind) in best else ():
@@ -144,13 +144,13 @@ PRUNED: dict[str, tuple[str, float, dict[str, Any]]] = {
     "10 %, 90 % of its weights": ("shared", 0.1, {"prune.final": 0.9, "prune.what": "weights"}),
     "dense, 90 % of its weights": ("dense", 0.1, {"prune.final": 0.9, "prune.what": "weights"}),
 }
-"""What is pruned → kind, budget, settings (all is pruned after three quarters of the run)."""
+"""Pruning option → kind, budget, settings (pruning ends after three quarters of the run)."""
 
 
 def prune() -> Iterator[Cell]:
-    """Models that are pruned while they train, beside banks that are as small from the start; each kind's best rate."""
+    """Models pruned during training, beside banks that are as small from the start, at each kind's best learning rate."""
     best = best_rates(ResultFile("quality").lines())
-    for task in WAYS:
+    for task in OPTION_TASKS:
         for seed, (name, (kind, budget, settings)) in itertools.product(seeds_of(task), PRUNED.items()):
             if (task, kind) in best:
                 end = {"prune.end": TASKS[task]["steps"] * 3 // 4} if "prune.final" in settings else {}
@@ -159,7 +159,7 @@ def prune() -> Iterator[Cell]:
 
 
 Side = str | float
-"""A kind of dense model, or the budget of a shared one."""
+"""Kind of a dense model, or budget of a shared one."""
 TARGETS: dict[str, dict[Side, tuple[tuple[int, ...], tuple[float, ...]]]] = {
     "gpt": {
         "dense": ((500,), (6e-3,)),
@@ -178,11 +178,11 @@ TARGETS: dict[str, dict[Side, tuple[tuple[int, ...], tuple[float, ...]]]] = {
         0.02: ((1500, 2000, 3000), (3.75e-4, 7.5e-4, 1.5e-3)),
     },
 }
-"""task → side → steps of the runs that may come to the loss at which the dense run ends, and rates for each."""
+"""task → side → steps of runs that may reach dense's final loss, and learning rates for each."""
 
 
 def target(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
-    """Runs of several lengths, each with a schedule of its own; one seed over the rates."""
+    """Runs of several lengths, each with its own schedule: one seed over the learning rates."""
     for (task, sides), seed in itertools.product(TARGETS.items(), seeds):
         every = 50 if task == "gpt" else TASKS[task]["evaluate_every"]
         for side, (lengths, rates) in sides.items():
@@ -194,7 +194,7 @@ def target(seeds: tuple[int, ...] = SEEDS[:1]) -> Iterator[Cell]:
 
 
 def further_seeds(suite: Callable[[tuple[int, ...]], Iterator[Cell]]) -> Iterator[Cell]:
-    """The other seeds of a suite, each run at the best rate of the first; none where that was not measured."""
+    """Other seeds of a suite, at the best learning rate of the first seed if that was measured."""
     measured = {identity(line): line for line in ResultFile("quality").lines()}
     best: dict[str, Cell] = {}
     for one in suite(SEEDS[:1]):

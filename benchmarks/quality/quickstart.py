@@ -1,4 +1,4 @@
-"""`make train`: a shared model beside its dense twin and a dense model of its own size, on two processes.
+"""Trains a shared model, its dense twin, and a dense model of the same small size, on two processes: `make train`.
 
 Each trains at the learning rate that `python -m benchmarks.quality.run rates` found best for it (results/quality/).
 Writes runs/quickstart/summary.json and a plot, and prints the table; with --keep also lines of results/quickstart/, from which
@@ -28,14 +28,14 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense twin": ("dense", {"share.budget": None}),
     "equal-parameter dense": ("equal", {"share.budget": None, "model_args": EQUAL[0.1]["gpt"]}),
 }
-"""name → (kind in the table of rates, what differs from the recipe)."""
+"""name → (kind in the table of learning rates, overrides of the recipe)."""
 
 
 def start(name: str, overrides: dict[str, Any], processes: int) -> None:
     """Trains one run under torchrun; its own output goes to the terminal.
 
     Raises:
-        SystemExit: the run failed; its own message stands above.
+        SystemExit: The run failed; its own message is on the terminal.
     """
     settings = {**overrides, "name": name.replace(" ", "-"), "output": str(OUTPUT)}
     texts = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]

@@ -1,4 +1,4 @@
-"""Quality at equal data, batch and steps: shared models against dense ones, each at its own best learning rate.
+"""Measures quality at equal data, batch and steps: shared models against dense ones, each at its own best learning rate.
 
     python -m benchmarks.quality.run rates controls morphs confirm budgets [--jobs 2]     # resumable: measured cells stay
     python -m benchmarks.quality.run --table
@@ -24,7 +24,7 @@ from dist_ssn.train.loop import train
 
 
 def run(wanted: Cell) -> Cell:
-    """Trains one cell in this process, its teacher first where it has one; returns it with its measurements."""
+    """Trains one cell in this process, its teacher first if it has one. Returns the cell with its measurements."""
     commit = provenance()["commit"]
     with tempfile.TemporaryDirectory() as folder:
         made = wanted
@@ -39,7 +39,7 @@ def run(wanted: Cell) -> Cell:
 
 
 def table(lines: list[Cell]) -> Table:
-    """Mean, spread and number of seeds of each method, best first within its task."""
+    """A table of mean, spread and number of seeds of each method, best first within its task."""
     methods: dict[tuple[str, str, str], list[Cell]] = {}
     for line in lines:
         shown = {k: v for k, v in line["overrides"].items() if k not in ("model_args", "share.seed")}

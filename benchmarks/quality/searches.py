@@ -1,11 +1,11 @@
-"""Plans that a search finds, after full training, beside the default and the plain mappings; and what finding them costs.
+"""Plans that a search finds, after full training, beside the default and the plain mappings; and the cost of each search.
 
     python -m benchmarks.quality.searches [--tasks digits lstm …] [--jobs 2]      # resumable: measured cells stay
     python -m benchmarks.quality.searches --table
 
-Tasks are those of `benchmarks.quality.run`, at 10 % and the default's best rate there, three seeds (of weights, data and mapping
-together), or all folds. A search's cost is its seconds on one thread, and its training steps, each of which sends a bank as every
-other step does. Writes results/searches/.
+Tasks are those of `benchmarks.quality.run`, at 10 % and the default's best learning rate there, with three seeds (of weights, data
+and mapping together) or all folds. A search's cost is its seconds on one thread and its training steps. Each step sends a bank, as
+every other step does. Writes results/searches/.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from dist_ssn.mapping_search.methods import STEPS
 
 TASKS = ("digits", "lstm", "gpt-small", "captions", "gpt", "vit", "wrn")
 PLAIN = {"default": "auto", **{name: name for name in ("scale", "single", "shape", "depth:4")}}
-"""mapping that nobody searches for → what the recipe says"""
+"""mapping that needs no search → its name in a recipe"""
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("random", "weights-free", "pretrain", "gradients", "auto")},
     "weights-free, split by sensitivity": ("weights-free", {"split": "sensitivity"}),
 }
-"""mapping → the method that finds it, and its options"""
+"""mapping → method of search that finds it, and its options"""
 KEYS = ("task", "mapping", "seed")
 
 
 def cells(tasks: Iterable[str], mappings: Iterable[str] = (*PLAIN, *METHODS)) -> Iterator[Cell]:
-    """A run for each mapping and seed; all of a seed before the next one."""
+    """Cells of each mapping and seed; all of a seed before the next."""
     best = {task: rate for (task, kind), rate in best_rates(lines_of("quality")).items() if kind == "shared"}
     for task in tasks:
         rate = {"gpt-small": 8e-3, **best}[task]  # the small GPT's is the best of `quality budgets`
@@ -52,7 +52,7 @@ def cells(tasks: Iterable[str], mappings: Iterable[str] = (*PLAIN, *METHODS)) ->
 
 
 def measured(wanted: Cell) -> Cell:
-    """Searches, where the mapping is a method of search, and trains by what it found."""
+    """Trains by a mapping, after a search if the mapping is a method of search."""
     if wanted["mapping"] not in METHODS:
         return run(wanted)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ HEADINGS = ("mapping", "validation loss, mean (seed by seed)", "from the default
 
 
 def rows(lines: Iterable[dict[str, Any]], task: str) -> list[tuple[str, ...]]:
-    """Mappings of a task, best mean first."""
+    """Rows of a task's table, best mean first."""
     known = latest((line for line in lines if line["task"] == task), KEYS)
     found = []
     for mapping in (*PLAIN, *METHODS):

@@ -1,4 +1,4 @@
-"""Which cells `benchmarks.quality.run` measures: a suite is a name and the cells that it wants."""
+"""Suites of `benchmarks.quality.run`: a suite is a name and its cells."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ MORPHS: dict[str, tuple[str, ...]] = {
 
 
 def rates() -> Iterator[Cell]:
-    """Each method's learning rate over a grid of factor 2, one seed."""
+    """Each method over a grid of learning rates of factor 2, with one seed."""
     yield from grid((task, kind, 0.1) for task in RATES for kind in KINDS)
 
 
 def controls() -> Iterator[Cell]:
-    """Each control's learning rate over a grid of its own, one seed; `confirm` goes on with further seeds."""
+    """Each control over its own grid of learning rates, with one seed; `confirm` adds further seeds."""
     kinds = (*CONTROLS, "shallow")
     yield from grid((task, kind, 0.1) for task in CONTROL_RATES for kind in kinds)
 
 
 def low() -> Iterator[Cell]:
-    """Banks of 2 % and all controls that small, as `rates` and `controls`."""
+    """Banks of 2 % and all controls of that size, as `rates` and `controls`."""
     yield from grid((task, kind, LOW) for task, kinds in LOW_KINDS.items() for kind in kinds)
 
 
 def confirm() -> Iterator[Cell]:
-    """All seeds (of weights, data and mapping together) at each method's two best rates: one may be luck.
+    """All seeds (of weights, data and mapping together) at each method's two best learning rates.
 
-    Tied and low-rank models, which are far behind everywhere, at the best one.
+    Tied and low-rank models, which are far behind everywhere, run at their best one only.
     """
     lines = ResultFile("quality").lines()
     for (task, kind, budget), losses in losses_by_rate(lines, first_seed_only=True).items():
@@ -72,11 +72,11 @@ MORPHS_AT: dict[str, Settings] = {
     "gpt": {"optimizer.lr": 3e-3},
     "wrn": {"optimizer.lr": 0.2, "share.mapping": "scale"},
 }
-"""What was the best rate, and the mapping where it is not the default any more, when the morphs were compared."""
+"""task → the best learning rate, and a former default mapping, at which the morphs were compared."""
 
 
 def morphs() -> Iterator[Cell]:
-    """Every morph at 10 %, over seeds of its mapping; the default over mappings, too."""
+    """Every morph at 10 % over seeds of its mapping, and the default morph over mappings."""
     for task, names in MORPHS.items():
         lr = MORPHS_AT[task]["optimizer.lr"]
         for seed in SEEDS[:2]:
@@ -88,7 +88,7 @@ def morphs() -> Iterator[Cell]:
 
 
 def budgets() -> Iterator[Cell]:
-    """Where the best rate lies at each budget, for AdamW and SGD: the mean of three seeds."""
+    """Every budget over learning rates, for AdamW and SGD, with three seeds."""
     for optimizer, rates in {"adamw": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "sgd": (0.05, 0.1, 0.2, 0.4, 0.8)}.items():
         for budget in (None, 0.02, 0.1, 0.5, 1.0):
             shared = {"share.budget": budget, "share.morph": "auto"} if budget else {}
@@ -99,14 +99,14 @@ def budgets() -> Iterator[Cell]:
 
 CURVE = (0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 COARSE = {0.01, 0.05, 0.25, 1.0, 4.0}
-"""Budgets that are left out on tasks whose runs take half a minute and more."""
+"""Budgets that are skipped on tasks whose runs take half a minute and more."""
 SLOW = ("gpt", "wrn", "vit", "captions")
 
 
 def curve() -> Iterator[Cell]:
-    """Quality from half a percent of the weights to eight times as many, at the rates that were best at 10 % and for dense.
+    """Budgets from half a percent to eight times the weights, at the best learning rates of the 10 % bank and of dense.
 
-    Where these are the same one, at its neighbours, too.
+    Where both are the same, its neighbours are added.
     """
     best = best_rates(ResultFile("quality").lines())
     for task in RATES:
@@ -120,13 +120,13 @@ def curve() -> Iterator[Cell]:
 
 
 def on_curve(task: str, budget: float, lr: float, seed: int, mapping: str | None = None) -> Cell:
-    """A cell of the curve; lines with a mapping are those of earlier defaults."""
+    """A cell of the curve; a mapping means an earlier default."""
     more = {"share.morph": DEFAULT if budget < 1 else "auto", **({"share.mapping": mapping} if mapping else {})}
     return cell(task, "shared", lr, seed, {**more, **seeded("shared", seed)}, budget)
 
 
 def curve_confirm() -> Iterator[Cell]:
-    """All seeds of the curve, at each budget's better rate."""
+    """All seeds of the curve, at each budget's better learning rate."""
     measured = {identity(line): line["validation_loss"] for line in ResultFile("quality").lines()}
     best: dict[tuple[str, float], Cell] = {}
     for one in curve():

@@ -1,4 +1,4 @@
-"""What `benchmarks.quality.run` trains: for each task the settings of its recipe, and dense models as small as a bank."""
+"""Tasks of `benchmarks.quality.run`: settings of each recipe, and dense models as small as a bank."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ TASKS: dict[str, Settings] = {
         "batch_size": 4,
         "evaluate_batches": 100,
     },
-    # Small enough to try many rates: what a budget does to the best rate.
+    # Small enough for many learning rates: how the best one depends on the budget.
     "gpt-small": {
         **_TEXT,
         "model": "gpt",
@@ -132,4 +132,4 @@ WIDER: dict[str, Settings] = {
     "captions": {"layers": 2, "width": 128, "text_width": 96, "heads": 4, "patch": 4},
     "digits": {"layers": 3, "width": 512},
 }
-"""`model_args` of wider models, which a bank makes as small as the 10 % bank of the usual one."""
+"""`model_args` of wider models, whose banks are as small as the usual model's 10 % bank."""
