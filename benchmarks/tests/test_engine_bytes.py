@@ -9,11 +9,12 @@ import importlib.util
 
 import pytest
 
-from benchmarks.network.engine_bytes import BUDGET, theory
+from benchmarks.network.engine_bytes import BUDGET, theory, workers
 from dist_ssn.cluster import Link
 from dist_ssn.cost.engines import HALVES, footprint
 from dist_ssn.cost.fabric import Fabric
-from testing.launch import LAUNCHES, launch
+from testing.launch import LAUNCHES, launch, results_of
+from testing.ranks import run_ranks
 
 LINK = Link(latency_us=100, bandwidth_mbit=1000)
 _NEEDS = {"zero-0": "deepspeed", "mpi": "mpi4py"}
@@ -26,7 +27,10 @@ def test_an_engine_sends_what_theory_says(columns: tuple[str, ...]) -> None:
     package = _NEEDS.get(columns[0])
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install 'dist_ssn[all]'")
-    found = launch(columns, 2, "benchmarks.network.engine_bytes")
+    if columns[0].startswith("mpi"):
+        found = launch(columns, 2, "benchmarks.network.engine_bytes")
+    else:
+        found = run_ranks(results_of, 2, workers, list(columns), timeout=170)[0]
     for column in columns:
         dense, shared = (line for line in found if line["engine"] == column)
         told = theory(column, shared["trainable"], 2, shared["banks"])
