@@ -164,7 +164,9 @@ def _value(key: str, text: str) -> Any:
         else:
             if str in takes:
                 return text
-    if takes == {str}:
+    if (
+        takes == {str} or not text.strip()
+    ):  # YAML would make null of an empty text, which a shell makes of an unset variable
         return text
     value = yaml_value(text)
     return value if type(value) in takes else text

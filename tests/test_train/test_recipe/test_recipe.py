@@ -29,6 +29,7 @@ from dist_ssn.train.recipe.schema import (
     ScheduleConfig,
     ShareConfig,
 )
+from testing.write_schemas import text_of
 
 
 @pytest.fixture
@@ -244,6 +245,10 @@ def test_wrong_files(file: Path, text: str, wanted: str) -> None:
         ("--name=a/b", "name must be a plain name, for it names the run's folder, got 'a/b'"),
         ("--name=..", "name must be a plain name"),
         ("--output=", "output must not be empty"),
+        ("--data.limit=", "data.limit must be a whole number or null, got ''"),
+        ("--share.plan=", "share.plan must be a plan's JSON file, but '' does not exist"),
+        ("--share.control=", "share.control is an unknown name ''"),
+        ("--share.budget=.nan", "share.budget must be a budget such as"),
         ("--share.plan=nowhere.json", "share.plan must be a plan's JSON file, but 'nowhere.json' does not exist"),
         ("--share.mapping=shpae", "share.mapping is wrong: unknown mapping 'shpae'"),
         ('--share.mapping={"*": "a b"}', "share.mapping is wrong: group name 'a b' in the mapping"),
@@ -366,7 +371,7 @@ def names_in_schema(key: str) -> list[str]:
 
 def test_the_schema_beside_the_recipes_is_the_exported_one() -> None:
     folder = bundled_recipes()["quickstart"].parent
-    assert json.loads((folder / "recipe.schema.json").read_text()) == json.loads(json.dumps(recipe_schema()))
+    assert (folder / "recipe.schema.json").read_text() == text_of(recipe_schema()), "python -m testing.write_schemas"
     for path in bundled_recipes().values():
         assert path.read_text().startswith("# yaml-language-server: $schema=recipe.schema.json\n")
 
