@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import pytest
 
+from dist_ssn.baselines import CONTROLS
 from dist_ssn.comm.ledger import PURPOSES
+from dist_ssn.plan.mapping import MAPPINGS
+from dist_ssn.plan.rules import SLOT_MORPHS
 from tests.test_docs.markdown import ROOT
 
 TEXT = (ROOT / "docs" / "concepts.md").read_text()
@@ -25,8 +29,9 @@ def test_a_word_is_defined(word: str) -> None:
     assert re.search(rf"\b{word}\b", bold)
 
 
-def test_every_purpose_of_the_ledger_is_named() -> None:
-    assert not [purpose for purpose in PURPOSES if f"`{purpose}`" not in TEXT]
+@pytest.mark.parametrize("names", [PURPOSES, MAPPINGS, CONTROLS, [morph.removesuffix("-up") for morph in SLOT_MORPHS]])
+def test_every_name_of_a_registry_is_there(names: Iterable[str]) -> None:
+    assert not [name for name in names if not re.search(rf"`{name}(?::N)?`", TEXT)]
 
 
 @pytest.mark.parametrize("name", ["bank", "step"])
