@@ -62,7 +62,7 @@ def completion(commands: Mapping[str, Command]) -> Command:
         ),
         functools.partial(_run, commands),
         (),
-        (Argument("SHELL", "Shell that reads the script.", choices=SHELLS),),
+        (Argument("SHELL", "Shell that reads the script: bash or zsh.", choices=SHELLS),),
     )
 
 

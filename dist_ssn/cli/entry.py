@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import shutil
@@ -91,7 +92,7 @@ def _without_command(arguments: list[str]) -> int:
         version=f"dist-ssn {version_of('dist_ssn') or '(not installed)'}",
         help="Show the version.",
     )
-    parser.add_argument("command", metavar="COMMAND", help="One of the commands below.")
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
     given = parser.parse_known_args(arguments)[0]
     raise UserError(unknown_choice("command", given.command, COMMANDS))
 
@@ -106,7 +107,7 @@ def _commands_by_purpose() -> str:
 
 def _exit_codes() -> str:
     lines = [f"  {code:<12}{_wrapped(text, 14)}" for code, text in EXIT_CODES.items()]
-    also = _wrapped("launch becomes the program that it starts, and lab run passes its exit code on.", 2)
+    also = _wrapped("launch and lab run end with the exit code of the program that they start.", 2)
     return "\n".join(["exit codes:", *lines, f"  {also}"])
 
 
@@ -116,7 +117,7 @@ def _wrapped(text: str, indent: int) -> str:
 
 
 def _tolerate_narrow_consoles() -> None:
-    """Lets output go on where a console has no sign for a character, as × in ASCII: it shows ? there."""
+    """Replaces characters that a console cannot show, such as × in ASCII, by a question mark."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
             stream.reconfigure(errors="replace")
@@ -134,7 +135,7 @@ def _say(sentence: str) -> None:
 
 
 def _is_follower() -> bool:
-    """Whether another process of a job is the first on this machine."""
+    """Another process of the same job speaks for this machine."""
     local_ranks = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
     return any(os.environ.get(name, "0") != "0" for name in local_ranks)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -52,7 +53,13 @@ def parse(command: Command, words: Sequence[str]) -> tuple[argparse.Namespace, l
     else:
         own, rest = list(words), []
     with_keys = command.takes_recipe and any(word in ("-h", "--help") for word in own)
-    given = parser_of(command, with_keys).parse_args(own)
+    parser = parser_of(command, with_keys)
+    given, unknown = parser.parse_known_args(own)
+    if unknown:
+        names = [option.name for option in command.options()]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     problems = []
     for option in command.options():
         text = getattr(given, option.attribute, None)

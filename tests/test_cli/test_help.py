@@ -220,6 +220,8 @@ def test_own_options_stand_anywhere() -> None:
         (["train", "--no-progress=yes"], "ignored explicit argument 'yes' (dist-ssn train --help lists what there is)"),
         (["launch", "--cluster=local", "--nodes=two", "--", "train"], "--nodes must be a number, got 'two'"),
         (["launch", "--clus=local"], "required: --cluster"),
+        (["lab", "run", "--nods=2"], "unrecognized arguments: --nods=2; did you mean --nodes? (dist-ssn lab --help"),
+        (["plan", "--clutser=local"], "command line: unknown key clutser; did you mean cluster?"),
         (["completion", "fish"], "invalid choice: 'fish'"),
         (["doctor", "--all"], "unrecognized arguments: --all"),
     ],
