@@ -1,4 +1,4 @@
-"""Specs + budget + mapping → `Plan`: pure arithmetic, frozen, JSON both ways."""
+"""Plans: from specs, a budget and a mapping to a frozen `Plan`, by pure arithmetic, with JSON in both directions."""
 
 from dist_ssn.plan.make import make_plan
 from dist_ssn.plan.mapping import MAPPINGS

@@ -1,12 +1,13 @@
-"""The budget's arithmetic: from groups of weights to bank sizes and slots.
+"""Arithmetic of the budget: from groups of weights to bank sizes and slots.
 
-Every plan uses its whole budget, with two exceptions: a bank of "offset" may be one number smaller, so that its size is odd; and
-where each group is a single weight and the budget is at least their sum, all weights stay dense and the rest is left.
+A plan uses its whole budget, with two exceptions:
+- A bank of "offset" may have one element less, so that its size is odd.
+- If each group is a single weight and the budget is at least their sum, all weights stay dense and the rest is unused.
 
-Every number of a bank is read by some weight, with these exceptions: what does not fill the templates of "inter" and
-"wavg-up" or a chunk of "hash", which draws its chunks at random besides; a bank above the weights' sum, where the number of
-templates that the user fixed, or the 8 of "emb", are too few for it; and where the next template would cost more than it reads,
-the few numbers up to the size at which it pays.
+Each element of a bank is read by a weight, with these exceptions:
+- elements that do not fill the templates of "inter" and "wavg-up" or a chunk of "hash" (which also draws its chunks at random);
+- in a bank larger than the sum of the weights, elements beyond the number of templates that the user fixed, or the 8 of "emb";
+- a few elements below the size at which the next template pays, if that template would cost more than it reads.
 """
 
 from __future__ import annotations
@@ -21,28 +22,34 @@ from dist_ssn.plan.rules import EMBEDDING_SIZE, MAX_TEMPLATES, Morph, cut, reach
 from dist_ssn.plan.slots import Group, Slot
 
 _GAINS_SHARE = 0.3
-"""Automatic gains are used where they take at most this part of a weight's share of the budget."""
+"""Automatic gains are used if they take at most this fraction of a weight's share of the budget."""
 _WITH_EXTRAS = ("offset", "hash")
 _AVERAGES = ("avg", "wavg")
 
 
 class Infeasible(Exception):
-    """The budget is too small for what each weight must have."""
+    """The budget is too small for the parameters that each weight must have."""
 
 
 Demand = Mapping[str, int]
-"""weight → how much of a budget each of its numbers asks for, in any unit"""
+"""Weight name → importance of each of its elements in the split of a budget, in any unit."""
 
 
 def allocate(groups: Groups, budget: int, morph: Morph, demand: Demand | None = None) -> tuple[Group, ...]:
-    """Sizes every bank and cuts every weight.
+    """Chooses the size of each bank and the slot of each weight.
 
-    The budget is split in proportion to the groups' sizes, or to what their weights demand. A group of one weight that would get
-    at least the weight's own size keeps it as it is ("repeat" of a bank of n numbers), and what it has to spare goes to the
-    others; a group that would get too little to be made at all gets the least that it needs, at the others' expense.
+    The budget is split in proportion to the groups' sizes, or to their weights' demand. A group of one weight whose share is at
+    least the weight's size stays dense ("repeat" of a bank of n elements), and the rest of its share goes to the others. A group
+    whose share is too small gets the least that it needs, at the expense of the others.
+
+    Args:
+        groups: name → weights.
+        budget: number of parameters.
+        morph: for all weights.
+        demand: see `Demand`; None: sizes.
 
     Raises:
-        Infeasible: the groups need more than the budget, each with one number of bank and what its weights must have beside it.
+        Infeasible: the groups need more than the budget even with banks of one element.
     """
     shares = split(budget, groups, {}, demand)
     solved = {name: _solve(name, weights, shares[name], morph) for name, weights in groups.items()}
@@ -54,19 +61,26 @@ def allocate(groups: Groups, budget: int, morph: Morph, demand: Demand | None = 
             shares = split(budget, groups, floors, demand)
         solved = {name: _solve(name, weights, shares[name], morph) for name, weights in groups.items()}
     banks = tuple(group for group in solved.values() if group is not None)
-    assert len(banks) == len(groups)  # since each has at least what it needs
+    assert len(banks) == len(groups)  # each share is at least the group's need
     return banks
 
 
 def least(groups: Groups, morph: Morph) -> int:
-    """A budget that is enough for the groups, and hardly ever more than the smallest."""
+    """A budget that is enough for the groups, and rarely more than the smallest one."""
     return sum(_least(tuple(weights), morph)[0] for weights in groups.values())
 
 
 def split(budget: int, groups: Groups, floors: dict[str, int], demand: Demand | None = None) -> dict[str, int]:
-    """Each group's share of `budget`, by largest remainder, except for what `floors` gives.
+    """Each group's share of `budget`, by largest remainder.
 
-    Single weights are capped at their size while others remain; with a demand and less budget than weights, groups are too.
+    A group of a single weight is capped at its size while other groups remain. With a demand, and a budget below the sum of all
+    weights, every group is.
+
+    Args:
+        budget: number of parameters.
+        groups: name → weights.
+        floors: fixed shares of some groups.
+        demand: see `Demand`; None: sizes.
 
     Raises:
         Infeasible: `floors` is above the budget.
@@ -102,9 +116,9 @@ def _in_proportion(total: int, parts: dict[str, int]) -> dict[str, int]:
 
 
 def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) -> Group | None:
-    """The group with the largest bank that `share` allows beside the numbers of the weights' own; None where it is too small.
+    """The group with the largest bank that `share` allows besides the weights' own parameters; None if the share is too small.
 
-    How many those are depends on the bank's size in turn.
+    The number of own parameters depends on the bank's size in turn.
     """
     std = group_std(weights)
     if len(weights) == 1 and share == weights[0].numel:
@@ -115,7 +129,7 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
         least, bank = _least(tuple(weights), morph)
         if share < least:
             return None
-        morph = replace(morph, gains=morph.gains or False)  # automatic gains give way
+        morph = replace(morph, gains=morph.gains or False)  # without automatic gains
         sizes = bank, share + 1
     bank, too_large = sizes
     slots, rest = _attempt(weights, share, bank, morph)
@@ -131,21 +145,21 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
 
 
 def _bracket(weights: Sequence[LayerSpec], share: int, morph: Morph) -> tuple[int, int] | None:
-    """(a bank's size that fits, a larger one that does not), where trying from above finds one."""
+    """Sizes of a bank (one that fits, a larger one that does not), tried from above; None if none was found."""
     bank, too_large = share, share + 1
     while bank >= 1:
         rest = _attempt(weights, share, bank, morph)[1]
         if rest >= bank:
             return bank, too_large
-        # Where a larger bank needs fewer numbers beside it ("mask"), none between rest and bank fits; where it needs more
-        # ("wavg"), rest may be far too low.
+        # If a larger bank needs fewer own parameters ("mask"), no size between rest and bank fits; if it needs more ("wavg"),
+        # rest may be far too low.
         bank, too_large = max(rest, bank // 2), bank
     return None
 
 
 @functools.lru_cache(maxsize=4096)
 def _least(weights: tuple[LayerSpec, ...], morph: Morph) -> tuple[int, int]:
-    """(the least share with which the group can be made, without automatic gains; the bank's size in it)."""
+    """The smallest share that is enough for the group without automatic gains, and the bank's size in it."""
 
     def need(bank: int) -> int:
         return bank - _attempt(weights, 0, bank, morph)[1]
@@ -163,7 +177,7 @@ def _least(weights: tuple[LayerSpec, ...], morph: Morph) -> tuple[int, int]:
 
 
 def _attempt(weights: Sequence[LayerSpec], share: int, bank: int, morph: Morph) -> tuple[list[Slot], int]:
-    """The slots for a bank of this size, and what `share` leaves for the bank beside the numbers of their own."""
+    """The slots for a bank of this size, and the part of `share` that their own parameters leave for the bank."""
     total = sum(weight.numel for weight in weights)
     cover = _cover([weight.numel for weight in weights], bank, morph)
     slots = [_with_extras(cut(weight, bank, morph, cover), share * weight.numel / total, morph) for weight in weights]
@@ -172,26 +186,26 @@ def _attempt(weights: Sequence[LayerSpec], share: int, bank: int, morph: Morph) 
 
 
 def _cover(sizes: Sequence[int], bank: int, morph: Morph) -> int:
-    """The least K with which weights of these sizes together read all of the bank, as far as they can."""
+    """The smallest K with which weights of these sizes together read all of the bank, if any K does."""
 
     def read(templates: int) -> int:
-        """Numbers read by averages: one stretch where B < 2n, at most as many templates as the bank has room for."""
+        """Number of elements that averages read: one stretch if B < 2n, at most as many templates as fit the bank."""
         return sum(min(max(1, bank // n), templates) * n for n in sizes)
 
     low, high = -(-bank // sum(sizes)), bank // min(sizes)
     if morph.down not in _AVERAGES or read(max(low, MAX_TEMPLATES)) >= bank or read(high) < bank:
         return low
-    while high - low > 1:  # low is too few, high is enough
+    while high - low > 1:  # low is too small, high is enough
         middle = (low + high) // 2
         low, high = (low, middle) if read(middle) >= bank else (middle, high)
     return high
 
 
 def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
-    """Adds the low-rank difference that was asked for, and gains where they fit beside the bank in the weight's share.
+    """Adds the low-rank difference that the morph asks for, and gains if they fit in the weight's share.
 
-    Gains are automatic for matrices only: convolutions mostly stand between norms, whose own factors do the same
-    (docs/results/quality.md). A difference is never automatic: what it takes from the bank costs more than it brings.
+    Gains are automatic for matrices only: most convolutions have norms around them, whose factors do the same
+    (docs/results/quality.md). A difference is never automatic: the bank loses more by it than the weight gains.
     """
     automatic = slot.morph in _WITH_EXTRAS and len(slot.shape) == 2
     around = slot.rows + slot.columns
@@ -204,20 +218,20 @@ def _with_extras(slot: Slot, share: float, morph: Morph) -> Slot:
 
 
 def _out_of_step(bank: int, slots: list[Slot]) -> int:
-    """The bank's size, one less where a power of two divides it: with each pass over it, rows must begin elsewhere.
+    """The bank's size, one less if it is even, so that rows begin at other elements in each pass over the bank.
 
-    Where rows of several weights lie one upon the other in the bank, learning is much worse (benchmarks/results/quality:
+    If rows of several weights begin at the same elements of the bank, learning is much worse (benchmarks/results/quality:
     mapping "shape").
     """
     return bank - 1 if bank % 2 == 0 and bank > 1 and all(slot.morph == "offset" for slot in slots) else bank
 
 
 def _place(slots: list[Slot], bank: int, std: float) -> tuple[Slot, ...]:
-    """Gives every slot the stretch after its predecessor's, so that each number of the bank is used equally often.
+    """Gives each slot the stretch after the previous slot's, so that each element of the bank is used equally often.
 
-    Not so for "hash", where each weight draws its own order: near a budget of 1 a part of the bank is drawn by none.
+    "hash" is an exception, because each weight draws its own order: near a budget of 1, no weight draws some parts of the bank.
 
-    The scale makes up for the morph's own spread (already in `slot.scale`) and for the bank's standard deviation.
+    The scale compensates the morph's change of variance (already in `slot.scale`) and the bank's standard deviation.
     """
     placed, start = [], 0
     for slot in slots:

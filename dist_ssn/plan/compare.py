@@ -1,4 +1,4 @@
-"""Whether a plan is another plan, and whether it is the plan of a model: the first differences in words."""
+"""Comparison of a plan with another plan, and with a model; differences in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dist_ssn.plan.slots import Slot
 
 
 def plan_difference(mine: Plan, other: Plan) -> str | None:
-    """The first difference between two plans in words, None where they are equal."""
+    """The first difference between two plans in words; None if they are equal."""
     if mine == other:
         return None
     banks, theirs = ({group.name: group for group in plan.groups} for plan in (mine, other))
@@ -17,7 +17,7 @@ def plan_difference(mine: Plan, other: Plan) -> str | None:
         return f"it has banks {', '.join(theirs)}, the model has {', '.join(banks)}"
     for name, group in banks.items():
         if group.size != theirs[name].size:
-            return f"its bank {name!r} has {theirs[name].size} numbers, the model's has {group.size}"
+            return f"its bank {name!r} has {theirs[name].size} parameters, the model's has {group.size}"
     slots, their_slots = ({slot.name: (group.name, slot) for group, slot in plan.slots()} for plan in (mine, other))
     for name in sorted(set(slots) ^ set(their_slots)):
         return f"weight {name!r} is shared only in {'the model' if name in slots else 'it'}"
@@ -32,10 +32,10 @@ def plan_difference(mine: Plan, other: Plan) -> str | None:
 
 
 def require_plan_fits(plan: Plan, specs: Specs) -> None:
-    """Refuses a plan that is not of the model with these specs.
+    """Checks that a plan belongs to the model with these specs.
 
     Raises:
-        PlanError: names up to five weights that differ.
+        PlanError: it does not; the message names up to five weights that differ.
     """
     weights = {weight.name: weight for weight in specs.weights}
     ties = {name: weight.name for weight in specs.weights for name in weight.aliases}

@@ -1,4 +1,4 @@
-"""`make_plan`: specs + budget + mapping + morph → `Plan`. Pure, and the same on every rank, machine and run."""
+"""`make_plan`: from specs, budget, mapping and morph to a `Plan`. Pure, and the same on every rank, machine and run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from dist_ssn.plan.rules import Morph, parse_morph
 from dist_ssn.plan.slots import LARGEST, Group
 
 HIGH_BUDGET = 1.0
-"""From this fraction on, "auto" mixes several templates into a weight; below it reads one, in many passes over the bank."""
+"""From this fraction on, "auto" mixes several templates into a weight; below, it reads one, in many passes over the bank."""
 LOW_BUDGET = 0.02
-"""Below this fraction of the weights, "auto" gives layers that a model has once no banks of their own: they would be too small."""
+"""Below this fraction of the weights, "auto" makes no banks for layers that a model has once: they would be too small."""
 
 
 def make_plan(
@@ -35,35 +35,37 @@ def make_plan(
     seed: int = 0,
     demand: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Decides, without touching the model, which weights share which bank and how each is generated.
+    """Assigns each weight to a bank and chooses its morph, without changing the model.
 
     Args:
-        specs: what `find_specs` returned, or the model itself.
-        budget: trainable numbers that may stand for all the weights: 0.1, "10%", 5_000_000, "5M", "5MB", "5MB/step".
+        specs: the result of `find_specs`, or the model itself.
+        budget: largest number of trainable parameters that replace the weights: 0.1, "10%", 5_000_000, "5M", "5MB",
+            "5MB/step".
         mapping: "auto", a key of `MAPPINGS` ("depth:3" with a number of groups), or {glob: group name}.
         morph: "auto", a name, a pair "down/up", with options as "offset:rank=4", or a `Morph`.
         include: if given, only these names, globs or classes of modules are shared (with a model only).
         exclude: these are not shared (with a model only).
-        seed: of all that is pseudo-random in the plan and in the bank's initial values.
-        demand: weight → how much of the budget each of its numbers asks for, relative to others', above 0; None: all alike.
+        seed: of everything pseudo-random in the plan and in the bank's initial values.
+        demand: weight → importance of each of its elements in the split of the budget, relative to other weights, above 0;
+            None: all equal.
 
     Raises:
         ShareError: the model has nothing to share.
-        BudgetError: the budget cannot be read, or is too small: the message says the smallest possible one.
-        PlanError: unknown mapping or morph, no weights, or a demand that is not of these.
+        BudgetError: the budget cannot be read, or is too small; the message gives the smallest possible one.
+        PlanError: unknown mapping or morph, no weights, or a demand that does not name each weight once.
     """
     if isinstance(specs, nn.Module):
         specs = find_specs(specs, include, exclude)
     elif not isinstance(specs, Specs):
         raise PlanError(
-            f"cannot plan for an object of type {type(specs).__name__}: give a model, or what find_specs() returned"
+            f"cannot plan for an object of type {type(specs).__name__}: give a model, or the result of find_specs()"
         )
     elif include is not None or exclude is not None:
         raise PlanError(
             "include and exclude select among a model's weights: give the model, or give them to find_specs()"
         )
     if not specs.weights:
-        raise PlanError("there are no weights to plan for: give a model, or what find_specs() returned")
+        raise PlanError("there are no weights to plan for: give a model, or the result of find_specs()")
     if not isinstance(seed, int) or isinstance(seed, bool) or abs(seed) > LARGEST:
         raise PlanError(f"seed {seed!r:.60} must be an integer of at most 53 bits")
     morph = parse_morph(morph)
@@ -71,7 +73,7 @@ def make_plan(
     banks = _allocate(specs, allowed, mapping, morph, seed, demand=_whole(demand, specs))
     if banks is None:
         raise BudgetError(
-            f"budget {budget!r} allows {allowed:,} trainable numbers, too few for {len(specs.weights)} weights with mapping "
+            f"budget {budget!r} allows {allowed:,} trainable parameters, too few for {len(specs.weights)} weights with mapping "
             f"{mapping!r:.60} and morph {morph.name!r}: {_smallest(specs, allowed, mapping, morph, seed)}"
         )
     return Plan(banks, allowed, seed)
@@ -80,7 +82,7 @@ def make_plan(
 def _resolve(
     specs: Specs, allowed: int, mapping: str | Mapping[str, str], morph: Morph, seed: int
 ) -> tuple[Groups, Morph]:
-    """The groups and the morph, with what "auto" stands for at this budget."""
+    """The groups and the morph, with "auto" replaced by its choice at this budget."""
     if mapping == "auto":
         mapping = "blocks" if allowed >= math.floor(LOW_BUDGET * specs.numel) else "scale"
     if morph.name == "auto":
@@ -90,7 +92,7 @@ def _resolve(
 
 
 def _whole(demand: Mapping[str, float] | None, specs: Specs) -> Demand | None:
-    """The demand in parts of 1/1000 of the least, so that its arithmetic is the same on every machine."""
+    """The demand in units of 1/1000 of the smallest, as integers, so that its arithmetic is the same on every machine."""
     if demand is None:
         return None
     names = {weight.name for weight in specs.weights}
@@ -112,7 +114,7 @@ def _allocate(
     seed: int,
     demand: Demand | None = None,
 ) -> tuple[Group, ...] | None:
-    """The banks for a budget; None where it is too small."""
+    """The banks for a budget; None if it is too small."""
     groups, morph = _resolve(specs, allowed, mapping, morph, seed)
     try:
         return allocate(groups, allowed, morph, demand)
@@ -121,13 +123,13 @@ def _allocate(
 
 
 def _smallest(specs: Specs, low: int, mapping: str | Mapping[str, str], morph: Morph, seed: int) -> str:
-    """A sentence on the least feasible budget above the infeasible `low`."""
+    """A message with the smallest feasible budget above the infeasible `low`."""
     high = max(least(*_resolve(specs, low, mapping, morph, seed)), low + 1)
     while _allocate(specs, high, mapping, morph, seed) is None:
         low, high = high, 2 * high
         if high > LARGEST:
             return "no budget is enough for them"
-    probe = high - 1  # which hardly ever works
+    probe = high - 1  # rarely feasible
     while high - low > 1:
         low, high = (low, probe) if _allocate(specs, probe, mapping, morph, seed) is not None else (probe, high)
         probe = (low + high) // 2

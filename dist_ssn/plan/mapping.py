@@ -1,4 +1,4 @@
-"""Mappings: which weights share a bank. Pure functions from specs to named lists of weights."""
+"""Mappings: groups of weights that share a bank. Pure functions from specs to named lists of weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Weights = Sequence[LayerSpec]
 Groups = dict[str, list[LayerSpec]]
 
 _STD_RATIO = 8.0
-"""Weights whose initial standard deviations differ by more get separate banks by default: one step of an optimizer moves
-all users of a bank in proportion to their scale, so that a bank rate can suit only weights of similar scale."""
+"""Weights whose initial standard deviations differ by more get separate banks by default: one step of an optimizer moves all
+weights of a bank in proportion to their scale, so that a learning rate can suit only weights of similar scale."""
 _ONE_SCALE = 3.0
-"""Within this factor initial standard deviations count as one, as a GPT's, whose residual projections start lower, do."""
+"""Within this factor, initial standard deviations count as equal, such as a GPT's, whose residual projections start lower."""
 
 
 def single(weights: Weights, count: int, seed: int) -> Groups:
@@ -36,18 +36,18 @@ def by_shape(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_depth(weights: Weights, count: int, seed: int) -> Groups:
-    """`count` contiguous stages of about equal size, in the order in which the model lists its weights."""
+    """Contiguous stages, `count` of them with about equal size, in the model's order of weights."""
     total, before = sum(weight.numel for weight in weights), 0
     groups: Groups = {}
     for weight in weights:
-        stage = min(count - 1, count * (2 * before + weight.numel) // (2 * total))  # where the weight's middle lies
+        stage = min(count - 1, count * (2 * before + weight.numel) // (2 * total))  # the stage of the weight's middle
         groups.setdefault(f"depth-{stage}", []).append(weight)
         before += weight.numel
     return groups
 
 
 def at_random(weights: Weights, count: int, seed: int) -> Groups:
-    """`count` banks of about equal numbers of weights, drawn by a hash of (seed, name)."""
+    """Random groups, `count` of them with about equally many weights, drawn by a hash of (seed, name)."""
     drawn = sorted(weights, key=lambda weight: hashlib.sha256(f"{seed}/{weight.name}".encode()).digest())
     place = {weight.name: i % count for i, weight in enumerate(drawn)}
     groups: Groups = {f"random-{i}": [] for i in range(min(count, len(weights)))}
@@ -57,7 +57,7 @@ def at_random(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_scale(weights: Weights, count: int, seed: int) -> Groups:
-    """One bank for all weights whose initial standard deviations lie within a factor of eight; more where they don't."""
+    """One bank if the weights' initial standard deviations lie within a factor of eight, else several."""
     groups: list[list[LayerSpec]] = []
     for weight in sorted(weights, key=lambda weight: weight.init_std):
         if groups and weight.init_std <= _STD_RATIO * groups[-1][0].init_std:
@@ -72,7 +72,7 @@ def by_scale(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_blocks(weights: Weights, count: int, seed: int) -> Groups:
-    """A bank for what a model repeats and for its embeddings (as `by_scale`), and one for each of its `layers_once`."""
+    """A bank for repeated layers and embeddings (or several, as `by_scale`), and one for each of `layers_once`."""
     once = layers_once(weights)
     if not once:
         return by_scale(weights, count, seed)
@@ -83,12 +83,12 @@ def by_blocks(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def layers_once(weights: Weights) -> list[LayerSpec]:
-    """What comes first and last in a model: a stem, positions, a head; nothing in a model that repeats no layer.
+    """Layers that a model has once, such as a stem, positions and a head; none in a model that repeats no layer.
 
-    That is: weights whose names, numbers aside, no other weight of the same kind of layer has. In the bank of the blocks they
-    made a small ViT fail. Embeddings are not among them: they are large, and need more numbers than their part of the budget.
-    Nor is anything that would share a bank of about one initial scale (0.02 in a BERT): there all learn better together.
-    Measured in docs/results/quality.md, "The default, and why".
+    These are weights whose name, without its digits, no other weight of the same kind of layer has. In the bank of the blocks
+    they made a small ViT fail. Two kinds are left out. Embeddings are large, and need more parameters than their share of the
+    budget. Weights of about one initial scale (0.02 in a BERT) learn better in one bank. Measured in docs/results/quality.md,
+    "The default, and why".
     """
     kinds = Counter(kind for weight in weights for kind in _kinds(weight))
     if max(kinds.values(), default=1) == 1:
@@ -103,7 +103,7 @@ def _is_one_scale(weights: Weights) -> bool:
 
 
 def _kinds(weight: LayerSpec) -> list[tuple[str, str]]:
-    """What a weight has in common with those of other blocks, for each of its names: "blocks.#.mlp.weight", "Linear"."""
+    """Kind of a weight for each of its names, equal in all blocks: ("blocks.#.mlp.weight", "Linear")."""
     return [(re.sub("[0-9]+", "#", name), weight.kind) for name in (weight.name, *weight.aliases)]
 
 
@@ -123,8 +123,10 @@ def map_weights(weights: Weights, mapping: str | Mapping[str, str], seed: int) -
     """Groups `weights` by a named mapping, or by hand.
 
     Args:
-        mapping: a key of `MAPPINGS`; with a number of groups as "depth:3" or "random:8"; or {glob: group name}, in which the
-            first glob that matches one of a weight's names decides.
+        weights: all weights.
+        mapping: a key of `MAPPINGS`; with a number of groups as "depth:3" or "random:8"; or {glob: group name}, of which the
+            first glob that matches one of a weight's names applies.
+        seed: of "random".
 
     Raises:
         PlanError: unknown mapping, a weight that no glob matches, or a glob that matches nothing.
@@ -137,10 +139,10 @@ def map_weights(weights: Weights, mapping: str | Mapping[str, str], seed: int) -
 
 
 def check_mapping(mapping: str | Mapping[str, str]) -> None:
-    """Refuses what is no mapping of any model.
+    """Checks a mapping without a model.
 
     Raises:
-        PlanError: unknown mapping, or by hand a glob or a group's name that can be none.
+        PlanError: the mapping is unknown, or a glob or a group's name is malformed.
     """
     if isinstance(mapping, Mapping):
         for glob, group in mapping.items():
@@ -188,11 +190,11 @@ def _by_hand(weights: Weights, mapping: Mapping[str, str]) -> Groups:
         )
     if unused:
         raise PlanError(
-            f"the mapping's glob {sorted(unused)[0]!r} decides for no weight: remove it, or put it before a wider one"
+            f"the mapping's glob {sorted(unused)[0]!r} applies to no weight: remove it, or put it before a wider one"
         )
     return groups
 
 
 def group_std(weights: Weights) -> float:
-    """Root mean square of the weights' initial standard deviations, each number counted once: the bank's own."""
+    """Standard deviation of a group's bank: root mean square of the weights' initial ones, weighted by their sizes."""
     return math.sqrt(sum(w.numel * w.init_std**2 for w in weights) / sum(w.numel for w in weights))

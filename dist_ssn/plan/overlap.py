@@ -1,15 +1,15 @@
-"""How a bank's gradient may travel while backward still computes: options as text, and the pieces it is sent in. Pure arithmetic.
+"""Overlap settings: how a bank's gradient is sent while backward still computes, and in which pieces. Pure arithmetic.
 
-A bank that all layers read is final only when backward has come to the first of them, at its very end. The ways out:
+The gradient of a bank that all layers read is final only at the very end of backward, after the first layer. The settings:
 
-    "none"         the bank travels in one piece when it is final. With `mapping: depth:N` there are N banks, each final when
-                   its own first reader is: DDP's own overlap, for any engine.
-    "segments:N"   N equal stretches of the bank, each sent when its first reader's backward is done.
-    "sums:N"       the whole bank N times: what the last layers have added to it travels while earlier ones compute.
-    "delay"        all gradients travel while the *next* step computes, which uses those of the step before. "delay:L" sets the
-                   strength of the correction, 0 for none (see `engines/delay.py`).
+    "none"         the gradient is sent in one piece when it is final. With `mapping: depth:N` there are N banks, each final when
+                   the backward of its first layer is done: DDP's own overlap, for any engine.
+    "segments:N"   N equal stretches of the bank, each sent when the backward of its first layer is done.
+    "sums:N"       the whole bank N times: the sum over the last layers is sent while earlier layers compute.
+    "delay"        all gradients are sent while the *next* step computes, and are used one step late. "delay:L" sets the
+                   strength of the correction, 0 for none (see `engines/overlap/delay.py`).
 
-Letters: B numbers in a bank, N pieces.
+Letters: B elements in a bank, N pieces.
 """
 
 from __future__ import annotations
@@ -28,22 +28,26 @@ KINDS = ("none", "segments", "sums", "delay")
 COMPRESSIONS = ("none", "fp16")
 DEFAULT_PIECES = {"segments": 4, "sums": 2}
 CORRECTION = 1.0
-"""Strength of the correction of a delayed gradient, where the user does not say."""
+"""Default strength of the correction of a delayed gradient."""
 MAX_PIECES = 1000
 LEAST_BUCKET, MOST_BUCKET = 2**16, 25 * 2**20
-"""Bytes that are worth a round of their own (5 ms at 100 Mbit/s), and bytes that are worth sending before backward ends."""
-RIDES_ALONG = 16
-"""A bank that many times smaller than the largest one, and below LEAST_BUCKET, has no message of its own."""
+"""Bytes that justify a message of their own (5 ms at 100 Mbit/s), and bytes that justify sending before backward ends."""
+MERGE_RATIO = 16
+"""A bank that is this many times smaller than the largest one, and below LEAST_BUCKET, is sent with other gradients."""
 
 
 def least_alone(banks: Sequence[int]) -> float:
-    """Bytes from which on a bank travels by itself, of banks of so many bytes: smaller ones ride with other gradients."""
-    return min(LEAST_BUCKET, max(banks, default=0) / RIDES_ALONG)
+    """Smallest size of a bank that is sent by itself; smaller ones are sent with other gradients.
+
+    Args:
+        banks: bytes of each bank.
+    """
+    return min(LEAST_BUCKET, max(banks, default=0) / MERGE_RATIO)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """A way to send gradients: a kind of `KINDS`, pieces per bank, and the strength of a delay's correction."""
+    """An overlap setting: a kind of `KINDS`, pieces per bank, and the strength of a delay's correction."""
 
     kind: str = "none"
     pieces: int = 1
@@ -52,7 +56,7 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a bank's gradient that is sent when the backward of all its `slots` (indices in the group) is done."""
+    """A stretch of a bank's gradient, from `start` to `end`, sent when the backward of all `slots` (indices) is done."""
 
     start: int
     end: int
@@ -60,7 +64,7 @@ class Piece:
 
 
 def parse_overlap(text: str | Overlap) -> Overlap:
-    """Reads "none", "segments", "segments:4", "sums:2", "delay", "delay:0.5".
+    """Parses an overlap setting: "none", "segments", "segments:4", "sums:2", "delay", "delay:0.5".
 
     Raises:
         PlanError: an unknown kind, or a number that is out of range.
@@ -91,22 +95,22 @@ def parse_overlap(text: str | Overlap) -> Overlap:
 
 
 def check_compress(compress: str, overlap: Overlap) -> None:
-    """Whether gradients can travel compressed so.
+    """Checks a compression of gradients.
 
     Raises:
-        PlanError: nobody knows it, or the banks would be left out of it, since they travel by themselves.
+        PlanError: it is unknown, or the overlap setting sends banks by themselves, without compression.
     """
     if compress not in COMPRESSIONS:
         raise PlanError(unknown_choice("compression", compress, COMPRESSIONS))
     if compress != "none" and overlap.kind != "none":
         raise PlanError(
-            f"compress {compress!r} goes with overlap 'none' only: banks that travel in pieces or late are not compressed"
+            f"compress {compress!r} goes with overlap 'none' only: banks that are sent in pieces or late are not compressed"
         )
 
 
 def pieces_of(group: Group, overlap: Overlap) -> tuple[Piece, ...]:
-    """The pieces of a bank's gradient, in the order in which they are sent: backward comes to the last weights first."""
-    everyone = frozenset(range(len(group.slots)))
+    """The pieces of a bank's gradient, in the order in which they are sent: backward begins with the last weights."""
+    all_slots = frozenset(range(len(group.slots)))
     if overlap.kind == "segments":
         count = min(overlap.pieces, group.size)
         bounds = [group.size * i // count for i in range(count + 1)]
@@ -116,17 +120,17 @@ def pieces_of(group: Group, overlap: Overlap) -> tuple[Piece, ...]:
             )
             for start, end in itertools.pairwise(bounds)
         ]
-        return tuple(sorted(pieces, key=lambda piece: (-min(piece.slots, default=len(everyone)), piece.start)))
+        return tuple(sorted(pieces, key=lambda piece: (-min(piece.slots, default=len(all_slots)), piece.start)))
     if overlap.kind == "sums":
         before = list(itertools.accumulate((slot.numel for slot in group.slots), initial=0))
         cuts = [group.numel * i // overlap.pieces for i in reversed(range(overlap.pieces))]
-        parts = [frozenset(i for i in everyone if before[i] >= cut) for cut in cuts]
+        parts = [frozenset(i for i in all_slots if before[i] >= cut) for cut in cuts]
         return tuple(Piece(0, group.size, slots) for slots in dict.fromkeys(parts) if slots)
-    return (Piece(0, group.size, everyone),)
+    return (Piece(0, group.size, all_slots),)
 
 
 def _reads(slot: Slot, bank: int, start: int, end: int) -> bool:
-    """Whether the slot reads some of the bank's numbers from `start` to `end`; "hash" may read any."""
+    """True if the slot reads some of the bank's elements from `start` to `end`; "hash" may read any."""
     length = bank if slot.morph == "hash" else min(bank, reach(slot, bank))
     first = slot.start
     return (first < end and start < first + length) or (first < end + bank and start + bank < first + length)
@@ -135,15 +139,16 @@ def _reads(slot: Slot, bank: int, start: int, end: int) -> bool:
 def bucket_bytes(banks: Sequence[int], own: int) -> int | None:
     """Bytes at which DDP should close a bucket; None for DDP's own choice (25 MiB, the first one 1 MiB).
 
-    DDP fills a bucket in the order in which gradients become final, and sends it when its last one is. So:
+    DDP fills a bucket in the order in which gradients become final, and sends it when its last gradient is final. So:
     - no bank: DDP's choice.
-    - one bank: it is final at the very end of backward, and nothing is left to overlap it with. Everything goes into one bucket:
-      one round per step, which is what counts on a slow network; but for many own parameters, which may go earlier.
-    - several banks: each closes a bucket when it is final, so that the banks of late layers travel while the backward of early
-      layers runs. Own parameters ride along, and so do banks below `least_alone`, which count as such.
+    - one bank: it is final at the very end of backward, and no compute is left to overlap it with. All gradients go into one
+      bucket, because the number of rounds counts on a slow network; except that many own parameters may be sent earlier.
+    - several banks: each closes a bucket when it is final, so that the banks of late layers are sent while the backward of early
+      layers runs. Own parameters, and banks below `least_alone`, are sent with them.
 
     Args:
-        banks: bytes of each bank; own: bytes of all other gradients.
+        banks: bytes of each bank.
+        own: bytes of all other gradients.
     """
     if not banks:
         return None

@@ -23,18 +23,18 @@ class Plan:
 
     groups: tuple[Group, ...]
     budget: int
-    """The number of trainable numbers that was allowed."""
+    """Number of trainable parameters that was allowed."""
     seed: int = 0
     """Seed of the pseudo-random signs and orders, and of the bank's initial values."""
 
     @property
     def parameters(self) -> int:
-        """Trainable numbers that stand for all the weights; never more than `budget`."""
+        """Number of trainable parameters that replace the weights; never more than `budget`."""
         return sum(group.parameters for group in self.groups)
 
     @property
     def numel(self) -> int:
-        """Numbers in all the weights together."""
+        """Number of elements of all weights."""
         return sum(group.numel for group in self.groups)
 
     @property
@@ -49,23 +49,24 @@ class Plan:
                 yield group, slot
 
     def to_json(self, indent: int | None = 1) -> str:
+        """The plan as JSON, which `from_json` reads."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=indent, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Reads what `to_json` wrote.
+        """Reads the output of `to_json`.
 
         Raises:
-            PlanError: the text is no JSON, or is not a plan of this format; says which field is wrong.
+            PlanError: the text is no JSON, or is not a plan of this format; the message names the wrong field.
         """
         try:
             data = json.loads(text)
         except (TypeError, ValueError, RecursionError) as error:  # malformed, or an integer of thousands of digits
-            raise PlanError(f"the plan is not valid JSON ({error}): give what Plan.to_json() wrote") from error
+            raise PlanError(f"the plan is not valid JSON ({error}): give the output of Plan.to_json()") from error
         return Plan(**fields_of_plan(data))
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict per weight, for tables and trackers: sizes in numbers, `start` in the bank."""
+        """One dict per weight, for tables and trackers; sizes in elements, `start` as an index in the bank."""
         return [
             {
                 "weight": slot.name,
@@ -84,16 +85,17 @@ class Plan:
         ]
 
     def table(self) -> Table:
-        """The plan as a table that a person reads: one line per weight, then the sums."""
+        """The plan as a table for the terminal: one line per weight, then one per bank."""
         from rich.markup import escape  # only where a table is drawn: `import dist_ssn` stays light
         from rich.table import Table
 
-        share = self.parameters / self.numel
+        count, share = sum(1 for _ in self.slots()), self.parameters / self.numel
         table = Table(
-            title=f"{self.numel:,} numbers in {sum(1 for _ in self.slots())} weights ← {self.parameters:,} ({share:.2%})"
+            title=f"{count} weights with {self.numel:,} elements ← {self.parameters:,} parameters ({share:.2%})"
         )
-        for column in ("weight", "shape", "bank", "morph", "own numbers"):
-            table.add_column(column, justify="right" if column in ("shape", "own numbers") else "left", overflow="fold")
+        for column in ("weight", "shape", "bank", "morph", "own parameters"):
+            right = column in ("shape", "own parameters")
+            table.add_column(column, justify="right" if right else "left", overflow="fold")
         for group, slot in self.slots():
             details = [f"K={slot.templates}"] if slot.templates > 1 else []
             details += ["gains"] if slot.gains else []
@@ -109,6 +111,6 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.numel:,} numbers in {sum(1 for _ in self.slots())} weights from {self.parameters:,} "
+            f"{sum(1 for _ in self.slots())} weights with {self.numel:,} elements from {self.parameters:,} parameters "
             f"({self.parameters / self.numel:.2%}) in {len(self.groups)} bank(s)"
         )

@@ -1,4 +1,4 @@
-"""Reading a plan that somebody else wrote: every field is checked before anything is built or allocated."""
+"""Reading of a plan from an untrusted file: every field is checked before anything is built or allocated."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def fields_of_plan(data: Any) -> dict[str, Any]:
     """The fields of the `Plan` that the JSON value `data` describes.
 
     Raises:
-        PlanError: a field is missing, unknown, of the wrong type or out of range; says which.
+        PlanError: a field is missing, unknown, of the wrong type or out of range; the message names it.
     """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise PlanError(f"not a plan of format {FORMAT} (found {_shown(found)}): give what Plan.to_json() wrote")
+        raise PlanError(f"not a plan of format {FORMAT} (found {_shown(found)}): give the output of Plan.to_json()")
     plan = _build(_Fields, {key: value for key, value in data.items() if key != "format"}, "plan")
     names = [slot.name for group in plan.groups for slot in group.slots]
     if len(set(names)) != len(names):
-        raise PlanError(f"plan: weight {next(n for n in names if names.count(n) > 1)!r} stands in it twice")
+        raise PlanError(f"plan: weight {next(n for n in names if names.count(n) > 1)!r} is in it twice")
     if not names:
         raise PlanError("plan: it has no weights")
     if len({group.name for group in plan.groups}) != len(plan.groups):
@@ -86,7 +86,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """`value` in a few characters; lists and objects may be nested too deep to be printed."""
+    """A short text for `value`; lists and objects may be nested too deep to be printed."""
     return {list: "a list", dict: "an object"}.get(type(value), f"{value!r:.60}")
 
 
@@ -95,7 +95,7 @@ def _check_group(group: Group) -> None:
     if not GROUP_NAME.fullmatch(group.name):
         raise PlanError(f"{where}: a group's name has letters, digits, - and _, a letter first")
     if group.size < 1 or group.init_std <= 0 or not group.slots:
-        raise PlanError(f"{where}: it needs at least one number, one weight, and init_std > 0")
+        raise PlanError(f"{where}: it needs at least one element, one weight, and init_std > 0")
     for slot in group.slots:
         problem = _problem(slot, group.size)
         if problem:
@@ -104,7 +104,7 @@ def _check_group(group: Group) -> None:
 
 def _problem(slot: Slot, bank: int) -> str | None:
     if not 2 <= len(slot.shape) <= _MOST_DIMENSIONS or min(slot.shape) < 1 or slot.numel > LARGEST:
-        return f"its shape {slot.shape!r:.60} is no shape of a weight"
+        return f"its shape {slot.shape!r:.60} is not the shape of a weight"
     if not slot.name:
         return "its name is empty"
     if slot.morph not in SLOT_MORPHS:
@@ -114,7 +114,7 @@ def _problem(slot: Slot, bank: int) -> str | None:
     if slot.scale <= 0 or slot.init_std <= 0:
         return "scale and init_std must be above zero"
     if slot.rank > min(slot.rows, slot.columns):
-        return f"rank {slot.rank} is more than its matrix {slot.rows}×{slot.columns} has"
+        return f"rank {slot.rank} is more than its matrix {slot.rows}×{slot.columns} can have"
     if slot.zero_row is not None and not 0 <= slot.zero_row < slot.rows:
         return f"zero_row {slot.zero_row} is outside its {slot.rows} rows"
     rule = RULES[slot.morph]

@@ -1,8 +1,9 @@
-"""How each morph cuts up a bank: templates, coefficients and scale of one weight. Pure arithmetic.
+"""Rules of the morphs: templates, coefficients and scale of one weight. Pure arithmetic.
 
-Letters: n numbers in a weight, B numbers in its bank, K templates.
-The formulas of "avg", "wavg", "emb", "inter", "mask" and "repeat" are those of Plummer et al., arXiv 2006.10598, section 3 and
-of the code published with it; "offset" and "hash" are ours (see `dist_ssn.sharing.morphs`).
+Letters: n elements in a weight, B elements in its bank, K templates.
+
+Source: Plummer et al., arXiv 2006.10598, section 3, and the code published with it, for "avg", "wavg", "emb", "inter", "mask" and
+"repeat". "offset" and "hash" are our own (see `dist_ssn.sharing.morphs`).
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from dist_ssn.model.specs import LayerSpec
 from dist_ssn.plan.slots import Slot
 
 MASK_WINDOW = 9
-"""Numbers in a mask's window: a 3×3 kernel, as in the paper's code."""
+"""Elements in a mask's window: a 3×3 kernel, as in the paper's code."""
 EMBEDDING_SIZE = 8
 """Length of a layer's embedding under "emb"."""
 
 MAX_TEMPLATES = 4
-"""K of a weight that has room for it, unless the bank needs more readers."""
+"""Default of the largest K, unless the bank needs a larger one to be read completely."""
 CHUNK = 16
-"""Parameters in a row with one sign, where the user names none: fewer learn no better, 64 learn worse (docs/results/quality.md)."""
+"""Default number of consecutive elements with one sign: fewer learn no better, 64 learn worse (docs/results/quality.md)."""
 _LARGEST_OPTION = 10**9
 
 
 @dataclass(frozen=True)
 class Morph:
-    """A choice of morph and of its options; None lets the plan choose by size.
+    """A morph and its options; None lets the plan choose by size.
 
     As text, for recipes and the command line: "offset", "offset:templates=2,rank=4", "emb/inter" (down/up).
     """
@@ -42,13 +43,13 @@ class Morph:
     name: str = "auto"
     """A morph, a pair "down/up" such as "emb/inter", or "auto"."""
     templates: int | None = None
-    """Templates that one weight mixes (more: slower to generate)."""
+    """Number of templates that one weight mixes (more: slower to generate)."""
     chunk: int | None = None
-    """Numbers in a row with one sign (offset) or one place (hash)."""
+    """Number of consecutive elements with one sign (offset) or one place (hash)."""
     gains: bool | None = None
-    """One learned gain per row and per column of each weight."""
+    """True: one learned gain per row and per column of each weight."""
     rank: int | None = None
-    """Rank of a low-rank difference of each weight's own; none unless asked for."""
+    """Rank of each weight's own low-rank difference; None: no difference."""
 
     @property
     def down(self) -> str:
@@ -64,7 +65,7 @@ class Morph:
 
 
 def parse_morph(morph: str | Morph) -> Morph:
-    """Reads "name:option=value,…".
+    """Parses "name:option=value,…".
 
     Raises:
         PlanError: unknown morph or option, or a value that is out of range.
@@ -98,7 +99,7 @@ def parse_morph(morph: str | Morph) -> Morph:
         raise PlanError(f"morph {morph.name!r} has no chunks: chunk=N goes with {' and '.join(_ANY)}")
     if morph.templates is not None and morph.down == "emb" and morph.templates > EMBEDDING_SIZE:
         raise PlanError(
-            f"morph 'emb': templates={morph.templates} is more than the {EMBEDDING_SIZE} numbers of an embedding"
+            f"morph 'emb': templates={morph.templates} is more than the {EMBEDDING_SIZE} elements of an embedding"
         )
     return morph
 
@@ -115,9 +116,13 @@ def _option(morph: str, text: str) -> tuple[str, int | bool]:
 
 
 def cut(weight: LayerSpec, bank: int, morph: Morph, cover: int = 1) -> Slot:
-    """The slot of `weight` in a bank of `bank` numbers, at start 0, without gains and difference.
+    """The slot of a weight, with start 0 and without gains and difference.
 
-    `cover` is the least K with which the group's weights together read the whole bank.
+    Args:
+        weight: the weight.
+        bank: number of elements in the bank.
+        morph: the morph and its options.
+        cover: the smallest K with which the group's weights together read the whole bank.
     """
     n = weight.numel
     name = morph.down if bank >= 2 * n else morph.up if bank < n else morph.up if morph.up in _ANY else "repeat"
@@ -141,7 +146,9 @@ def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 
 def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
-    templates = max(1, min(morph.templates or MAX_TEMPLATES, bank // 10))  # a tiny bank is not cut into crumbs
+    templates = max(
+        1, min(morph.templates or MAX_TEMPLATES, bank // 10)
+    )  # templates of a tiny bank must not become too small
     height, width = _template_shape(bank // templates, slot.rows, slot.columns)
     smoothed = spread(height, slot.rows) * spread(width, slot.columns)
     coefficients = templates if templates > 1 else 0
@@ -156,7 +163,7 @@ def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 @functools.lru_cache(maxsize=4096)
 def _template_shape(room: int, rows: int, columns: int) -> tuple[int, int]:
-    """Of the shapes near the proportions of rows × columns, the one that leaves the least of `room` numbers unread."""
+    """Shape near the proportions of rows × columns that leaves the fewest of `room` elements unread."""
     ideal = max(1, min(rows, room, math.isqrt(room * rows // columns)))
     near = range(max(1, ideal * 3 // 4), min(rows, room, ideal * 5 // 4 + 1) + 1)
     height = max(near, key=lambda height: (height * min(columns, room // height), -abs(height - ideal)))
@@ -178,7 +185,7 @@ def _cut_signed(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     templates = morph.templates or cover
     chunk = min(morph.chunk or CHUNK, slot.numel)
     if slot.morph == "hash":
-        chunk = max(1, min(chunk, bank // 100))  # what remains of the bank behind its last whole chunk is never read
+        chunk = max(1, min(chunk, bank // 100))  # elements of the bank after its last whole chunk are never read
     return replace(slot, templates=templates, coefficients=templates if templates > 1 else 0, chunk=chunk)
 
 
@@ -217,11 +224,11 @@ class Rule:
     """The arithmetic of one morph; `sharing.morphs.MORPHS` has its tensor function under the same name."""
 
     role: Literal["down", "up", "any"]
-    """For banks of twice the weight's size and more (B ≥ 2n), for smaller ones (B < n), or for both."""
+    """Used for banks of at least twice the weight's size (down, B ≥ 2n), for smaller ones (up, B < n), or for both (any)."""
     cut: Callable[[Slot, int, Morph, int], Slot]
     """(slot, B, options, cover) → the slot with its templates, coefficients and scale."""
     needs: Callable[[Slot, int], tuple[bool, int]]
-    """(slot, B) → whether its templates fit the bank, and the number of coefficients it must have."""
+    """(slot, B) → (True if its templates fit the bank, the number of coefficients that it must have)."""
     has_chunks: bool = False
     has_template_shape: bool = False
 
@@ -237,7 +244,7 @@ RULES: dict[str, Rule] = {
     "offset": Rule("any", _cut_signed, _needs_signed, has_chunks=True),
     "hash": Rule("any", _cut_signed, _needs_signed, has_chunks=True),
 }
-"""Name of a morph in a slot → its rule. Users write "wavg" for "wavg-up", too: the weight's size says which."""
+"""Name of a morph in a slot → its rule. Users write "wavg" for "wavg-up", too; the weight's size decides between them."""
 SLOT_MORPHS = tuple(RULES)
 _DOWN, _UP, _ANY = (
     tuple(name.removesuffix("-up") for name, rule in RULES.items() if rule.role == role)
@@ -246,7 +253,7 @@ _DOWN, _UP, _ANY = (
 
 
 def reach(slot: Slot, bank: int) -> int:
-    """How many numbers of the bank the slot reads, counted with repetition: the next slot starts that much further on."""
+    """Number of elements of the bank that the slot reads, with repetitions; the next slot starts after them."""
     if slot.morph == "inter":
         return slot.templates * math.prod(slot.template_shape)
     if slot.morph == "wavg-up":
@@ -256,7 +263,7 @@ def reach(slot: Slot, bank: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def spread(source: int, size: int) -> float:
-    """Variance of a resized white sequence, relative to the source's: resizing smooths."""
+    """Variance of a resized white sequence, divided by the source's: resizing smooths."""
     place = np.clip((_some(size) + 0.5) * source / size - 0.5, 0, source - 1)
     part = place - np.floor(place)
     part[np.floor(place) >= source - 1] = 0

@@ -82,7 +82,7 @@ def test_every_form(budget: Any, numbers: int) -> None:
         *[(thing, f"is of type {kind}: give") for thing, kind in (({}, "dict"), ((0.1,), "tuple"), (b"5M", "bytes"))],
         (
             "4kB/step",
-            "allows 1,000 numbers per step, but the parameters that are not shared alone send 1,000: .* 4000B/step",
+            "allows 1,000 parameters per step, but the model has 1,000 that are not shared: .* 4000B/step",
         ),
     ],
     ids=lambda value: repr(value)[:20] if not isinstance(value, int) or abs(value) < 10**100 else "huge",

@@ -181,7 +181,7 @@ def test_what_is_no_json(text: Any) -> None:
         ("{", "the plan is not valid JSON"),
         ("[" * 100_000, "the plan is not valid JSON"),
         ("1" * 5_000, "the plan is not valid JSON"),
-        ("[]", "not a plan of format 1 .found 'list'.: give what Plan.to_json.. wrote"),
+        ("[]", "not a plan of format 1 .found 'list'.: give the output of Plan.to_json"),
         ('{"format": 2}', "not a plan of format 1 .found 2."),
         ('{"format": [[1]]}', "not a plan of format 1 .found a list."),
         ('{"format": 1, "budget": 3}', "plan: field 'groups' is missing"),
@@ -200,10 +200,10 @@ OFFSET, HASH, WAVG, MIX, EMB, AVG, INTER, MASK, REPEAT = PLANS.values()
     ("plan", "field", "value", "message"),
     [
         (OFFSET, "name", "", "its name is empty"),
-        (OFFSET, "shape", [24], "is no shape of a weight"),
-        (OFFSET, "shape", [24, 0], "is no shape of a weight"),
-        (OFFSET, "shape", [2**40, 2**40], "is no shape of a weight"),
-        (OFFSET, "shape", [2**53] * 10_000, "is no shape of a weight"),
+        (OFFSET, "shape", [24], "is not the shape of a weight"),
+        (OFFSET, "shape", [24, 0], "is not the shape of a weight"),
+        (OFFSET, "shape", [2**40, 2**40], "is not the shape of a weight"),
+        (OFFSET, "shape", [2**53] * 10_000, "is not the shape of a weight"),
         (OFFSET, "shape", "24", "shape: a list is needed, not '24'"),
         (OFFSET, "shape", [24, 1.5], r"shape\[1\]: 1.5 is no valid int"),
         (OFFSET, "morph", "magic", "unknown morph 'magic': known are avg, wavg"),
@@ -215,7 +215,7 @@ OFFSET, HASH, WAVG, MIX, EMB, AVG, INTER, MASK, REPEAT = PLANS.values()
         (OFFSET, "scale", 0.0, "scale and init_std must be above zero"),
         (OFFSET, "scale", True, "scale: True is no valid"),
         (OFFSET, "init_std", -1, "scale and init_std must be above zero"),
-        (OFFSET, "rank", 10**6, "rank 1000000 is more than its matrix 50×8 has"),
+        (OFFSET, "rank", 10**6, "rank 1000000 is more than its matrix 50×8 can have"),
         (OFFSET, "rank", 8, "parameters are over its budget"),
         (OFFSET, "zero_row", 50, "zero_row 50 is outside its 50 rows"),
         (OFFSET, "chunk", 0, "its templates do not fit morph 'offset'"),
@@ -244,11 +244,11 @@ def test_the_message_says_which_field(plan: Plan, field: str, value: Any, messag
         (("groups", 0, "name"), "1st", "bank '1st': a group's name has letters"),
         (("groups", 0, "name"), "a.b", "a group's name has letters"),
         (("groups", 1, "name"), "scale-0", "two groups have the same name"),
-        (("groups", 0, "size"), 0, "needs at least one number"),
+        (("groups", 0, "size"), 0, "needs at least one element"),
         (("groups", 0, "size"), 10**400, "size: 1000.* is no valid int"),
         (("groups", 0, "init_std"), 1e999, "init_std: inf is no valid float"),
-        (("groups", 0, "slots"), [], "needs at least one number, one weight"),
-        (("groups", 1, "slots", 0, "name"), "table.weight", "weight 'table.weight' stands in it twice"),
+        (("groups", 0, "slots"), [], "needs at least one element, one weight"),
+        (("groups", 1, "slots", 0, "name"), "table.weight", "weight 'table.weight' is in it twice"),
         (("budget",), 5, "parameters are over its budget of 5"),
         (("budget",), "5", "plan.budget: '5' is no valid int"),
         (("seed",), 2**60, "plan.seed: 1152921504606846976 is no valid int"),
@@ -265,15 +265,15 @@ def test_rows_and_table(plan: Plan) -> None:
     rows = plan.rows()
     assert [row["weight"] for row in rows] == [slot.name for _, slot in plan.slots()]
     assert sum(row["numbers"] for row in rows) == plan.numel == 400 + 2 * 384 + 288 + 6
-    banks = sum(group.size + group.projection_numbers for group in plan.groups)
+    banks = sum(group.size + group.projection_parameters for group in plan.groups)
     assert sum(row["own_numbers"] for row in rows) + banks == plan.parameters
     console = Console(width=160, file=io.StringIO())
     console.print(plan.table())
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     for text in (
         *(slot.name for _, slot in plan.slots()),
-        f"{plan.numel:,} numbers in 5 weights",
+        f"5 weights with {plan.numel:,} elements",
         f"{plan.parameters:,}",
     ):
         assert text in printed
-    assert str(plan).startswith(f"{plan.numel:,} numbers in 5 weights from {plan.parameters:,} (")
+    assert str(plan).startswith(f"5 weights with {plan.numel:,} elements from {plan.parameters:,} parameters (")

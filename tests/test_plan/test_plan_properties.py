@@ -319,7 +319,7 @@ SPECS = Specs((LayerSpec("a.weight", (10, 20), "Linear", 20, 0.1), LayerSpec("b.
         ({"morph": "offset:rank=" + "9" * 5000}, "cannot read 'rank=9"),
         ({"morph": "offset:gains=yes"}, "cannot read 'gains=yes'.* gains=true|false"),
         ({"morph": "offset:templates=0"}, "templates=0 must be an integer of at least 1"),
-        ({"morph": "emb:templates=9"}, "templates=9 is more than the 8 numbers of an embedding"),
+        ({"morph": "emb:templates=9"}, "templates=9 is more than the 8 elements of an embedding"),
         ({"morph": "inter:chunk=8"}, "morph 'inter' has no chunks: chunk=N goes with offset and hash"),
         ({"morph": Morph("offset", rank=2.5)}, "rank=2.5 must be an integer of at least 0"),  # type: ignore[arg-type]
         ({"morph": Morph("offset", templates=True)}, "templates=True must be an integer"),
@@ -342,7 +342,7 @@ def test_wrong_arguments(how: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("thing", [Specs(()), [1, 2], None, "model"])
 def test_nothing_to_plan_for(thing: Any) -> None:
-    with pytest.raises(PlanError, match="give a model, or what find_specs"):
+    with pytest.raises(PlanError, match="give a model, or the result of find_specs"):
         make_plan(thing, 0.5)
     with pytest.raises(ShareError, match="no trainable floating-point parameter"):
         make_plan(nn.LayerNorm(3), 0.5)
@@ -354,7 +354,7 @@ def test_no_budget_is_enough_for_a_difference_of_a_lone_weight_that_must_share()
     least = plan_or_least(Specs(weights), 0.5, morph="offset:rank=2,gains=true", mapping="single")
     assert least == 25  # one number of bank; 4 gains and 8 of a difference for each
     with pytest.raises(
-        UserError, match="allows 2 trainable numbers, too few for 2 weights with mapping 'single' and morph"
+        UserError, match="allows 2 trainable parameters, too few for 2 weights with mapping 'single' and morph"
     ):
         make_plan(Specs(weights), 2, morph="offset:rank=2,gains=true", mapping="single")
 
