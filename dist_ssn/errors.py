@@ -1,7 +1,7 @@
 """The exceptions of `dist_ssn`.
 
-Everything that a user can get wrong is a `UserError` with one sentence that names what was wrong, where, and what would be
-right. The command line prints that sentence and nothing else.
+Each mistake that a user can make is a `UserError` with one sentence that names the mistake, its place, and the remedy. The command
+line prints that sentence and nothing else.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class DistSSNError(Exception):
 
 
 class UserError(DistSSNError, ValueError):
-    """A mistake in what the caller gave; the message is one sentence that says what would be right."""
+    """A mistake in the caller's input; the message is one sentence with the remedy."""
 
 
 class BudgetError(UserError):
@@ -37,7 +37,7 @@ class RecipeError(UserError):
 
 
 class ClusterError(UserError):
-    """A cluster file with an unknown key, a wrong type or an impossible value, or a cluster that cannot be started so."""
+    """A cluster file with an unknown key, a wrong type or an impossible value, or a cluster that cannot be started."""
 
 
 class DataError(UserError):
@@ -49,15 +49,15 @@ class CheckpointError(UserError):
 
 
 class RanksLost(DistSSNError):
-    """A collective failed, because some of the processes are gone, stopped, or cannot be reached; nobody's mistake."""
+    """A collective failed because some processes are gone, stopped, or cannot be reached; not a user's mistake."""
 
 
 class Preempted(DistSSNError):
-    """A signal asked the run to make room: it is saved, and goes on from there when it is started again."""
+    """A signal preempted the run: a checkpoint is written, from which the run resumes when it is started again."""
 
 
-def told(error: BaseException) -> str:
-    """An exception of code that is not ours, as half a sentence: what it is, and the last line of a user's own that it passed."""
+def describe(error: BaseException) -> str:
+    """An exception of other code, as a clause of a message: its class, its text, and the last line of the user's code."""
     lines = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
     where = f" ({os.path.basename(lines[-1].filename)}, line {lines[-1].lineno})" if lines else ""
     first = (str(error).strip().splitlines() or ["without a message"])[0]
@@ -65,7 +65,13 @@ def told(error: BaseException) -> str:
 
 
 def unknown_choice(what: str, got: str, known: Iterable[str]) -> str:
-    """The sentence for a name that is not in a registry: what was given, what is known, and the nearest name."""
+    """The message for a name that is not in a registry, with the known names and the nearest one.
+
+    Args:
+        what: kind of the name, such as "morph".
+        got: the given name.
+        known: the registry's names.
+    """
     names = sorted(known)
     near = difflib.get_close_matches(got, names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""

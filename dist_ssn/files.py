@@ -1,4 +1,4 @@
-"""Files: reading what somebody else may have written, within bounds; and writing that is either whole or not at all."""
+"""Files: reading of untrusted files within bounds, and writing that replaces a file completely or not at all."""
 
 from __future__ import annotations
 
@@ -24,15 +24,19 @@ MOST_HEADER = 16 * MIB
 def read_text(path: Path, most: int = MOST_JSON) -> str:
     """The text of a regular file.
 
+    Args:
+        path: of the file.
+        most: largest size that is read, in bytes.
+
     Raises:
         ValueError: it is no regular file, has more than `most` bytes, or is not UTF-8.
         OSError: it cannot be read.
     """
-    # Trap: opening a pipe waits until somebody writes to it.
+    # Trap: opening a pipe waits until a process writes to it.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         if not path.is_file():
             raise ValueError("it is not a regular file")
-        # Trap: reading N bytes allocates N, however small the file is.
+        # Trap: reading N bytes allocates N bytes, even if the file is small.
         content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most} bytes, the most that is read")
@@ -50,7 +54,11 @@ def read_json(path: Path, most: int = MOST_JSON) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Raises: ValueError, when the text is not JSON, or nests too deep."""
+    """The JSON value of a text.
+
+    Raises:
+        ValueError: it is not JSON, or nests too deep.
+    """
     try:
         return json.loads(text)
     except RecursionError:
@@ -75,12 +83,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        # The last four: kinds of numbers that the library knows and this torch does not, or shapes that torch refuses.
+        # The last four: dtypes that the library has and this torch does not, or shapes that torch rejects.
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file that is, at every moment, either the former one or all of the new one.
+    """Writes a UTF-8 text file that is, at every moment, either the former file or the complete new one.
 
     Raises:
         OSError: it cannot be written; the former file, if any, is untouched, and no partial file is left.
@@ -95,7 +103,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes as `replace_text`, with an error for the user.
+    """Writes like `replace_text`, with an error for the user.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""`control` replaces a model's weights by those of a control, in place, as `share` does by those of banks."""
+"""`control`: replaces a model's weights by those of a baseline, in place, like `share` does by those of banks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTROLS: dict[str, Callable[[Specs, int, int], Generator]] = {
     "hashed-global": hashed_global,
     "lowrank": lowrank,
 }
-"""name → the function from (specs, budget in numbers, seed) to what makes the weights."""
+"""Name → function from (specs, budget in parameters, seed) to the generator of the weights."""
 
 _ATTRIBUTE = "dist_ssn_control"
 
@@ -36,23 +36,25 @@ def control(
     exclude: Selector | Iterable[Selector] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Replaces the weights of `model` by those of the control `name`, in place; the parameters are at most `budget`.
+    """Replaces the weights of `model` by those of a baseline, in place, with at most `budget` parameters.
 
-    The weights start with fresh values of the standard deviation that each layer was initialized with. Do this before the
+    The weights get new initial values, with the standard deviation that each layer was initialized with. Call it before the
     optimizer is made, and before the model is wrapped for training.
 
     Args:
-        name: a key of `CONTROLS`.
-        budget: trainable numbers that may stand for all the weights, as for `share`.
-        include, exclude: which weights, as for `share`.
-        seed: of initial values and of what is pseudo-random.
+        model: any module with floating-point weights, initialized as for dense training.
+        name: of the baseline, a key of `CONTROLS`.
+        budget: largest number of trainable parameters that replace the weights, as for `share`.
+        include: as for `share`.
+        exclude: as for `share`.
+        seed: of initial values, and of everything pseudo-random.
 
     Returns:
-        the model itself.
+        The model itself.
 
     Raises:
-        ShareError: the control is unknown, or the model cannot be shared; BudgetError: the budget is too small for this control,
-            or no smaller than the weights themselves.
+        ShareError: the baseline is unknown, or the model cannot be shared.
+        BudgetError: the budget is too small for this baseline, or not smaller than the weights.
     """
     if name not in CONTROLS:
         raise ShareError(unknown_choice("control", name, CONTROLS))
@@ -60,8 +62,8 @@ def control(
     allowed = resolve_budget(budget, specs)
     if allowed >= specs.numel:
         raise BudgetError(
-            f"budget {budget!r} allows {allowed:,} numbers, and the weights themselves have {specs.numel:,}: the control {name!r} "
-            "needs a budget below them"
+            f"budget {budget!r} allows {allowed:,} parameters, and the weights have {specs.numel:,} elements: the control "
+            f"{name!r} needs a smaller budget"
         )
     check_order(model, specs)
     _attach(model, CONTROLS[name](specs, allowed, seed), specs)

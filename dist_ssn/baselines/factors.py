@@ -1,10 +1,11 @@
-"""Matrices, whole or as a product U·V of low rank, each of which stands for one weight or several.
+"""Baselines of matrices, whole or as a product U·V of low rank, each for one weight or several.
 
-"lowrank" gives each weight a matrix of its own. "tied" gives one to all weights of a kind.
+"lowrank" gives each weight a matrix of its own. "tied" gives one matrix to all weights of a kind.
 
-Sources: Lan et al. 2020, "ALBERT", arXiv 1909.11942, section 3.1: cross-layer sharing, and factorized embeddings.
-Sainath et al. 2013, "Low-rank matrix factorization for deep neural network training" (ICASSP).
 Letters: R rows, C columns, r rank.
+
+Source: Lan et al. 2020, "ALBERT", arXiv 1909.11942, section 3.1 (cross-layer sharing, and factorized embeddings); Sainath et al.
+2013, "Low-rank matrix factorization for deep neural network training" (ICASSP).
 """
 
 from __future__ import annotations
@@ -27,28 +28,35 @@ from dist_ssn.plan.mapping import group_std
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is stored: R × C numbers, or r · (R + C) of them; for the weights of these indices."""
+    """A stored matrix: R × C elements, or r · (R + C) of them.
+
+    Args:
+        rows: R.
+        columns: C.
+        rank: r; None: stored whole.
+        members: indices of the weights that read it.
+    """
 
     rows: int
     columns: int
     rank: int | None
-    """None: stored whole."""
     members: tuple[int, ...]
 
     @property
-    def numbers(self) -> int:
-        return _numbers(self.rows, self.columns, self.rank)
+    def numel(self) -> int:
+        """Number of stored elements."""
+        return _numel(self.rows, self.columns, self.rank)
 
 
-def _numbers(rows: int, columns: int, rank: int | None) -> int:
+def _numel(rows: int, columns: int, rank: int | None) -> int:
     return rows * columns if rank is None else rank * (rows + columns)
 
 
 def lowrank(specs: Specs, budget: int, seed: int) -> Generator:
-    """A matrix of low rank for each weight, ranks in proportion to sizes; weights that it would not make smaller stay whole.
+    """A matrix of low rank for each weight, with ranks in proportion to sizes; weights that would not shrink stay whole.
 
     Raises:
-        BudgetError: even rank 1 needs more than `budget` numbers.
+        BudgetError: even rank 1 needs more than `budget` parameters.
     """
     shapes = [(weight.rows, weight.columns) for weight in specs.weights]
     ranks = fit_ranks(shapes, budget, "lowrank")
@@ -57,14 +65,14 @@ def lowrank(specs: Specs, budget: int, seed: int) -> Generator:
 
 
 def tied(specs: Specs, budget: int, seed: int) -> Generator:
-    """Layers of one kind at several depths read one matrix, as in ALBERT.
+    """One matrix for all layers of one kind at several depths, as in ALBERT.
 
-    Weights are of one kind where their names differ in numbers alone and their shapes are equal. A budget that is left over
-    gives the kinds with the most weights further matrices, each for a run of neighbours (ALBERT's "groups"). Where one matrix
-    per kind is more than the budget, all of them are factorized, as ALBERT does with its embedding.
+    Weights are of one kind if their names differ only in digits and their shapes are equal. The rest of the budget gives further
+    matrices to the kinds with the most weights, each for consecutive layers (ALBERT's "groups"). If one matrix per kind exceeds the
+    budget, all of them are factorized, as ALBERT does with its embedding.
 
     Raises:
-        BudgetError: even rank 1 needs more than `budget` numbers.
+        BudgetError: even rank 1 needs more than `budget` parameters.
     """
     kinds: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for i, weight in enumerate(specs.weights):
@@ -84,7 +92,7 @@ def tied(specs: Specs, budget: int, seed: int) -> Generator:
 
 
 def _copies(members: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]], rest: int) -> list[int]:
-    """How many matrices each kind gets, where `rest` numbers remain beyond one for each."""
+    """Number of matrices of each kind, where `rest` parameters remain beyond one matrix for each kind."""
     copies = [1] * len(members)
     while True:
         fit = [i for i, (rows, columns) in enumerate(shapes) if copies[i] < len(members[i]) and rows * columns <= rest]
@@ -96,17 +104,25 @@ def _copies(members: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]],
 
 
 def fit_ranks(shapes: Sequence[tuple[int, int]], budget: int, control: str) -> list[int | None]:
-    """A rank for each R × C matrix, None for a whole one: as equal parts of their sizes as `budget` numbers allow.
+    """Ranks of matrices with which each keeps about the same fraction of its size.
+
+    Args:
+        shapes: (R, C) of each matrix.
+        budget: number of parameters.
+        control: name of the baseline, for the message.
+
+    Returns:
+        A rank for each matrix; None for a whole one.
 
     Raises:
-        BudgetError: rank 1 for all is more than the budget; says the smallest possible one.
+        BudgetError: rank 1 for all exceeds the budget; the message has the smallest possible one.
     """
     ranks: list[int | None] = [_next(0, *shape) for shape in shapes]
-    costs = [_numbers(*shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
+    costs = [_numel(*shape, rank) for shape, rank in zip(shapes, ranks, strict=True)]
     rest = budget - sum(costs)
     if rest < 0:
         raise BudgetError(
-            f"the control {control!r} cannot be made of {budget:,} numbers: with rank 1 for every weight it needs {sum(costs):,}"
+            f"the control {control!r} needs more than {budget:,} parameters: with rank 1 for every weight it has {sum(costs):,}"
         )
     poorest = [(cost / math.prod(shape), i) for i, (cost, shape) in enumerate(zip(costs, shapes, strict=True))]
     heapq.heapify(poorest)
@@ -116,7 +132,7 @@ def fit_ranks(shapes: Sequence[tuple[int, int]], budget: int, control: str) -> l
         if rank is None:
             continue
         more = _next(rank, *shapes[i])
-        cost = _numbers(*shapes[i], more)
+        cost = _numel(*shapes[i], more)
         if cost - costs[i] <= rest:
             rest -= cost - costs[i]
             ranks[i], costs[i] = more, cost
@@ -125,7 +141,7 @@ def fit_ranks(shapes: Sequence[tuple[int, int]], budget: int, control: str) -> l
 
 
 def _next(rank: int, rows: int, columns: int) -> int | None:
-    """The rank after `rank`; None where the whole matrix has no more numbers than that."""
+    """The next rank after `rank`; None if the whole matrix has no more elements than the factors of that rank."""
     return rank + 1 if (rank + 1) * (rows + columns) < rows * columns else None
 
 
@@ -153,6 +169,7 @@ class Matrices(Generator):
         self.register_parameter(name, nn.Parameter(torch.from_numpy(values).to(torch.get_default_dtype())))
 
     def make(self, index: int, parameters: Mapping[str, Tensor | None]) -> Tensor:
+        """The weight [R, C]: its matrix, or the product of its factors, times its scale."""
         place = self._of[index]
         left, right = parameters.get(f"left{place}"), parameters.get(f"right{place}")
         if left is not None and right is not None:
@@ -165,11 +182,13 @@ class Matrices(Generator):
 def balanced(
     draw: np.random.RandomState, rows: int, columns: int, rank: int, std: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """U [R, r] and V [r, C] of equal root mean square, whose product has exactly the root mean square `std`.
+    """Factors U [R, r] and V [r, C] of equal root mean square, whose product has exactly the root mean square `std`.
 
-    Balanced factors, because an unbalanced one learns at another rate: Khodak et al. 2021, arXiv 2105.01029, section 3.
+    Unbalanced factors would need different learning rates.
+
+    Source: Khodak et al. 2021, arXiv 2105.01029, section 3.
     """
     left, right = draw.standard_normal((rows, rank)), draw.standard_normal((rank, columns))
-    square = np.sum((left.T @ left) * (right @ right.T)) / (rows * columns)  # mean square of U·V, which is not made
+    square = np.sum((left.T @ left) * (right @ right.T)) / (rows * columns)  # mean square of U·V, without computing U·V
     factor = math.sqrt(std / math.sqrt(square))
     return left * factor, right * factor

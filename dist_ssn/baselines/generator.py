@@ -1,7 +1,7 @@
-"""`Generator`: stands where a `Bank` stands for a shared layer, and makes weights by plain autograd from parameters of its own.
+"""`Generator`: the `WeightSource` of a baseline, which generates weights by plain autograd from parameters of its own.
 
-Controls thus get what shared layers have: recurrent, attention and embedding layers, ties, no generated weight kept for
-backward, and parameters that belong to the root, which every engine takes as ordinary ones.
+Baselines thus support everything that shared layers support: recurrent, attention and embedding layers, ties, no generated weight
+kept for backward, and parameters of the root, which every engine trains like any others.
 
 Letters: R rows, C columns of a weight as a matrix.
 """
@@ -23,11 +23,12 @@ from dist_ssn.sharing.weight_source import Values
 
 
 class Generator(nn.Module):
-    """Makes weight `index` of `weights` when called with its number.
+    """Generates weight `index` of `weights` when it is called with the index.
 
     Args:
-        control: the control's name; goes into state dicts with the seed.
-        seed: of initial values, and of whatever is pseudo-random.
+        control: the baseline's name; state dicts contain it with the seed.
+        weights: all weights.
+        seed: of initial values, and of everything pseudo-random.
     """
 
     def __init__(self, control: str, weights: Sequence[LayerSpec], seed: int):
@@ -36,7 +37,7 @@ class Generator(nn.Module):
 
     @abstractmethod
     def make(self, index: int, parameters: Mapping[str, Tensor | None]) -> Tensor:
-        """The weight [R, C] from these values of the parameters; differentiable."""
+        """The weight `index` [R, C] from these values of the parameters; differentiable."""
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +54,7 @@ class Generator(nn.Module):
         return self.weights[index].name
 
     def values(self) -> Values:
-        """The present parameters, to make a weight again from just these."""
+        """The current parameters, from which a weight can be generated again."""
         return Values.of(self._parameters)
 
     def forward(
@@ -63,7 +64,7 @@ class Generator(nn.Module):
         dtype: torch.dtype | None = None,
         values: Values | None = None,
     ) -> Tensor:
-        """The weight in its shape, or only its `rows` [m] as [m, C]; arguments as of `Bank.forward`."""
+        """The weight in its shape, or only its `rows` [m] as [m, C]; see `Bank.forward`."""
         weight = self.weights[index]
         parameters = self._parameters if values is None else values.checked(weight.name)
         with torch.autocast(self.device.type, enabled=False):
@@ -74,30 +75,35 @@ class Generator(nn.Module):
             return made if dtype is None else made.to(dtype)
 
     def get_extra_state(self) -> Tensor:
-        """What is pseudo-random, as bytes: numbers read by another control or seed would make other weights."""
+        """Name and seed as bytes, because another baseline or seed would generate other weights from the same parameters."""
         return torch.frombuffer(bytearray(self._identity().encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuses the state dict of another control. Raises: PlanError."""
+        """Checks that a state dict belongs to this baseline and seed.
+
+        Raises:
+            PlanError: it does not.
+        """
         found = bytes(state.cpu().tolist()).decode(errors="replace")
         if found != self._identity():
-            raise PlanError(f"the state dict is of the control {found:.100}, this model's is {self._identity()}")
+            raise PlanError(f"the state dict belongs to the control {found:.100}, this model's is {self._identity()}")
 
     def _identity(self) -> str:
         return json.dumps({"control": self.control, "seed": self.seed}, sort_keys=True)
 
     def extra_repr(self) -> str:
-        numbers = sum(p.numel() for p in self.parameters())
-        return f"{self.control}: {numbers} numbers for {sum(w.numel for w in self.weights)}"
+        """Name of the baseline, and its sizes."""
+        parameters = sum(p.numel() for p in self.parameters())
+        return f"{self.control}: {parameters} parameters for {sum(w.numel for w in self.weights)} elements"
 
 
 def draw_for(seed: int, what: str) -> np.random.RandomState:
-    """A stream that depends on the seed and a name alone, and that numpy keeps stable for ever."""
+    """A random stream that depends only on the seed and a name, and that numpy keeps stable for ever."""
     digest = hashlib.sha256(f"control/{seed}/{what}".encode()).digest()
     return np.random.RandomState(int.from_bytes(digest[:4], "little"))
 
 
 def normal(draw: np.random.RandomState, shape: tuple[int, ...], std: float) -> np.ndarray:
-    """Normal numbers whose root mean square is exactly `std`."""
+    """Normal values with a root mean square of exactly `std`."""
     values = draw.standard_normal(shape)
     return values * (std / np.sqrt(np.square(values).mean()) if values.size > 1 else std)

@@ -1,9 +1,11 @@
-"""HashedNets: every number of a weight is one of a few buckets, by a pseudo-random index, times a pseudo-random sign.
+"""HashedNets: each element of a weight is one of a few buckets, with a pseudo-random index, times a pseudo-random sign.
 
-Source: Chen, Wilson, Tyree, Weinberger & Chen 2015, "Compressing Neural Networks with the Hashing Trick", arXiv 1504.04788:
-V_ij = ξ(i, j) · w_h(i, j) (section 4.3). Theirs is an array of buckets per layer ("hashed"); "hashed-global" has one for
-all weights.
-Letters: n numbers in a weight, K buckets.
+V_ij = ξ(i, j) · w_h(i, j). The paper has an array of buckets per layer ("hashed"); "hashed-global" has one for all weights.
+
+Letters: n elements in a weight, K buckets.
+
+Source: Chen, Wilson, Tyree, Weinberger & Chen 2015, "Compressing Neural Networks with the Hashing Trick", arXiv 1504.04788,
+section 4.3.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ def hashed(specs: Specs, budget: int, seed: int) -> Generator:
     """An array of buckets for each weight, in proportion to its size.
 
     Raises:
-        BudgetError: there are more weights than numbers.
+        BudgetError: the budget has fewer parameters than there are weights.
     """
     count = len(specs.weights)
     if budget < count:
         raise BudgetError(
-            f"the control 'hashed' cannot be made of {budget:,} numbers: it needs one for each of {count} weights"
+            f"the control 'hashed' needs more than {budget:,} parameters: at least one for each of {count} weights"
         )
     shares = split(budget - count, {weight.name: [weight] for weight in specs.weights}, {})
     sizes = [shares[weight.name] + 1 for weight in specs.weights]
@@ -44,7 +46,7 @@ def hashed_global(specs: Specs, budget: int, seed: int) -> Generator:
 
 
 class Hashed(Generator):
-    """Weight i reads the array `array_of[i]`; array a has `sizes[a]` buckets."""
+    """Hashed weights; weight i reads the array `array_of[i]`, and array a has `sizes[a]` buckets."""
 
     def __init__(
         self, control: str, weights: Sequence[LayerSpec], sizes: Sequence[int], array_of: Sequence[int], seed: int
@@ -56,11 +58,11 @@ class Hashed(Generator):
             std = group_std([weights[i] for i in members])
             for i in members:
                 self._scales[i] = weights[i].init_std / std
-            # Two dimensions, so that optimizers decay buckets as they do the matrices that these stand for.
+            # Two dimensions, so that optimizers decay buckets like the matrices that they replace.
             values = normal(draw_for(seed, f"buckets {place}"), (size, 1), std)
             parameter = nn.Parameter(torch.from_numpy(values).to(torch.get_default_dtype()))
             self.register_parameter(f"buckets{place}", parameter)
-        # Not buffers: DDP sends those to all ranks in each step, and all make the same ones by themselves.
+        # No buffers, because DDP sends buffers to all ranks in each step, and each rank can compute these tables itself.
         self._tables: list[tuple[Tensor, Tensor]] = []
         self._prepare()
 
@@ -76,6 +78,7 @@ class Hashed(Generator):
             self._tables.append((index, sign * self._scales[i]))
 
     def make(self, index: int, parameters: Mapping[str, Tensor | None]) -> Tensor:
+        """The weight [R, C]: its buckets at its indices, times its signs and its scale."""
         buckets = parameters[f"buckets{self._array_of[index]}"]
         assert buckets is not None
         place, sign = self._tables[index]

@@ -56,6 +56,7 @@ class Probe:
     comment: str
 
     def to_yaml(self) -> str:
+        """The measured cluster as the text of a cluster file."""
         return cluster_to_yaml(self.cluster, self.comment)
 
 

@@ -1,4 +1,4 @@
-"""How many processes train one model: each engine in its own file, so that an optional dependency stays in it."""
+"""Engines: training of one model on many processes. Each engine is in its own file, which alone imports its dependency."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENGINES = {
     "deepspeed": "dist_ssn.engines.deepspeed:DeepSpeedEngine",
     "mpi": "dist_ssn.engines.mpi:MPIEngine",
 }
-"""name → module:class. A module is imported when its engine is asked for."""
+"""Name → module:class. A module is imported when its engine is used."""
 
 
 def engine_class(name: str) -> type[Engine]:

@@ -1,4 +1,4 @@
-"""`Engine`: what a training loop needs of an engine, and the parts that all engines share."""
+"""`Engine`: interface between a training loop and an engine, and the parts that all engines share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from dist_ssn.errors import UserError
 
 
 class Engine(ABC):
-    """Trains one model on several processes. Made in two stages, since some engines replace parameters::
+    """Trains one model on several processes.
+
+    An engine is made in two stages, because some engines replace parameters::
 
         module = SomeEngine.prepare(share(model, 0.1))                      # in place where it can be
         optimizer = AdamW(parameter_groups(module), lr=1e-3)
@@ -33,8 +35,8 @@ class Engine(ABC):
                 engine.backward(loss_of(engine.model(inputs)) / accumulation, last)
         engine.step()
 
-    An engine of your own subclasses this and adds `accumulating` and `backward`, and options of its own to `__init__`. With
-    one process, every engine works as if there were none.
+    An engine of your own subclasses this, implements `accumulating` and `backward`, and adds its options to `__init__`. With one
+    process, every engine trains like a loop without an engine.
 
     Args:
         model: shared or dense, on its device.
@@ -48,13 +50,13 @@ class Engine(ABC):
     """
 
     replicated: bool = True
-    """Whether every process holds all parameters whole, so that they can be compared."""
+    """True if every process holds all parameters whole, so that they can be compared."""
     rank: int
     world_size: int
     module: nn.Module
     """The model itself: for evaluation, on all processes together."""
     model: nn.Module
-    """Call this for a forward in training."""
+    """The module to call for a forward in training."""
     optimizer: Optimizer
 
     def __init__(
@@ -74,39 +76,47 @@ class Engine(ABC):
         self.module = self.model = model
         self.optimizer, self.scheduler, self.clip_norm = optimizer, scheduler, clip_norm
         self._averaged = True
-        """Whether the gradients that exist now are the mean over all processes."""
+        """True if the current gradients are the mean over all processes."""
         self._exchange: Exchange | None = None
-        """Averages gradients in the engine's place, as its overlap setting says."""
+        """Averages gradients instead of the engine, for overlap settings other than "none"."""
 
     @property
     def delay(self) -> Delay | None:
-        """The step that is delayed by one, under overlap "delay"."""
+        """The exchange of overlap "delay"; None for other settings."""
         return self._exchange if isinstance(self._exchange, Delay) else None
 
     @staticmethod
     def prepare(model: nn.Module) -> nn.Module:
-        """Replaces the parameters by what the engine works on, before the optimizer is made; returns the model.
+        """Replaces the parameters by those that the engine trains, before the optimizer is made.
 
-        Here nothing is replaced: the engine works on whole parameters.
+        The base class replaces nothing: its parameters stay whole.
+
+        Returns:
+            The model.
         """
         return model
 
     @abstractmethod
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Put around forward and backward of one micro-batch: nothing is averaged unless it is the step's last."""
+        """Surrounds forward and backward of one micro-batch; gradients are averaged only in the step's last one."""
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Computes gradients of `loss`, a scalar: this process's mean, divided by the number of micro-batches."""
+        """Computes the gradients of a micro-batch.
+
+        Args:
+            loss: scalar, the mean over this process's samples, divided by the number of micro-batches.
+            last: it is the step's last micro-batch.
+        """
 
     def step(self) -> Tensor | None:
         """Clips by the global norm, updates parameters and learning rate, drops the gradients.
 
         Returns:
-            The global norm of the gradients before clipping (a scalar, not copied to the host), None without `clip_norm`.
+            The global norm of the gradients before clipping (a scalar, not copied to the host); None without `clip_norm`.
 
         Raises:
-            UserError: the last micro-batch was not marked as such, so that the processes would drift apart.
+            UserError: the last micro-batch was not marked as the last, so that the gradients are not averaged.
         """
         if not self._averaged:
             raise UserError("step() after accumulating(last=False): the step's last micro-batch needs last=True")
@@ -123,19 +133,20 @@ class Engine(ABC):
         return nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], clip_norm)
 
     def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
-        """The whole parameters by name, and the optimizer's state for each; all processes call, rank 0's answer counts.
+        """Whole parameters and optimizer state, by name of the parameter.
 
-        Here every process holds everything: nothing is sent.
+        All processes call it; only rank 0's result is complete. In the base class every process holds everything, so nothing is
+        sent.
         """
         return whole_state(self.module, self.optimizer, self.delay)
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
-        """The reverse: takes what `gathered` returned, which every process holds whole."""
+        """Loads the result of `gathered`, which every process holds whole."""
         load_whole_state(self.module, self.optimizer, parameters, optimizer, self.delay)
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, clip_norm: float | None) -> None:
-    """Refuses arguments that no engine can work with.
+    """Checks the arguments of an engine.
 
     Raises:
         UserError: there is nothing to train, the optimizer holds parameters of another model, or clip_norm is not above 0.
@@ -146,7 +157,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer, clip_norm: float | N
             f"the model ({type(model).__name__}) has no trainable parameters: requires_grad is False for all"
         )
     known = {id(p) for p in model.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [p for param_group in optimizer.param_groups for p in param_group["params"]]
     strangers = [p for p in held if id(p) not in known]
     if strangers:
         raise UserError(

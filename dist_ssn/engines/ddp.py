@@ -26,25 +26,25 @@ MIB = 2**20
 
 
 class DDPEngine(Engine):
-    """Trains a model with one copy per process, whose gradients are averaged in backward.
+    """Trains a model with one copy per process; gradients are averaged in backward.
 
-    `model` is what to call for a forward in training: the wrapper, or the model itself when there is one process. `module` is
-    always the model itself: use it for evaluation (the wrapper broadcasts buffers in each forward).
+    Call `model` for a forward in training: it is the wrapper, or the model itself with one process. `module` is always the model
+    itself: use it for evaluation (the wrapper broadcasts buffers in each forward).
 
     Args:
         model: see `Engine`.
         optimizer: see `Engine`.
         scheduler: see `Engine`.
         clip_norm: see `Engine`.
-        static_graph: every step uses the same parameters in the same order; needed with reentrant activation checkpointing,
-            where one bank has several users.
+        static_graph: every step uses the same parameters in the same order; needed with reentrant activation checkpointing of
+            layers that share a bank.
         find_unused_parameters: for models that leave some parameters out of some steps (costs one more all-reduce of 4 bytes
             per parameter tensor).
         bucket_mb: MiB at which a bucket is closed; None chooses by `plan.overlap.bucket_bytes`.
-        overlap: how gradients travel while processes compute, see `dist_ssn.plan.overlap`. With "segments" and "sums" the banks
-            travel beside DDP; with "delay" DDP has nothing left to do, and buffers are each process's own.
-        compress: "fp16" sends gradients as 16-bit floats, by torch's own hook; they are divided by the number of processes
-            first.
+        overlap: the overlap setting, see `dist_ssn.plan.overlap`. With "segments" and "sums" the banks are sent outside of DDP.
+            With "delay" all gradients are, and buffers are not synchronized.
+        compress: "fp16" sends gradients as 16-bit floats, by torch's own hook, which first divides them by the number of
+            processes.
 
     Raises:
         UserError: see `Engine`; or an option has an impossible value.
@@ -67,14 +67,15 @@ class DDPEngine(Engine):
         if bucket_mb is not None and not bucket_mb > 0:
             raise UserError(f"bucket_mb must be above 0 or None, got {bucket_mb!r}")
         self._last = True
-        """The word of `accumulating`: does the backward in progress end in averaged gradients?"""
+        """True if the current micro-batch is the step's last, by `accumulating`."""
         self._learning = static_graph
-        """Whether DDP still has to see its first backward."""
+        """True until DDP's first backward."""
         setting = parse_overlap(overlap)
         check_compress(compress, setting)
-        # What an exchange sends keeps an order of its own.
-        own_group: Any = dist.new_group() if dist.is_initialized() and setting.kind != "none" else None
-        self._exchange = make_exchange(model, setting, lambda t: ProcessGroupSum(t, own_group), self.world_size)
+        # An exchange has a process group of its own, because its collectives have an order of their own.
+        needs_group = dist.is_initialized() and setting.kind != "none"
+        process_group: Any = dist.new_group() if needs_group else None
+        self._exchange = make_exchange(model, setting, lambda t: ProcessGroupSum(t, process_group), self.world_size)
         if self.world_size == 1:
             return
         apart = self._exchange.parameters if self._exchange is not None else set()
@@ -85,11 +86,11 @@ class DDPEngine(Engine):
             for tensor in banks.values() if trainable else (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
             if not trainable:
-                return  # DDP refuses a model of which it has nothing to average
+                return  # DDP rejects a model without parameters to average
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(banks))
             limit = _bucket_limit(model, trainable) if bucket_mb is None else bucket_mb * MIB
-            # Buffers are broadcast before each forward only if the model has any, which is DDP's default; the
-            # argument for it changes its name between releases.
+            # DDP's default broadcasts buffers before each forward if the model has any; the argument for it changes its name
+            # between releases.
             self.model = DistributedDataParallel(
                 model,
                 bucket_cap_mb=None if limit is None else limit / MIB,  # pyright: ignore[reportArgumentType]
@@ -102,10 +103,10 @@ class DDPEngine(Engine):
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Put around forward and backward of one micro-batch: nothing is sent unless it is the step's last."""
+        """Surrounds forward and backward of one micro-batch; gradients are sent only in the step's last one."""
         wrapper = self.model if isinstance(self.model, DistributedDataParallel) else None
-        # Trap: with static_graph, DDP must see its very first backward outside of no_sync (else an internal assertion
-        # fails). That micro-batch is averaged once more than needed, which changes no gradient.
+        # Trap: with static_graph, DDP's very first backward must be outside of no_sync (else an internal assertion fails). That
+        # micro-batch is averaged once more than needed, which changes no gradient.
         local = wrapper is not None and not last and not self._learning
         self._learning = False
         outer, self._last = self._last, last
@@ -117,12 +118,14 @@ class DDPEngine(Engine):
             self._last = outer
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Computes gradients of `loss` (a scalar: the mean over this process's samples), averaged if `last`.
+        """Computes the gradients of a micro-batch, averaged if it is the last.
 
-        With accumulation, divide the loss by the number of micro-batches.
+        Args:
+            loss: scalar, the mean over this process's samples, divided by the number of micro-batches.
+            last: it is the step's last micro-batch.
 
         Raises:
-            UserError: `last` contradicts the `accumulating` around it: DDP decides in forward what it sends.
+            UserError: `last` contradicts the `accumulating` around it, where DDP's forward has already decided what to send.
         """
         if last != self._last:
             raise UserError(

@@ -1,6 +1,6 @@
 """DeepSpeed, ZeRO stages 0 to 3: only the banks and the model's own parameters are in its flat buffers.
 
-Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054; DeepSpeed's configuration as JSON is the user's own.
+Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dist_ssn.engines.world.divergence import require_one_plan
 from dist_ssn.errors import UserError
 
 _REFUSED = {
-    "optimizer": "the optimizer is given to the engine, so that it holds the banks: make it before",
-    "scheduler": "the schedule is given to the engine, beside the optimizer",
-    "compression_training": "it changes layers' weights, and here layers have none",
+    "optimizer": "the engine takes the optimizer as an argument, so that it holds the banks: make it before",
+    "scheduler": "the engine takes the scheduler as an argument",
+    "compression_training": "it changes layers' weights, which are generated here",
 }
 _REFUSED_ZERO = {
-    "offload_param": "it takes a bank away between two of its readers",
+    "offload_param": "it removes a bank between two layers that read it",
     "zero_quantized_weights": "it has no CPU path, and was not tried with a bank",
     "zero_quantized_gradients": "it has no CPU path, and was not tried with a bank",
     "zero_hpz_partition_size": "it was not tried with a bank",
@@ -45,11 +45,15 @@ class DeepSpeedEngine(Engine):
     """Trains a model by `deepspeed.initialize`.
 
     Args:
-        config: the user's own configuration, a dict or the path of a JSON file.
-        stage: ZeRO's, 0 to 3; 1 where neither this nor the configuration says one.
+        model: see `Engine`.
+        optimizer: see `Engine`.
+        scheduler: see `Engine`.
+        clip_norm: see `Engine`.
+        config: the user's own DeepSpeed configuration, a dict or the path of a JSON file.
+        stage: ZeRO's stage, 0 to 3; None: that of the configuration, or 1.
 
     Raises:
-        UserError: DeepSpeed is not installed; or an option or the configuration contradicts another or would be wrong.
+        UserError: DeepSpeed is not installed; options and configuration contradict each other, or would train wrongly.
     """
 
     def __init__(
@@ -78,16 +82,20 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Put around forward and backward of one micro-batch."""
+        """Surrounds forward and backward of one micro-batch."""
         self._engine.set_gradient_accumulation_boundary(last)
         with purpose("parameters"):
             yield
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Gradients of `loss`: this process's mean, divided by the number of micro-batches.
+        """Computes the gradients of a micro-batch.
+
+        Args:
+            loss: scalar, the mean over this process's samples, divided by the number of micro-batches.
+            last: it is the step's last micro-batch.
 
         Raises:
-            UserError: a gradient comes in parts at stage 2 or 3, which send it as soon as it first grows.
+            UserError: a gradient grows more than once at stage 2 or 3, which send it as soon as it grows.
         """
         try:
             with purpose("gradients"):
@@ -95,16 +103,16 @@ class DeepSpeedEngine(Engine):
         except AssertionError as error:
             raise UserError(
                 f"DeepSpeed at stage {self.stage} cannot reduce these gradients ({error or 'its own assertion failed'}); a bank "
-                "that several reentrant checkpoints read grows more than once: checkpoint with use_reentrant=False, or take "
+                "that several reentrant checkpoints read grows more than once: checkpoint with use_reentrant=False, or use "
                 "engine.stage 0 or 1"
             ) from error
 
     def step(self) -> Tensor | None:
-        """Clips by the norm over all processes, updates, gathers what the stage has taken apart; returns the norm if clipping."""
+        """Clips by the global norm, updates the parameters, and gathers partitioned ones; see `Engine.step`."""
         with purpose("parameters"):
             self._engine.step()
         if self.stage == 3:
-            # Trap (DeepSpeed 0.19): what a step leaves out would get its former gradient once more.
+            # Trap (DeepSpeed 0.19): a parameter without a gradient in a step would get its previous gradient once more.
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -112,18 +120,18 @@ class DeepSpeedEngine(Engine):
         return torch.as_tensor(norm) if self.clip_norm and norm is not None else None
 
     def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
-        """Whole parameters (the master copies, in fp32) and optimizer state; a collective for each tensor from stage 1 on."""
+        """Whole parameters (the master copies, in fp32) and optimizer state; from stage 1 on, one collective per tensor."""
         if not self.stage:
             return whole_state(self.module, self.optimizer)
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link()
-        # What the optimizer has one number of for each of a part's, and the rest ("step"), which is the same for all.
-        long, plain = set[str](), dict[str, Any]()
+        # Entries with one element per parameter, and the others ("step"), which are equal for all parameters.
+        elementwise, plain = set[str](), dict[str, Any]()
         for flat in self._flat():
             for key, value in self.optimizer.state[flat].items():
-                if _is_long(value, flat):
-                    long.add(key)
+                if _is_elementwise(value, flat):
+                    elementwise.add(key)
                 elif value is not None:
                     plain[key] = value
         parameters: dict[str, Tensor] = {}
@@ -133,7 +141,7 @@ class DeepSpeedEngine(Engine):
             if parameter.requires_grad:
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 parameters[name] = safe_get_full_fp32_param(parameter).detach().reshape(shape).cpu()  # pyright: ignore
-                found = {key: safe_get_full_optimizer_state(parameter, key) for key in sorted(long)}
+                found = {key: safe_get_full_optimizer_state(parameter, key) for key in sorted(elementwise)}
                 state[name] = {
                     key: value.detach().reshape(shape).cpu() for key, value in found.items() if value is not None
                 }
@@ -141,7 +149,7 @@ class DeepSpeedEngine(Engine):
         return parameters, state
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
-        """Each process takes its part of what all hold whole."""
+        """Loads this process's part of the whole tensors."""
         if not self.stage:
             return load_whole_state(self.module, self.optimizer, parameters, optimizer)
         from deepspeed import utils, zero
@@ -151,10 +159,10 @@ class DeepSpeedEngine(Engine):
             key
             for name, entries in optimizer.items()
             for key, value in entries.items()
-            if _is_long(value, parameters[name])
+            if _is_elementwise(value, parameters[name])
         }
         plain = {key: value for entries in optimizer.values() for key, value in entries.items() if key not in keys}
-        for flat in self._flat():  # before its first step the optimizer knows nothing of them
+        for flat in self._flat():  # before its first step the optimizer has no such entries
             entries = self.optimizer.state[flat]
             entries.update({key: torch.zeros_like(flat) for key in keys - entries.keys()})
             entries.update({key: value.clone() if isinstance(value, Tensor) else value for key, value in plain.items()})
@@ -173,7 +181,7 @@ class DeepSpeedEngine(Engine):
                 set_state(parameter, self._part(optimizer[name][key], parameter), key)
 
     def _part(self, value: Tensor, parameter: Tensor) -> Tensor:
-        """What DeepSpeed sets on this process: at stage 3 this process's part, padded like all parts to one size."""
+        """The tensor that DeepSpeed sets on this process: at stage 3 its part, padded to the size of all parts."""
         value = value.to(parameter.device, torch.float32)
         if self.stage < 3:
             return value
@@ -183,22 +191,22 @@ class DeepSpeedEngine(Engine):
         return padded[size * self.rank :][:size]
 
     def _flat(self) -> list[Tensor]:
-        """This process's parts of the master copies, by which the optimizer keeps its state."""
+        """This process's parts of the master copies, which are the keys of the optimizer's state."""
         inner = self._engine.optimizer
         return inner.fp32_partitioned_groups_flat if self.stage == 3 else inner.single_partition_of_fp32_groups
 
     def _link(self) -> None:
-        """Lets every parameter find its part of the optimizer's state.
+        """Connects each parameter with its part of the optimizer's state.
 
-        Trap: DeepSpeed (0.19) does this after its first group's first step, when the others' state may not be there yet.
+        Trap: DeepSpeed (0.19) does this after the first step of its first parameter group, possibly before the others have state.
         """
         if self.stage in (1, 2):
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _is_long(value: Any, parameter: Tensor) -> bool:
-    """Whether the optimizer's entry has one number for each of the parameter's."""
+def _is_elementwise(value: Any, parameter: Tensor) -> bool:
+    """True if the optimizer's entry has one element for each of the parameter's."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.numel() == parameter.numel()
 
 
@@ -208,10 +216,16 @@ def settings_of(
     stage: int | None,
     clip_norm: float | None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration: the user's, and what the banks need.
+    """DeepSpeed's configuration: the user's, with the settings that the banks need.
+
+    Args:
+        model: gives the sizes.
+        config: the user's, a dict or the path of a JSON file.
+        stage: ZeRO's, or None.
+        clip_norm: of the engine, or None.
 
     Raises:
-        UserError: it cannot be read, asks for what would be wrong, or contradicts `stage` or `clip_norm`.
+        UserError: it cannot be read, contradicts `stage` or `clip_norm`, or has a setting that does not work with banks.
     """
     settings = _read(config)
     zero = dict(settings.get("zero_optimization") or {})
@@ -231,11 +245,11 @@ def settings_of(
                 {},
             ):  # switched off; 1 is a partition of one process
                 continue
-            raise UserError(f"DeepSpeed's configuration has {name!r}, which does not go with a bank: {refused[name]}")
+            raise UserError(f"DeepSpeed's configuration has {name!r}, which does not work with a bank: {refused[name]}")
     if settings.get("gradient_accumulation_steps", 1) not in (1, "auto"):
         raise UserError(
             f"DeepSpeed's configuration says gradient_accumulation_steps: {settings['gradient_accumulation_steps']}: "
-            "leave it out, the training loop says which micro-batch is a step's last (accumulation, in a recipe)"
+            "leave it out, because the training loop marks a step's last micro-batch (accumulation, in a recipe)"
         )
     clipping = settings.get("gradient_clipping", clip_norm or 0.0)
     if clipping == "auto":
@@ -244,8 +258,8 @@ def settings_of(
         raise UserError(
             f"clip_norm is {clip_norm:g}, and DeepSpeed's configuration says gradient_clipping: {clipping}: leave one of them out"
         )
-    # Stage 3 keeps parameters up to this size gathered from one step to the next; a bank must be, for layers read it again and
-    # again, in backward too.
+    # Stage 3 keeps parameters up to this size gathered from one step to the next. A bank must stay gathered, because layers read it
+    # many times, also in backward.
     largest = max((p.numel() for p in model.parameters()), default=0) + 1
     whole = sum(p.numel() for p in model.parameters()) + 1
     for key, least in (("stage3_param_persistence_threshold", largest), ("stage3_model_persistence_threshold", whole)):
@@ -282,7 +296,7 @@ def _deepspeed(device: torch.device) -> Any:
         raise UserError(f"engine 'deepspeed' needs DeepSpeed ({error}): pip install 'dist_ssn[deepspeed]'") from None
     logger.setLevel(logging.WARNING)
     if device.type == "cpu":
-        # Trap: at its start DeepSpeed compiles an op for inference, which training never calls. A job that is killed while it
-        # does leaves a lock in torch's folder of extensions, for which every later job waits for ever.
+        # Trap: at its start DeepSpeed compiles an op for inference, which training never calls. A job that is killed during this
+        # leaves a lock in torch's folder of extensions, for which every later job waits for ever.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -26,8 +26,8 @@ from dist_ssn.errors import UserError
 class FSDPEngine(Engine):
     """Trains a model whose parameters `prepare` has sharded.
 
-    The banks belong to the root's group: they are gathered before a step's first forward and stay until its last backward,
-    however many layers read them and however many micro-batches there are. With one process nothing is sharded.
+    The banks belong to FSDP2's root: they are gathered before a step's first forward and stay gathered until its last backward,
+    for any number of layers and micro-batches. With one process nothing is sharded.
 
     Args:
         model: see `Engine`; sharded by `prepare`.
@@ -36,7 +36,7 @@ class FSDPEngine(Engine):
         clip_norm: see `Engine`.
 
     Raises:
-        UserError: `prepare` was forgotten; or see `Engine`.
+        UserError: `prepare` was not called; or see `Engine`.
     """
 
     replicated = False
@@ -59,14 +59,18 @@ class FSDPEngine(Engine):
     def prepare(
         model: nn.Module, *, mesh: DeviceMesh | None = None, mp_policy: MixedPrecisionPolicy | None = None
     ) -> nn.Module:
-        """Shards `model` in place, after all ranks have taken over rank 0's parameters and buffers.
+        """Shards `model` in place, after all ranks have received rank 0's parameters and buffers.
 
         Args:
+            model: shared or dense, on its device.
             mesh: one dimension to shard over all its processes, two to replicate over the first (HSDP); None: all processes.
             mp_policy: the dtypes of gathered parameters and of the reduction.
 
+        Returns:
+            The model.
+
         Raises:
-            ShareError: on every rank, when the ranks' models follow different plans.
+            ShareError: the ranks' models follow different plans. All ranks raise it.
         """
         if not is_distributed():
             return model
@@ -81,7 +85,7 @@ class FSDPEngine(Engine):
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Put around forward and backward of one micro-batch: gradients stay whole and local until the step's last."""
+        """Surrounds forward and backward of one micro-batch; gradients stay whole and local until the step's last one."""
         if isinstance(self.module, FSDPModule):
             self.module.set_is_last_backward(last)
             self.module.set_requires_gradient_sync(last)
@@ -89,7 +93,7 @@ class FSDPEngine(Engine):
         yield
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Gradients of `loss`: this process's mean, divided by the number of micro-batches."""
+        """Computes the gradients of a micro-batch, see `Engine.backward`."""
         loss.backward()
 
     def _clip(self, clip_norm: float) -> Tensor:
@@ -98,7 +102,7 @@ class FSDPEngine(Engine):
             return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def gathered(self) -> tuple[dict[str, Tensor], OptimizerState]:
-        """Whole parameters and optimizer state on the CPU; one all-gather for each tensor."""
+        """Whole parameters and optimizer state on the CPU; one all-gather per tensor."""
         self._reshard()
         parameters, state = whole_state(self.module, self.optimizer)
         return (
@@ -107,7 +111,7 @@ class FSDPEngine(Engine):
         )
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
-        """Each process takes its part of what all hold whole; nothing is sent."""
+        """Loads this process's part of the whole tensors; nothing is sent."""
         self._reshard()
         if not isinstance(self.module, FSDPModule):
             return load_whole_state(self.module, self.optimizer, parameters, optimizer)
@@ -123,7 +127,7 @@ class FSDPEngine(Engine):
         self.optimizer.load_state_dict({"state": by_index, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def _reshard(self) -> None:
-        """Lets go of banks that an evaluation has left gathered, and makes the sharded ones the model's parameters."""
+        """Frees banks that an evaluation has left gathered, and makes the sharded ones the model's parameters again."""
         if isinstance(self.module, FSDPModule):
             for module in self.module.modules():
                 if isinstance(module, FSDPModule):
@@ -137,7 +141,7 @@ def _whole(value: Any) -> Any:
 
 
 def _part(value: Any, parameter: Tensor) -> Any:
-    """This process's part of a tensor that has the parameter's shape; anything else as it is."""
+    """This process's part of a tensor with the parameter's shape; other values unchanged."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     device = parameter.device_mesh.device_type

@@ -1,4 +1,4 @@
-"""MPI: mpi4py carries the gradients of each bank in a message of its own, and everything else in one.
+"""MPI: mpi4py sends the gradients of each bank in a message of its own, and all others in one.
 
 Source: mpi4py, Dalcin & Fang 2021, https://doi.org/10.1109/MCSE.2021.3083216; non-blocking collectives, MPI 3.1, section 5.12.
 """
@@ -34,10 +34,11 @@ PIECE_BYTES = 2**30
 
 @dataclass
 class _Message:
-    """Gradients that travel together: one bank's, or everything else's."""
+    """Gradients that are sent together: one bank's, or all others."""
 
     parameters: list[nn.Parameter]
-    under_way: MPISum | None = None
+    sum: MPISum | None = None
+    """The sum in progress."""
 
 
 class MPISum:
@@ -48,7 +49,7 @@ class MPISum:
         if tensor.dtype not in (torch.float32, torch.float64):  # types that MPI knows
             tensor = tensor.float()
         if tensor.is_cuda and cuda_aware:
-            torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows nothing of streams
+            torch.cuda.current_stream(tensor.device).synchronize()  # MPI does not wait for streams
         else:
             tensor = tensor.cpu()
         self._tensor = tensor
@@ -58,7 +59,7 @@ class MPISum:
         ]
 
     def wait(self) -> Tensor:
-        """The sum, when it is there; tells the meters how long that took."""
+        """Waits for the sum, and books the waiting time in the active meters."""
         started = time.perf_counter()
         with waiting("all_reduce", "gradients"):
             self._mpi.Request.Waitall(self._requests)
@@ -69,13 +70,17 @@ class MPISum:
 class MPIEngine(Engine):
     """Trains a model with one copy per process, started by `mpirun` or by Slurm's `srun --mpi=…`.
 
-    Gradients are summed by `Iallreduce`. A message starts when its last gradient is final, in the middle of backward; MPI wants
-    all ranks to start them in one order, so that is the order in which they became final on rank 0 in the first step, which
-    itself sends everything at its end. A parameter without a gradient on a rank counts as zero there.
+    Gradients are summed by `Iallreduce`. A message starts when its last gradient is final, in the middle of backward. In MPI all
+    ranks must start collectives in the same order; it is the order in which gradients became final on rank 0 in the first step. The
+    first step sends everything at its end. A parameter without a gradient on a rank counts as zero there.
 
     Args:
-        cuda_aware: hand gradients on a CUDA device to MPI as they are; otherwise they go through host memory.
-        overlap: how gradients travel while processes compute, see `dist_ssn.plan.overlap`.
+        model: see `Engine`.
+        optimizer: see `Engine`.
+        scheduler: see `Engine`.
+        clip_norm: see `Engine`.
+        cuda_aware: pass gradients on a CUDA device to MPI directly; otherwise they are copied to host memory.
+        overlap: the overlap setting, see `dist_ssn.plan.overlap`.
 
     Raises:
         UserError: mpi4py is not installed, or no MPI has started these processes.
@@ -95,17 +100,19 @@ class MPIEngine(Engine):
         self._mpi = load_mpi()
         if self._mpi.COMM_WORLD.size != self.world_size:
             raise UserError(
-                f"engine 'mpi': MPI knows {self._mpi.COMM_WORLD.size} processes and torch.distributed {self.world_size}: "
+                f"engine 'mpi': MPI has {self._mpi.COMM_WORLD.size} processes and torch.distributed has {self.world_size}: "
                 "start them by mpirun -n … or srun --mpi=…, not by torchrun"
             )
         self.cuda_aware = cuda_aware
-        self._sends = False  # does the backward now under way end in averaged gradients?
-        self._started = 0  # messages of this step that are under way, in order
-        self._fired: Counter[nn.Parameter] = Counter()  # how often each gradient has grown in this backward
-        self._final: Counter[nn.Parameter] | None = None  # how often it grows in all: known after the first step
-        self._ends: dict[nn.Parameter, int] = {}  # when it grew last in this backward
+        self._sends = False  # the current backward averages gradients
+        self._started = 0  # number of this step's messages that have started, in order
+        self._fired: Counter[nn.Parameter] = Counter()  # number of times that each gradient has grown in this backward
+        self._final: Counter[nn.Parameter] | None = (
+            None  # that number at the end of backward, known after the first step
+        )
+        self._ends: dict[nn.Parameter, int] = {}  # position of each gradient's last growth in this backward
         self._comm = self._mpi.COMM_WORLD.Dup()
-        apart = self._mpi.COMM_WORLD.Dup()  # what an exchange sends keeps an order of its own
+        apart = self._mpi.COMM_WORLD.Dup()  # an exchange's collectives have an order of their own
         self._exchange = make_exchange(
             model, parse_overlap(overlap), lambda tensor: self._sum(tensor, apart), self.world_size
         )
@@ -121,7 +128,7 @@ class MPIEngine(Engine):
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Put around forward and backward of one micro-batch: nothing is sent unless it is the step's last."""
+        """Surrounds forward and backward of one micro-batch; gradients are sent only in the step's last one."""
         self._sends = last and self.world_size > 1
         try:
             yield
@@ -129,7 +136,7 @@ class MPIEngine(Engine):
             self._sends = False
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Gradients of `loss`: this process's mean, divided by the number of micro-batches."""
+        """Computes the gradients of a micro-batch, see `Engine.backward`."""
         self._averaged = False
         self._fired.clear()
         if self._sends and self._exchange is not None:
@@ -140,7 +147,7 @@ class MPIEngine(Engine):
         self._averaged = last
 
     def _on_gradient(self, parameter: Tensor) -> None:
-        """A gradient has grown: start every message that is complete, and whose predecessors have started."""
+        """Hook of a gradient that has grown: starts the messages that are complete, in order."""
         if not self._sends:
             return
         assert isinstance(parameter, nn.Parameter)
@@ -153,7 +160,7 @@ class MPIEngine(Engine):
         ):
             raise UserError(
                 "a gradient grew after it was sent: this step uses a reentrantly checkpointed part more often than the first "
-                "one did; checkpoint with use_reentrant=False"
+                "step did; checkpoint with use_reentrant=False"
             )
         while self._started < len(self._messages):
             parameters = self._messages[self._started].parameters
@@ -171,27 +178,27 @@ class MPIEngine(Engine):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad.reshape(-1) for parameter in message.parameters if parameter.grad is not None]
-        message.under_way = self._sum(gradients[0] if len(gradients) == 1 else torch.cat(gradients))
+        message.sum = self._sum(gradients[0] if len(gradients) == 1 else torch.cat(gradients))
 
     def _finish(self) -> None:
-        """Starts what has not started, waits for all, and puts means in the gradients' place."""
+        """Starts the remaining messages, waits for all, and replaces the gradients by means."""
         while self._started < len(self._messages):
             self._start()
         for message in self._messages:
-            assert message.under_way is not None
-            mean = message.under_way.wait() / self.world_size
+            assert message.sum is not None
+            mean = message.sum.wait() / self.world_size
             for parameter, part in zip(
                 message.parameters, mean.split([p.numel() for p in message.parameters]), strict=True
             ):
                 assert parameter.grad is not None
                 parameter.grad.copy_(part.view_as(parameter))
-            message.under_way = None
+            message.sum = None
         self._started = 0
         if self._final is None:
             self._learn()
 
     def _learn(self) -> None:
-        """After the first backward: how often gradients grow, and the order in which rank 0's messages became complete."""
+        """Records, after the first backward, how often gradients grow, and the order of rank 0's messages."""
         self._final = self._fired.copy()
         ends = [max(self._ends.get(p, 0) for p in message.parameters) for message in self._messages]
         order = self._comm.bcast(sorted(range(len(ends)), key=ends.__getitem__))
@@ -199,7 +206,12 @@ class MPIEngine(Engine):
 
 
 def _messages_of(model: nn.Module, apart: set[nn.Parameter]) -> list[_Message]:
-    """One message per bank that is worth one, and one of everything else, but for parameters that are averaged `apart`."""
+    """One message per large bank, and one of all other gradients.
+
+    Args:
+        model: shared or dense.
+        apart: parameters that an exchange averages.
+    """
     trained = [p for p in model.parameters() if p.requires_grad and p not in apart]
     of_bank = {bank.bank for bank in banks_of(model)}
     least = least_alone([bank.nbytes for bank in of_bank])

@@ -1,4 +1,4 @@
-"""Parameters and optimizer state by name, as checkpoints hold them, where every process holds all of them whole."""
+"""Parameters and optimizer state by name, as in a checkpoint, for engines whose processes hold all of them whole."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 from dist_ssn.engines.overlap.delay import Delay, without_delay
 
 OptimizerState = dict[str, dict[str, Any]]
-"""name of a parameter → the optimizer's tensors and plain values for it ("exp_avg": …, "step": …)."""
+"""Name of a parameter → the optimizer's tensors and scalars for it ("exp_avg": …, "step": …)."""
 
 
 def whole_state(
     model: nn.Module, optimizer: Optimizer, delay: Delay | None = None
 ) -> tuple[dict[str, Tensor], OptimizerState]:
-    """What `Engine.gathered` returns where every process holds whole parameters."""
+    """Parameters and optimizer state by name: the result of `Engine.gathered` with whole parameters."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[parameter]: dict(entries) for parameter, entries in optimizer.state.items()}
     for name, entries in delay.state().items() if delay is not None else ():
@@ -32,7 +32,7 @@ def load_whole_state(
     state: OptimizerState,
     delay: Delay | None = None,
 ) -> None:
-    """What `Engine.scatter` does where every process holds whole parameters."""
+    """Loads parameters and optimizer state by name: `Engine.scatter` with whole parameters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameters[name])
@@ -45,8 +45,8 @@ def load_whole_state(
 def optimizer_state_by_index(
     model: nn.Module, optimizer: Optimizer, state: OptimizerState
 ) -> dict[int, dict[str, Any]]:
-    """`state` as `Optimizer.load_state_dict` counts parameters."""
+    """`state` by index of the parameter, as `Optimizer.load_state_dict` expects it."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    ordered = [names[parameter] for param_group in optimizer.param_groups for parameter in param_group["params"]]
     known = without_delay(state)
     return {index: known[name] for index, name in enumerate(ordered) if name in known}

@@ -1,1 +1,1 @@
-"""Shared models: banks, the layers that read them, and how a plan is attached to a model."""
+"""Shared models: banks, the layers that read them, and the attachment of a plan to a model."""

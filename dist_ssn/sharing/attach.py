@@ -39,21 +39,28 @@ def share(
 ) -> nn.Module:
     """Replaces the stored weights of `model` by weights generated from a few small banks, in place.
 
-    The weights start with fresh values of the standard deviation that each layer was initialized with; what the model held
-    before is lost. Biases, norms and everything else stay as they are. Do this before the optimizer is made, and before the
-    model is wrapped for training.
+    The weights get new initial values, with the standard deviation that each layer was initialized with; their former values are
+    lost. Biases, norms and all other parameters stay as they are. Call it before the optimizer is made, and before the model is
+    wrapped for training.
 
     Args:
         model: any module with floating-point weights, initialized as for dense training.
-        budget: trainable numbers that may stand for all the weights: 0.1, "10%", 5_000_000, "5M", "5MB", "5MB/step".
-        mapping, morph, include, exclude, seed: see `make_plan`.
-        plan: rebuild exactly this one, instead of `budget`.
+        budget: largest number of trainable parameters that replace the weights: 0.1, "10%", 5_000_000, "5M", "5MB",
+            "5MB/step".
+        mapping: see `make_plan`.
+        morph: see `make_plan`.
+        include: see `make_plan`.
+        exclude: see `make_plan`.
+        plan: follow exactly this plan; given instead of `budget`.
+        seed: see `make_plan`.
 
     Returns:
-        the model itself.
+        The model itself.
 
     Raises:
-        ShareError: the model cannot be shared; PlanError: the plan is of another model; BudgetError: see `make_plan`.
+        ShareError: the model cannot be shared.
+        PlanError: the plan belongs to another model.
+        BudgetError: see `make_plan`.
     """
     if (plan is None) == (budget is None):
         raise ShareError("share() needs either a budget, share(model, 0.1), or a plan, share(model, plan=plan)")
@@ -79,7 +86,7 @@ def share(
 
 
 def check_order(model: nn.Module, specs: Specs) -> None:
-    """Sharing comes first: who took hold of a weight before would train or average what nobody reads any more.
+    """Checks that the model is shared before an optimizer or a wrapper holds its weights, which no layer would read any more.
 
     Raises:
         ShareError: an optimizer holds a weight, or the model is wrapped for training.
@@ -88,10 +95,10 @@ def check_order(model: nn.Module, specs: Specs) -> None:
     for thing in gc.get_objects() if _is_held(model, specs) else ():
         kind = type(thing)
         if issubclass(kind, torch.optim.Optimizer):
-            held = [p for group in thing.param_groups for p in group["params"] if id(p) in names]
+            held = [p for param_group in thing.param_groups for p in param_group["params"] if id(p) in names]
             if held:
                 raise ShareError(
-                    f"an optimizer ({kind.__name__}) holds {names[id(held[0])]}, which nobody would read any more: "
+                    f"an optimizer ({kind.__name__}) holds {names[id(held[0])]}, which no layer would read any more: "
                     "share the model first, and make the optimizer after it (or delete the one that is not used)"
                 )
         elif issubclass(kind, (nn.parallel.DistributedDataParallel, nn.DataParallel)) and any(
@@ -101,11 +108,11 @@ def check_order(model: nn.Module, specs: Specs) -> None:
 
 
 def _is_held(model: nn.Module, specs: Specs) -> bool:
-    """Whether anybody but modules knows one of the weights: the quick answer is mostly no."""
+    """True if an object other than a module refers to one of the weights; a quick test, which is mostly False."""
     for weight in specs.weights:
         path, _, local = weight.name.rpartition(".")
         parameter = model.get_submodule(path)._parameters[local]
-        if sys.getrefcount(parameter) > 3 + len(weight.aliases):  # the module, our name for it, and the question itself
+        if sys.getrefcount(parameter) > 3 + len(weight.aliases):  # the module, our variable, and getrefcount's argument
             return True
     return False
 
@@ -115,14 +122,14 @@ def _warn_of_seeds(specs: Specs) -> None:
         return
     if measured := [weight.name for weight in specs.weights if weight.is_measured]:
         warnings.warn(
-            f"the initial scale of {measured[0]} ({len(measured)} weights in all) was measured on its random values: if not all "
-            "ranks were seeded alike, they now follow different plans; give them one, share(model, plan=...)",
+            f"the initial scale of {measured[0]} ({len(measured)} weights in all) was measured on its random values: if the "
+            "ranks have different seeds, they now follow different plans; give them one plan, share(model, plan=...)",
             stacklevel=3,
         )
 
 
 def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
-    """Builds the banks and turns every layer that holds a weight into a layer that generates it."""
+    """Builds the banks, and turns each layer that holds a weight into a layer that generates it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = parameters[specs.weights[0].name]
     banks = BankSet(plan, specs.left_out, first.device, first.dtype)
@@ -139,13 +146,16 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
 
 
 def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[str, dict[str, Any]]) -> None:
-    """Gives `model` a module that makes weights, as `attribute` of its owner, and lets the layers ask it.
+    """Adds a module that generates weights to `model`, and makes the layers read their weights from it.
 
     Args:
-        slots: name of a layer → its parameters → (what makes the weight, the weight's number there).
+        model: is changed.
+        attribute: name of the module in its owner.
+        maker: the module.
+        slots: name of a layer → name of a parameter → (source of the weight, index of the weight there).
 
     Raises:
-        ShareError: the owner has such an attribute already.
+        ShareError: the owner has an attribute of this name already.
     """
     owner = owner_of(model, next(iter(slots)))
     if hasattr(owner, attribute):
@@ -156,9 +166,14 @@ def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[s
 
 
 def owner_of(model: nn.Module, first: str) -> nn.Module:
-    """The module that the banks belong to: the root, but where it is a container, which calls or lists all its children.
+    """The module that the banks are added to.
 
-    Then it is the module around the first weight (named `first`) that is none: the layer, or who keeps its parametrization.
+    This is the root, unless the root is a container, which calls or lists all its children. Then it is the innermost module around
+    the first weight that is no container: the layer, or its parametrization.
+
+    Args:
+        model: the root.
+        first: name of the module that holds the first weight.
     """
     path = first if isinstance(model, _CONTAINERS) else ""
     while path and isinstance(model.get_submodule(path), _CONTAINERS):

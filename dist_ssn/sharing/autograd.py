@@ -1,9 +1,9 @@
-"""How reads of a bank join autograd's graph: all through one *anchor*, an empty tensor that depends on the bank's parameters.
+"""Connection of a bank's reads to autograd's graph, through one *anchor*: an empty tensor that depends on the bank's parameters.
 
-A read remembers only which weight was read. The weight's backward adds its part in place to one sum per parameter; the anchor's
-backward, which autograd runs after the last of them, hands the sums to the parameters as ordinary gradients. So hooks, DDP's
-reducer, `autograd.grad` and accumulation see exactly what they would see without us. (Slicing a flat parameter instead costs a
-bank-sized tensor of zeros per read in backward.)
+A read saves only the index of its weight. The weight's backward adds its gradient in place to one sum per parameter. The anchor's
+backward, which autograd runs after the last of them, returns the sums as ordinary gradients of the parameters. So hooks, DDP's
+reducer, `autograd.grad` and accumulation work as with any other parameter. (Slices of a flat parameter would cost a bank-sized
+tensor of zeros per read in backward.)
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from dist_ssn.torch_private import graph_task_id
 
 
 class Watcher(Protocol):
-    """Who follows the growth of a bank's gradient, to send it before it is complete. Every backward pass has `sums` of its own."""
+    """An observer of a bank's gradient, which may send parts of it before it is complete. Each backward pass has its own `sums`."""
 
     def read(self, index: int) -> None:
-        """Slot `index` was read outside of a backward, by an operation that will have one."""
+        """Is called when slot `index` is read in a forward whose backward is to come."""
         ...
 
     def begin(self, sums: dict[str, Tensor]) -> None:
-        """A backward pass has come to the first of its readers; `sums` are zero."""
+        """Is called when a backward pass reaches the first weight of the bank; `sums` are zero."""
         ...
 
     def grown(self, index: int, sums: dict[str, Tensor]) -> None:
-        """The gradient of slot `index` was added to `sums`."""
+        """Is called when the gradient of slot `index` has been added to `sums`."""
         ...
 
     def collect(self, sums: dict[str, Tensor]) -> None:
-        """Nothing more comes in this pass. What is taken out of `sums` does not reach its parameter."""
+        """Is called when the pass is complete. Sums that are removed from `sums` do not reach their parameters."""
         ...
 
 
@@ -43,9 +43,9 @@ class DifferentiableSource(WeightSource, Protocol):
     """A source whose weights and gradients are computed by hand, without a graph of their own."""
 
     watcher: Watcher | None
-    """Follows the growth of the gradient."""
-    anchored: Anchored | None
-    """The anchor of the present forward."""
+    """Observes the gradient."""
+    anchor: Anchor | None
+    """The anchor of the current forward."""
 
     def fast(
         self, index: int, rows: Tensor | None, dtype: torch.dtype | None, values: Mapping[str, Tensor | None]
@@ -61,15 +61,15 @@ class DifferentiableSource(WeightSource, Protocol):
         values: Mapping[str, Tensor | None],
         sums: dict[str, Tensor],
     ) -> None:
-        """Adds to `sums`, by parameter, what the weight's `gradient` is for them."""
+        """Adds the gradients of the parameters, given the weight's `gradient`, to `sums`."""
         ...
 
 
 class Sums:
-    """One sum per parameter for each backward pass that is under way.
+    """One sum per parameter for each backward pass in progress.
 
-    Passes are told apart by autograd's own number, since a reentrant checkpoint runs one inside another, and a pass that
-    died with an exception must leave nothing behind for the next.
+    Passes are distinguished by autograd's own id, because a reentrant checkpoint runs one pass inside another, and a pass that
+    ended with an exception must not change the next one.
     """
 
     def __init__(self, source: DifferentiableSource, parameters: tuple[tuple[str, Tensor], ...]):
@@ -77,7 +77,8 @@ class Sums:
         self.parameters = parameters
         self.passes: dict[int, dict[str, Tensor]] = {}
 
-    def here(self) -> dict[str, Tensor]:
+    def of_this_pass(self) -> dict[str, Tensor]:
+        """The sums of the backward pass that is running, by parameter."""
         number = graph_task_id()
         if number not in self.passes:
             self.passes[number] = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters}
@@ -86,35 +87,37 @@ class Sums:
         return self.passes[number]
 
     def watcher(self) -> Watcher | None:
+        """The source's watcher, if the source is still alive."""
         source = self.source()
         return None if source is None else source.watcher
 
     def collect(self) -> tuple[Tensor | None, ...]:
+        """Ends the running pass; returns the gradient of each parameter."""
         sums = self.passes.pop(graph_task_id(), {})
         if (watcher := self.watcher()) is not None:
             watcher.collect(sums)
         source = self.source()
-        if source is not None and source.anchored is not None and source.anchored.sums is self:
-            source.anchored = None
+        if source is not None and source.anchor is not None and source.anchor.sums is self:
+            source.anchor = None
         return tuple(sums.get(name) for name, _ in self.parameters)
 
 
-class Anchored:
-    """An anchor, and what belongs to it."""
+class Anchor:
+    """An anchor's tensor, with the sums of its parameters."""
 
     def __init__(self, source: DifferentiableSource, parameters: tuple[tuple[str, Tensor], ...]):
         self.sums = Sums(source, parameters)
         with torch.inference_mode(False):
-            self.tensor: Tensor = _Anchor.apply(self.sums, *(p for _, p in parameters))  # type: ignore[assignment]
+            self.tensor: Tensor = _AnchorFunction.apply(self.sums, *(p for _, p in parameters))  # type: ignore[assignment]
 
-    def holds(self, parameters: tuple[tuple[str, Tensor], ...]) -> bool:
-        """Whether it hangs on exactly these tensors."""
+    def depends_on(self, parameters: tuple[tuple[str, Tensor], ...]) -> bool:
+        """True if the anchor depends on exactly these tensors."""
         mine = self.sums.parameters
         return len(mine) == len(parameters) and all(a[1] is b[1] for a, b in zip(mine, parameters, strict=True))
 
 
-class _Anchor(torch.autograd.Function):
-    """parameters → an empty tensor; backward hands out the sums that the weights' backwards have made."""
+class _AnchorFunction(torch.autograd.Function):
+    """Parameters → an empty tensor; backward returns the sums that the weights' backwards have filled."""
 
     @staticmethod
     def forward(ctx: Any, sums: Sums, *parameters: Tensor) -> Tensor:
@@ -128,7 +131,7 @@ class _Anchor(torch.autograd.Function):
 
 
 class Generate(torch.autograd.Function):
-    """anchor → one weight; saves no tensor but the rows that were asked for."""
+    """Anchor → one weight; saves no tensor except the requested rows."""
 
     @staticmethod
     def forward(
@@ -140,6 +143,7 @@ class Generate(torch.autograd.Function):
         rows: Tensor | None,
         dtype: torch.dtype | None,
     ) -> Tensor:
+        """The weight of number `index` from `source`, see `DifferentiableSource.fast`."""
         ctx.sums, ctx.source, ctx.index, ctx.values = sums, source, index, source.values()
         ctx.save_for_backward(rows)
         return source.fast(index, rows, dtype, ctx.values.tensors)
@@ -147,9 +151,10 @@ class Generate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Adds the weight's gradient to the sums of this pass."""
         (rows,) = ctx.saved_tensors
         values = ctx.values.checked(ctx.source.weight_name(ctx.index))
-        sums = ctx.sums.here()
+        sums = ctx.sums.of_this_pass()
         ctx.source.pull_back(gradient, ctx.index, rows, values, sums)
         if ctx.source.watcher is not None:
             ctx.source.watcher.grown(ctx.index, sums)

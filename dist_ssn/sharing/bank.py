@@ -1,12 +1,12 @@
 """`Bank`: the few flat parameters of a group of weights, and the generation of its weights from them.
 
-The fast path keeps no generated weight and does work of O(K·n) for a weight of n numbers, whatever the bank's size:
+The fast path keeps no generated weight, and costs O(K·n) for a weight of n elements, independent of the bank's size:
 
-- A read joins the graph through an anchor (`anchor.py`), and saves no tensor but the rows asked for.
-- `layers.py` has whatever saved the weight for backward keep a recipe instead, and asks here for the weight again.
+- A read joins the graph through an anchor (`autograd.py`), and saves no tensor except the requested rows.
+- Operations that save the weight for backward keep its origin instead (`layers.py`), and the bank generates it again.
 
-The pure path is `mix` and `finish` under plain autograd. It is the twin that tests hold the fast path against, and what
-`torch.compile` and `torch.func` trace.
+The pure path is `mix` and `finish` under plain autograd. Tests compare the fast path with it, and `torch.compile` and
+`torch.func` trace it.
 """
 
 from __future__ import annotations
@@ -22,27 +22,29 @@ from torch import Tensor, nn
 from dist_ssn.errors import ShareError
 from dist_ssn.plan.rules import EMBEDDING_SIZE
 from dist_ssn.plan.slots import Group
-from dist_ssn.sharing.autograd import Anchored, Generate, Watcher
+from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
 from dist_ssn.torch_private import graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
-"""Names of a bank's flat parameters; those that the plan has no numbers for are None."""
+"""Names of a bank's flat parameters; those without elements in the plan are None."""
 _OWN = ("coefficients", "gains", "differences")
-"""Those of them in which each slot has a stretch of its own, under the name of the slot's count."""
+"""The parameters in which each slot has a stretch of its own; `Slot` gives the stretch's length under the same name."""
 
 
 class Bank(nn.Module):
-    """One group's parameters, each flat; weights are made by calling the bank with the number of a slot.
+    """One group's parameters, each flat; `bank(index)` generates the weight of slot `index`.
 
-    Generation runs inside `forward`, also when backward asks for a weight again, so that the module hooks of an engine
-    (ZeRO-3's gather, FSDP2's unshard) fire around every read.
+    Generation runs inside `forward`, also when backward needs a weight again, so that the module hooks of an engine (ZeRO-3's
+    gather, FSDP2's unshard) run around every read.
 
     Args:
-        group: the group of the plan; `group.slots[i]` is made by `bank(i)`.
+        group: the group of the plan.
         seed: the plan's.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     bank: nn.Parameter
@@ -51,14 +53,14 @@ class Bank(nn.Module):
     gains: nn.Parameter | None
     differences: nn.Parameter | None
     thresholds: Tensor | None
-    """For each slot the size up to which a number of its weight counts as zero; None where weights are not pruned."""
+    """For each slot, the magnitude up to which an element of its weight is set to zero; None if weights are not pruned."""
 
     def __init__(self, group: Group, seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.group, self.seed = group, seed
         self.pure = False
-        """Whether weights are made by the pure path always."""
-        sizes = dict.fromkeys(PARAMETERS, 0) | {"bank": group.size, "projections": group.projection_numbers}
+        """True to use the pure path always."""
+        sizes = dict.fromkeys(PARAMETERS, 0) | {"bank": group.size, "projections": group.projection_parameters}
         self._ranges: list[dict[str, tuple[int, int]]] = []
         for slot in group.slots:
             self._ranges.append({name: (sizes[name], getattr(slot, name)) for name in _OWN})
@@ -71,8 +73,8 @@ class Bank(nn.Module):
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._fast_paths = [fast_path(slot, seed, group.size) for slot in group.slots]
         self.watcher: Watcher | None = None
-        self.anchored: Anchored | None = None
-        self._warned = False  # of ZeRO-3, which would take it away after each use
+        self.anchor: Anchor | None = None
+        self._warned = False  # of ZeRO-3, which would partition the bank again after each use
         self._prepare()
 
     def _prepare(self) -> None:
@@ -94,7 +96,7 @@ class Bank(nn.Module):
         return self.group.slots[index].name
 
     def values(self) -> Values:
-        """The present parameters, to make a weight again from just these."""
+        """The current parameters, from which a weight can be generated again."""
         return Values.of(self._parameters)
 
     def forward(
@@ -107,36 +109,41 @@ class Bank(nn.Module):
         """The weight of slot `index` in its shape, or only its `rows` [m] as [m, C].
 
         Args:
-            dtype: of the result, where it differs from the bank's (under autocast).
-            values: make it, without a graph, from what an earlier read was made from.
+            index: of the slot.
+            rows: indices of the rows to generate; None: the whole weight.
+            dtype: of the result, if it differs from the bank's (under autocast).
+            values: the parameters of an earlier read, from which the weight is generated again, without a graph.
+
+        Raises:
+            ShareError: FSDP2 has sharded the bank outside of the root.
         """
         if values is not None:
             return self.fast(index, rows, dtype, values.checked(self.weight_name(index)))
         if hasattr(self.bank, "device_mesh"):
             raise ShareError(
-                f"the bank of {self.weight_name(index)} is in parts here, by FSDP2: give it to the root's group, "
+                f"the bank of {self.weight_name(index)} is sharded by FSDP2 where it is read: let the root hold it, "
                 "fully_shard(model, reshard_after_forward=False), and make the root a module of your own if it is an nn.Sequential"
             )
         if self.pure or is_tracing():
             return self._make(index, rows, self._parameters, dtype)
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
             return self.fast(index, rows, dtype, self._parameters)
-        anchored = self._anchor()
+        anchor = self._current_anchor()
         if self.watcher is not None and graph_task_id() == -1:
             self.watcher.read(index)
-        return Generate.apply(anchored.tensor, anchored.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
+        return Generate.apply(anchor.tensor, anchor.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def fast(
         self, index: int, rows: Tensor | None, dtype: torch.dtype | None, values: Mapping[str, Tensor | None]
     ) -> Tensor:
-        """A weight without a graph, with as few passes over its numbers as its morph allows."""
+        """A weight without a graph, with as few passes over its elements as its morph allows."""
         path, bank = self._fast_paths[index], values["bank"]
         assert bank is not None
         if rows is not None or path is None:
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
-            weight = self._pruned(index, path.generate(bank, self._own_numbers(index, values)))
+            weight = self._pruned(index, path.generate(bank, self._own_values(index, values)))
             return weight if dtype is None else weight.to(dtype)
 
     def _make(
@@ -146,7 +153,7 @@ class Bank(nn.Module):
         with _exact(self.bank.device.type):
             elements = self._elements(index, rows)
             pieces = self._read(index, elements, values)
-            own = self._own_numbers(index, values)
+            own = self._own_values(index, values)
             weight = self._mix(index, rows, elements, pieces, own, self._projection(values["projections"], index))
             weight = self._pruned(index, weight)
             return weight if dtype is None else weight.to(dtype)
@@ -155,14 +162,14 @@ class Bank(nn.Module):
         return weight if self.thresholds is None else weight * (weight.abs() > self.thresholds[index])
 
     def _elements(self, index: int, rows: Tensor | None) -> Tensor | None:
-        """Flat elements [m · C] of the wanted rows [m]; None where the whole weight is made."""
+        """Flat indices [m · C] of the requested rows' elements; None if the whole weight is generated."""
         slot = self.group.slots[index]
         if rows is None or slot.morph not in ELEMENTWISE:
             return None
         return (rows.unsqueeze(1) * slot.columns + torch.arange(slot.columns, device=rows.device)).view(-1)
 
     def _read(self, index: int, elements: Tensor | None, values: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
-        """The slot's templates as they lie in the bank, or their `elements`."""
+        """The slot's templates, as views of the bank where possible, or only their `elements`."""
         bank = values["bank"]
         assert bank is not None
         if elements is None:
@@ -186,11 +193,11 @@ class Bank(nn.Module):
         return finish(slot, base, own["gains"], own["differences"], rows)
 
     def own(self, values: Tensor | None, index: int, name: str) -> Tensor:
-        """The stretch of slot `index` in `values`, which are as long as the parameter `name` is."""
+        """The stretch of slot `index` in `values`, which has the length of the parameter `name`."""
         start, length = self._ranges[index][name]
         return values[start : start + length] if values is not None else self.bank.new_empty(0)
 
-    def _own_numbers(self, index: int, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    def _own_values(self, index: int, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         return {name: self.own(values[name], index, name) for name in _OWN}
 
     def _projection(self, values: Tensor | None, index: int) -> Tensor | None:
@@ -202,7 +209,7 @@ class Bank(nn.Module):
         return values[start:end].view(EMBEDDING_SIZE, slot.templates)
 
     def projection_range(self, templates: int) -> tuple[int, int]:
-        """Where the projection to `templates` coefficients lies in `projections`."""
+        """Start and end of the projection to `templates` coefficients in `projections`."""
         start = EMBEDDING_SIZE * sum(k for k in self.group.projections if k < templates)
         return start, start + EMBEDDING_SIZE * templates
 
@@ -215,11 +222,11 @@ class Bank(nn.Module):
         values: Mapping[str, Tensor | None],
         sums: dict[str, Tensor],
     ) -> None:
-        """Adds the gradient of slot `index` to `sums`, given that of the weight: O(K·n).
+        """Adds the gradient of slot `index` to `sums`, given the weight's: O(K·n).
 
-        Without a hand-written gradient, the pieces and the slot's own numbers become leaves of a small graph that ends here.
+        Without a hand-written gradient, the pieces and the slot's own parameters become leaves of a small temporary graph.
         """
-        slot, bank, own = self.group.slots[index], values["bank"], self._own_numbers(index, values)
+        slot, bank, own = self.group.slots[index], values["bank"], self._own_values(index, values)
         assert bank is not None
         if self.thresholds is not None:
             gradient = gradient * (self.fast(index, rows, None, values) != 0)
@@ -254,7 +261,7 @@ class Bank(nn.Module):
     def _add_pieces(
         self, index: int, elements: Tensor | None, parts: Mapping[int, Tensor], sums: dict[str, Tensor]
     ) -> None:
-        """Adds the gradient of each template k to the bank's, where it was read."""
+        """Adds the gradient of each template k to the bank's gradient, at the elements that were read."""
         if "bank" not in sums:
             return
         for k, part in parts.items():
@@ -269,23 +276,23 @@ class Bank(nn.Module):
             start, length = self._ranges[index][name]
             sums[name][start : start + length] += parts[name]
 
-    def _anchor(self) -> Anchored:
-        """The anchor of the present forward; a new one when a backward has used it or the parameters are not the same."""
+    def _current_anchor(self) -> Anchor:
+        """The anchor of the current forward; a new one after a backward, or if the parameters were exchanged."""
         parameters = tuple((name, p) for name, p in self._parameters.items() if p is not None and p.requires_grad)
-        anchored = self.anchored
+        anchor = self.anchor
         if getattr(self.bank, "ds_persist", True) is False and not self._warned:
             self._warned = True
             warnings.warn(
-                f"DeepSpeed gathers this bank again for each of its {len(self.group.slots)} weights: let it stay from step to step "
-                f'by {{"zero_optimization": {{"stage3_param_persistence_threshold": {self.group.size + 1}}}}}',
+                f"DeepSpeed gathers this bank again for each of its {len(self.group.slots)} weights: keep it gathered "
+                f'with {{"zero_optimization": {{"stage3_param_persistence_threshold": {self.group.size + 1}}}}}',
                 stacklevel=2,
             )
-        if anchored is None or not anchored.holds(parameters):
-            anchored = self.anchored = Anchored(self, parameters)
-        return anchored
+        if anchor is None or not anchor.depends_on(parameters):
+            anchor = self.anchor = Anchor(self, parameters)
+        return anchor
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
-        self.anchored = None  # its node knows the parameters' former dtype and device
+        self.anchor = None  # its node has the parameters' former dtype and device
         super()._apply(fn, recurse)
         self._prepare()
         return self
@@ -293,12 +300,13 @@ class Bank(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **self.__dict__,
-            "anchored": None,
+            "anchor": None,
             "watcher": None,
-        }  # a graph is neither copied nor pickled, nor an engine
+        }  # neither a graph nor an engine is copied or pickled
 
     def extra_repr(self) -> str:
-        return f"{self.group.size} numbers for {self.group.numel} in {len(self.group.slots)} weights"
+        """Sizes of the bank and its weights."""
+        return f"{self.group.size} elements for {self.group.numel} in {len(self.group.slots)} weights"
 
 
 def banks_of(model: nn.Module) -> list[Bank]:
@@ -307,5 +315,5 @@ def banks_of(model: nn.Module) -> list[Bank]:
 
 
 def _exact(device: str) -> AbstractContextManager[object]:
-    """Weights are generated in the bank's own precision, also under autocast."""
+    """Context in which weights are generated in the bank's own precision, also under autocast."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

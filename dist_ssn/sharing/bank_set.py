@@ -18,7 +18,7 @@ ATTRIBUTE = "dist_ssn"
 
 
 class BankSet(nn.Module):
-    """All banks of a model, and the plan that they follow. Passes its input on, should a container call it."""
+    """All banks of a model, and the plan that they follow. Returns its input if a container calls it."""
 
     def __init__(self, plan: Plan, left_out: tuple[tuple[str, str], ...], device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -29,24 +29,26 @@ class BankSet(nn.Module):
             self.add_module(group.name, Bank(group, plan.seed, device, dtype))
 
     def banks(self) -> Iterator[Bank]:
+        """The banks, in the plan's order."""
         for group in self.plan.groups:
             yield self.get_submodule(group.name)  # type: ignore[misc]
 
     def forward(self, input: Any = None) -> Any:
+        """Returns its input."""
         return input
 
     def get_extra_state(self) -> Tensor:
-        """The plan as bytes, so that a state dict says which plan it belongs to."""
+        """The plan as bytes, so that a state dict contains its plan."""
         return torch.frombuffer(bytearray(self.plan.to_json(indent=None).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuses a state dict of another plan.
+        """Checks that a state dict belongs to this plan.
 
         Raises:
-            PlanError: says what the first difference is.
+            PlanError: it belongs to another plan; the message has the first difference.
         """
         if not isinstance(state, Tensor) or state.dtype != torch.uint8:
-            raise PlanError("the state dict holds no plan where one belongs: it was not written by dist_ssn")
+            raise PlanError("the state dict has no plan: it was not written by dist_ssn")
         difference = plan_difference(self.plan, Plan.from_json(bytes(state.cpu().tolist()).decode(errors="replace")))
         if difference:
             raise PlanError(
@@ -55,19 +57,19 @@ class BankSet(nn.Module):
 
 
 def bank_sets(model: nn.Module) -> list[BankSet]:
-    """All bank sets of a model: one where it was shared as a whole, none where it is dense."""
+    """All bank sets of a model: one if it was shared as a whole, none if it is dense."""
     return [module for module in model.modules() if isinstance(module, BankSet)]
 
 
 def shared_plan(model: nn.Module) -> Plan | None:
-    """The plan of a shared model (wrapped or not), None for a dense one.
+    """The plan of a shared model (wrapped or not); None for a dense one.
 
     Raises:
-        ShareError: several parts of the model were shared apart: ask each part.
+        ShareError: several parts of the model were shared separately, each with its own plan.
     """
     sets = bank_sets(model)
     if len(sets) > 1:
         raise ShareError(
-            f"{type(model).__name__} has {len(sets)} parts that were shared apart: ask each part for its plan"
+            f"{type(model).__name__} has {len(sets)} parts that were shared separately: call shared_plan() for each part"
         )
     return sets[0].plan if sets else None

@@ -1,4 +1,4 @@
-"""A bank's starting values, the same on every rank and machine: they depend on the plan alone."""
+"""Initial values of a bank: they depend only on the plan, and are the same on every rank and machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from dist_ssn.sharing.bank import Bank
 
 @torch.no_grad()
 def initialize(bank: Bank) -> None:
-    """Gives a bank its starting values, the same on every rank and machine: they depend on the plan alone.
+    """Gives a bank its initial values, which depend only on the plan.
 
-    The bank is normal with exactly the group's standard deviation. Coefficients of weights that mix the same number of
-    templates are orthogonal with unit rows, signed templates are mixed in equal parts, gains start at 1, and of a
-    difference U·V, U has variance 1/rank and V is zero: its first step moves the weight as far as a dense step would.
+    - The bank is normal, with exactly the group's standard deviation.
+    - Coefficients of weights that mix the same number of templates are orthogonal, with unit rows; signed templates are mixed in
+      equal parts.
+    - Gains are 1.
+    - Of a difference U·V, U has variance 1/rank and V is zero: its first step moves the weight as far as a dense step would.
     """
     group, seed = bank.group, bank.seed
     draw = np.random.RandomState(_seed_of(seed, group.name))
@@ -59,7 +61,7 @@ def initialize(bank: Bank) -> None:
 
 
 def _mixes(slot: Slot) -> int:
-    """K of a slot whose coefficients start orthogonal to those of the others with the same K, else 0."""
+    """K of a slot whose coefficients start orthogonal to those of other slots with the same K; 0 for other slots."""
     return slot.templates if slot.coefficients and slot.morph in ("wavg", "emb", "inter") else 0
 
 
@@ -68,7 +70,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def orthogonal_rows(count: int, size: int, draw: np.random.RandomState) -> np.ndarray:
-    """[count, size] with unit rows, orthogonal within each block of `size` rows."""
+    """Random unit rows [count, size], orthogonal within each block of `size` rows."""
     if not count or not size:
         return np.zeros((count, size))
     blocks = [np.linalg.qr(draw.standard_normal((size, size)))[0] for _ in range(-(-count // size))]

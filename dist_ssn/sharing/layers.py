@@ -1,11 +1,13 @@
-"""Layers that ask a bank for their weights: a subclass per base class, made once, whose weights are properties.
+"""Shared layers: a subclass per base class, made once, whose weights are properties that a bank generates.
 
 `isinstance(layer, nn.Linear)` stays true, and the class's own `forward` runs. Around it:
 
 - a weight is generated once per forward, however often it is read;
-- whatever saves it for backward keeps a origin instead and has it generated again, so that no copy of the model's weights is
-  alive between forward and backward;
-- under autocast it is made in the lower precision at once, where the operation would cast it anyhow.
+- an operation that saves the weight for backward keeps its origin instead, from which it is generated again, so that no copy of
+  the model's weights is alive between forward and backward;
+- under autocast the weight is generated in the lower precision at once, if the operation would cast it.
+
+Outside of a layer's `forward`, and while torch traces, autograd saves the generated weight as an ordinary tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _state = threading.local()
 
 
 class _Origin(NamedTuple):
-    """What is kept for backward instead of a generated weight: its source, its number there, and the values it was made from."""
+    """Replacement of a generated weight in autograd's saved tensors: its source, its index there, and the source's values."""
 
     source: WeightSource
     index: int
@@ -37,7 +39,7 @@ class _Origin(NamedTuple):
 
 
 class _Packed(NamedTuple):
-    """A view of a generated weight, to be made again."""
+    """A view of a generated weight that is generated again in backward."""
 
     origin: _Origin
     shape: torch.Size
@@ -52,7 +54,7 @@ class _Packed(NamedTuple):
 
 
 class _Scope:
-    """One layer's forward: the weights it has read, and the hooks that keep them from being saved."""
+    """One layer's forward: the weights that it has read, and the hooks that replace them in autograd's saved tensors."""
 
     def __init__(self, layer: nn.Module):
         self.layer = layer
@@ -70,7 +72,7 @@ class _Scope:
     def __enter__(self) -> _Scope:
         self.outer: _Scope | None = getattr(_state, "scope", None)
         _state.scope = self
-        # Only the innermost pair of hooks is called, so those around us (an activation checkpoint's, say) are called by us.
+        # torch calls only the innermost pair of hooks, so ours call the pair around them (such as an activation checkpoint's).
         around = saved_tensor_hooks()
         self.hooks = torch.autograd.graph.saved_tensors_hooks(*_hooks(self.origins, around))
         self.hooks.__enter__()
@@ -79,7 +81,7 @@ class _Scope:
     def __exit__(self, *_: object) -> None:
         self.hooks.__exit__()
         _state.scope = self.outer
-        self.weights.clear()  # a storage's address may be used again from here on, but nothing is packed any more either
+        self.weights.clear()  # a storage's address may be used again from here on, but no tensor is packed any more
 
 
 def _hooks(
@@ -92,7 +94,7 @@ def _hooks(
             return _Packed(origin, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         if around is not None:
             return around[0](tensor)
-        # Trap: an operation's own output, kept as it is, would make a cycle through its node that is never collected.
+        # Trap: an operation's own output, saved without `detach`, would make a cycle through its node that is never collected.
         return tensor.detach(), tensor._version
 
     def unpack(packed: Any) -> Tensor:
@@ -112,7 +114,7 @@ def _hooks(
 
 
 def _autocast_dtype(layer: nn.Module, source: WeightSource) -> torch.dtype | None:
-    """The dtype that the layer's operation would cast its weight to right now, None for the source's own."""
+    """The dtype to which autocast would cast the layer's weight now; None for the source's own."""
     lowered = isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
     device = source.device.type
     if not lowered or source.dtype == torch.float64 or not torch.is_autocast_enabled(device):
@@ -121,12 +123,13 @@ def _autocast_dtype(layer: nn.Module, source: WeightSource) -> torch.dtype | Non
 
 
 class SharedLayer:
-    """What the subclass of a shared layer adds to its base class."""
+    """Additions of a shared layer's subclass to its base class."""
 
     _dist_ssn_base: type[nn.Module]
     _dist_ssn_names: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the base class's `forward`; weights that it reads are generated."""
         if is_tracing():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         with _Scope(self):  # type: ignore[arg-type]
@@ -143,6 +146,7 @@ class SharedLayer:
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Registers a parameter; raises `ShareError` for a generated one."""
         if name in self._dist_ssn_names:
             raise ShareError(no_write(f"{type(self).__name__}.{name}"))
         super().register_parameter(name, param)  # type: ignore[misc]
@@ -157,14 +161,14 @@ class SharedLayer:
         unexpected: Any,
         errors: list[str],
     ) -> None:
-        """Refuses a weight of a dense model, also where `strict` is false."""
+        """Rejects a weight of a dense model, even if `strict` is False."""
         for name in self._dist_ssn_names:
             if state_dict.pop(prefix + name, None) is not None:
                 errors.append(no_write(prefix + name))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
-        """Not possible: a bank's numbers belong to many layers."""
+        """Always raises `ShareError`, because the parameters of a bank belong to many layers."""
         raise ShareError(no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -173,7 +177,7 @@ class SharedLayer:
 
 
 class _SharedRNN(SharedLayer):
-    """Recurrent layers keep a list of their weights: here it is made of generated ones whenever it is read."""
+    """A recurrent layer; its list of weights is generated whenever it is read."""
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -183,11 +187,11 @@ class _SharedRNN(SharedLayer):
 
     @_flat_weights.setter
     def _flat_weights(self, value: Any) -> None:
-        """The base class stores its list here; ours is derived."""
+        """Ignores the list that the base class stores, because ours is derived."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._dist_ssn_names:
-            super().__setattr__(name, value)  # refuses it
+            super().__setattr__(name, value)  # raises
         elif name != "_flat_weights":
             nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # the base class's reads its list of weights
 
@@ -198,23 +202,24 @@ class _SharedRNN(SharedLayer):
         nn.Module.__setstate__(self, state)  # type: ignore[arg-type]  # the base class's reads the weights, which may not be there yet
 
     def _init_flat_weights(self) -> None:
-        """Nothing to keep."""
+        """Does nothing, because no list is stored."""
 
     def _weights_have_changed(self) -> bool:
         return False
 
     def flatten_parameters(self) -> None:
-        """Generated weights do not lie in one cuDNN buffer."""
+        """Does nothing, because generated weights are not in one cuDNN buffer."""
 
 
 _ROW_COST = 8
-"""A row that is made by itself takes as long as so many of a whole table (1/8 to 1/4 of the rows at once are level on a CPU)."""
+"""Time to generate one row by itself, in rows of a whole table (on a CPU, 1/8 to 1/4 of the rows take as long as the table)."""
 
 
 class _SharedEmbedding(SharedLayer):
-    """Makes only the rows that are looked up, where that is cheaper than the whole table."""
+    """An embedding; only the rows that are looked up are generated, if that is cheaper than the whole table."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Rows of the table: indices (…) → (…, embedding_dim)."""
         layer: nn.Embedding = self  # type: ignore[assignment]
         few = input.numel() * _ROW_COST < layer.num_embeddings and not layer.scale_grad_by_freq
         if not few or is_tracing():
@@ -231,7 +236,7 @@ class _SharedEmbedding(SharedLayer):
 
 @functools.cache
 def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass of `base` whose parameters `names` are generated; the same class for the same arguments."""
+    """The subclass of `base` with generated parameters `names`; the same class for the same arguments."""
     mixin: type = SharedLayer
     if issubclass(base, nn.RNNBase):
         mixin = _SharedRNN
@@ -242,7 +247,7 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     cls: Any = type(base.__name__, (mixin, base), body)
 
     @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # whoever reads its signature sees the base class's
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # its signature is the base class's
         return super(cls, self).forward(*args, **kwargs)
 
     cls.forward = forward
@@ -252,7 +257,7 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 def _weight_property(name: str) -> property:
     def read(layer: nn.Module) -> Tensor:
         source, index = layer.__dict__["_dist_ssn_slots"][name]
-        if layer._parameters.get(name) is not None:  # put there behind our back, by functional_call say
+        if layer._parameters.get(name) is not None:  # put there by functional_call, for example
             raise ShareError(no_write(source.weight_name(index)))
         try:
             if is_tracing():
@@ -261,7 +266,7 @@ def _weight_property(name: str) -> property:
             if scope is not None:
                 return scope.read(source, index)
             return guarded(source(index), source.weight_name(index))
-        except AttributeError as error:  # which nn.Module.__getattr__ would turn into "no attribute 'weight'"
+        except AttributeError as error:  # nn.Module.__getattr__ would turn it into "no attribute 'weight'"
             raise RuntimeError(f"generating {name} failed: {error}") from error
 
     return property(read)
@@ -275,18 +280,22 @@ def _new_layer(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 def share_layer(layer: nn.Module, slots: dict[str, tuple[WeightSource, int]]) -> None:
     """Makes `layer` generate the parameters named in `slots`, in place.
 
-    The banks are not registered as its submodules: they belong to the model's root.
+    The banks are not registered as its submodules, because they belong to the model's root.
+
+    Args:
+        layer: is changed.
+        slots: name of a parameter → (its source, its index there).
     """
     for name in slots:
         layer._parameters[name] = None  # keeps its place in the order of parameters; the property comes first
-    for name in ("_flat_weights", "_flat_weight_refs"):  # a recurrent layer's second hold on its weights
+    for name in ("_flat_weights", "_flat_weight_refs"):  # a recurrent layer's second list of its weights
         layer.__dict__.pop(name, None)
     layer.__dict__["_dist_ssn_slots"] = dict(slots)
     layer.__class__ = shared_class(type(layer), tuple(slots))
 
 
 def unshare_layer(layer: nn.Module, weights: dict[str, nn.Parameter]) -> None:
-    """Gives `layer` back its class and ordinary parameters, in place."""
+    """Restores the layer's class and gives it ordinary parameters, in place."""
     layer.__class__ = type(layer)._dist_ssn_base  # type: ignore[attr-defined]
     del layer.__dict__["_dist_ssn_slots"]
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""`materialize`: from a shared model to an ordinary dense one."""
+"""`materialize`: conversion of a shared model to an ordinary dense one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_ssn.sharing.layers import unshare_layer
 
 
 def materialize(model: nn.Module) -> nn.Module:
-    """An ordinary dense copy of a shared model: base classes, stored weights, ties as they were, no trace of a bank.
+    """An ordinary dense copy of a shared model, with base classes, stored weights and the original ties, without banks.
 
     Raises:
         ShareError: the model is not shared.

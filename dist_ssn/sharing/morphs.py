@@ -1,17 +1,18 @@
-"""Morphs: how the numbers read from a bank become one weight. Pure functions, differentiable, in any floating dtype.
+"""Morphs: from elements of a bank to one weight. Pure functions, differentiable, in any floating dtype.
 
-Letters: B numbers in the bank, n in the weight (R rows × C columns), K templates, c coefficients.
+Letters: B elements in the bank, n in the weight (R rows × C columns), K templates, c coefficients.
 
-A weight is made in three steps, each of which stands here once and is used by the pure and by the fast path of `bank.py`:
+A weight is made in three steps, which the pure and the fast path of `bank.py` share:
 
-    readings(slot, B)     where in the bank each template lies
-    mix(slot, pieces)     base [n] = what the morph makes of the K pieces that were read
+    readings(slot, B)     positions of each template in the bank
+    mix(slot, pieces)     base [n], the morph of the K pieces that were read
     finish(slot, base)    W [R, C] = scale · row gains · base · column gains + U·V
 
-"avg", "wavg", "emb", "inter", "mask", "repeat" and "wavg-up" follow Plummer et al., arXiv 2006.10598, section 3, with each
-morph's variance normalized. "offset" and "hash" are ours: the bank read from a place of the weight's own, wrapping round,
-in chunks with pseudo-random signs ("hash": in a pseudo-random order too). Signs and order depend on (seed, name, k) alone:
-they cost no parameter and no byte.
+"offset" and "hash" are our own: the bank is read from a start of the weight's own, wrapping around, in chunks with pseudo-random
+signs ("hash": also in a pseudo-random order). Signs and order depend only on (seed, name, k): they need no parameters and are
+never sent.
+
+Source: Plummer et al., arXiv 2006.10598, section 3, with each morph's variance normalized, for the other morphs.
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from dist_ssn.plan.rules import MASK_WINDOW
 from dist_ssn.plan.slots import Slot
 
 _SIGN_ROOM = 65_536
-"""Places at which a weight may begin to read the common table of signs."""
+"""Number of positions at which a weight may begin to read the common table of signs."""
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """`length` numbers from `start` on, wrapping round at the bank's end."""
+    """A reading of `length` elements from `start` on, wrapping around at the bank's end."""
 
     start: int
     length: int
 
     def at(self, index: Tensor, size: int) -> Tensor:
-        """Places in the bank of the flat elements `index`."""
+        """Indices in the bank, of size `size`, of the reading's elements `index`."""
         return (self.start + index) % size
 
     def take(self, bank: Tensor) -> Tensor:
-        """The numbers [length]: a view where they lie in one piece."""
+        """The elements [length]: a view if they are contiguous in the bank."""
         size = bank.numel()
         if self.start + self.length <= size:
             return bank[self.start : self.start + self.length]
@@ -53,7 +54,7 @@ class Stretch:
         return torch.cat([bank[self.start :], *[bank] * whole, bank[:rest]])
 
     def give(self, total: Tensor, part: Tensor) -> None:
-        """Adds `part` [length] to `total` [B] at the places that `take` reads. O(length)."""
+        """Adds `part` [length] to `total` [B] at the elements that `take` reads. O(length)."""
         size = total.numel()
         head = min(self.length, size - self.start)
         total[self.start : self.start + head] += part[:head]
@@ -66,24 +67,28 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Chunks of `chunk` numbers in the pseudo-random order that belongs to `key`, `length` numbers in all."""
+    """A reading of `length` elements in chunks of `chunk`, in the pseudo-random order that belongs to `key`."""
 
     key: tuple[int, str, int]
     chunk: int
     length: int
 
     def order(self, size: int, device: torch.device) -> Tensor:
+        """Indices of the chunks in a bank of `size` elements, in the order in which they are read."""
         return chunk_order(*self.key, -(-self.length // self.chunk), size // self.chunk, device)
 
     def at(self, index: Tensor, size: int) -> Tensor:
+        """Indices in the bank, of size `size`, of the reading's elements `index`."""
         order = self.order(size, index.device)
         return order[index // self.chunk] * self.chunk + index % self.chunk
 
     def take(self, bank: Tensor) -> Tensor:
+        """The elements [length], as a copy."""
         order = self.order(bank.numel(), bank.device)
         return self._rows(bank).index_select(0, order).view(-1)[: self.length]
 
     def give(self, total: Tensor, part: Tensor) -> None:
+        """Adds `part` [length] to `total` [B] at the elements that `take` reads. O(length)."""
         order = self.order(total.numel(), total.device)
         part = F.pad(part, (0, order.numel() * self.chunk - self.length))
         self._rows(total).index_add_(0, order, part.view(-1, self.chunk))
@@ -97,7 +102,7 @@ Reading = Stretch | Chunks
 
 
 def readings(slot: Slot, seed: int, bank: int) -> tuple[Reading, ...]:
-    """Where each of the slot's K templates lies in a bank of `bank` numbers. O(K)."""
+    """The readings of the slot's K templates, in a bank of `bank` elements. O(K)."""
     if slot.morph == "hash":
         return tuple(Chunks((seed, slot.name, k), slot.chunk, slot.numel) for k in range(slot.templates))
     height, width = slot.template_shape
@@ -107,7 +112,7 @@ def readings(slot: Slot, seed: int, bank: int) -> tuple[Reading, ...]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What `mix` works on: a slot, what was read for it, and the learned numbers that mix it."""
+    """Input of a morph: a slot, the templates that were read for it, and the learned parameters that mix them."""
 
     slot: Slot
     seed: int
@@ -115,14 +120,14 @@ class Mixture:
     pieces: tuple[Tensor, ...]
     """K tensors [m]: the templates as read, or their elements at `index`."""
     coefficients: Tensor
-    """[c], of the weight's own."""
+    """The weight's own coefficients [c]."""
     projection: Tensor | None = None
-    """[c, K], the group's, for "emb"."""
+    """The group's projection [c, K], for "emb"."""
     index: Tensor | None = None
-    """Flat elements of the weight that are wanted, None for all; elementwise morphs only."""
+    """Flat indices of the requested elements of the weight; None for all. Only elementwise morphs have it."""
 
     def elements(self) -> Tensor:
-        """Flat indices of the wanted elements [m]."""
+        """Flat indices of the requested elements [m]."""
         if self.index is not None:
             return self.index
         return torch.arange(self.slot.numel, device=self.pieces[0].device)
@@ -148,7 +153,7 @@ def _repeated(m: Mixture) -> Tensor:
 def _resized(m: Mixture) -> Tensor:
     height, width = m.slot.template_shape
     templates = torch.stack(m.pieces).view(1, len(m.pieces), height, width)
-    # Resizing is linear, so mixing the small templates first is the same and K times cheaper.
+    # Resizing is linear, so mixing the small templates first gives the same result and is K times cheaper.
     if m.slot.coefficients:
         templates = torch.einsum("k,bkhw->bhw", m.coefficients, templates).unsqueeze(1)
     size = (m.slot.rows, m.slot.columns)
@@ -156,7 +161,7 @@ def _resized(m: Mixture) -> Tensor:
 
 
 def _masked(m: Mixture) -> Tensor:
-    """The first pass over the bank is plain, each further one times a window of its own."""
+    """The bank, repeated; each repetition but the first is multiplied by a window of its own."""
     if not m.slot.coefficients:
         return m.pieces[0]
     element = m.elements()
@@ -185,10 +190,10 @@ MORPHS: dict[str, Callable[[Mixture], Tensor]] = {
     "offset": _signed,
     "hash": _signed,
 }
-"""name → the function from a `Mixture` to the base of the weight, [n] or the elements at its index."""
+"""Name → function from a `Mixture` to the base of the weight: [n], or the elements at its index."""
 
 ELEMENTWISE = frozenset({"avg", "wavg", "emb", "repeat", "mask", "offset", "hash"})
-"""Morphs that can make some elements of a weight without the others."""
+"""Morphs that can generate some elements of a weight without the others."""
 
 
 def _combine(pieces: tuple[Tensor, ...], coefficients: Tensor) -> Tensor:
@@ -210,8 +215,8 @@ def apply_signs(slot: Slot, seed: int, k: int, piece: Tensor, index: Tensor | No
     return (piece.view(count, chunk) * signs[first : first + count].unsqueeze(1)).view(-1)
 
 
-# Plain dicts, filled by `prepare` when a bank is built or moved: torch.compile and export can read a dict, but neither trace a
-# hash nor look into an lru_cache, which under a fake mode would keep fake tensors for every later use.
+# Plain dicts, filled by `prepare` when a bank is built or moved. torch.compile and export can read a dict, but can neither trace a
+# hash nor read an lru_cache, which under a fake mode would keep fake tensors for every later use.
 _starts: dict[tuple[int, str, int], int] = {}
 _tables: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 _orders: dict[tuple[int, str, int, int, int, torch.device], Tensor] = {}
@@ -228,7 +233,7 @@ def prepare(slot: Slot, seed: int, bank: Tensor) -> None:
 
 
 def sign_start(seed: int, name: str, k: int) -> int:
-    """Where weight `name` begins to read the table of signs for its template k."""
+    """Index in the table of signs at which template k of weight `name` begins to read."""
     key = (seed, name, k)
     if key not in _starts:
         digest = hashlib.sha256(f"sign/{seed}/{name}/{k}".encode()).digest()
@@ -237,7 +242,7 @@ def sign_start(seed: int, name: str, k: int) -> int:
 
 
 def sign_table(seed: int, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Pseudo-random ±1, one table for all weights and banks of a seed; at least `length` beyond every start."""
+    """Pseudo-random ±1, one table for all weights and banks of a seed, with at least `length` entries after every start."""
     size = 1 << (length + _SIGN_ROOM).bit_length()
     key = (seed, size, device, dtype)
     if key not in _tables:
@@ -248,7 +253,7 @@ def sign_table(seed: int, length: int, device: torch.device, dtype: torch.dtype)
 
 
 def chunk_order(seed: int, name: str, k: int, count: int, available: int, device: torch.device) -> Tensor:
-    """`count` places out of `available`, each drawn equally often: one shuffled pass over the bank after the other."""
+    """Pseudo-random indices below `available`, `count` of them, each drawn equally often: repeated shuffles of the bank."""
     key = (seed, name, k, count, available, device)
     if key not in _orders:
         digest = hashlib.sha256(f"hash/{seed}/{name}/{k}".encode()).digest()
@@ -263,9 +268,11 @@ def finish(slot: Slot, base: Tensor, gains: Tensor, differences: Tensor, rows: T
     """The weight in its shape (or its `rows`, [m, C]) from its base.
 
     Args:
+        slot: of the weight.
         base: [n], or [m · C] for m rows.
         gains: [R and/or C]: row gains first.
         differences: [rank · (R + C)]: U [R, rank] first, then V [rank, C].
+        rows: indices of the rows in `base` [m]; None: all.
     """
     weight = base.view(-1, slot.columns) * slot.scale
     row_gains, column_gains = split_gains(slot, gains)
@@ -283,12 +290,12 @@ def finish(slot: Slot, base: Tensor, gains: Tensor, differences: Tensor, rows: T
 
 
 def split_gains(slot: Slot, gains: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(row gains [R] | None, column gains [C] | None) out of the slot's gains."""
+    """Row gains [R] and column gains [C] of a slot; None for those that it does not have."""
     cut = slot.rows if slot.row_gains else 0
     return (gains[:cut] if slot.row_gains else None), (gains[cut:] if slot.column_gains else None)
 
 
 def split_difference(slot: Slot, differences: Tensor) -> tuple[Tensor, Tensor]:
-    """(U [R, rank], V [rank, C])."""
+    """The factors U [R, rank] and V [rank, C] of a slot's difference."""
     cut = slot.rows * slot.rank
     return differences[:cut].view(slot.rows, slot.rank), differences[cut:].view(slot.rank, slot.columns)

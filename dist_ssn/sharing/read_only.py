@@ -1,6 +1,6 @@
-"""`GeneratedWeight`: what a layer's weight is outside of the layer's forward. Reading is free, writing an error.
+"""`GeneratedWeight`: a layer's weight, read outside of the layer's forward. Reading is allowed, writing is an error.
 
-A generated weight is a temporary: what `nn.init` or `weight.data.normal_()` writes to it would be lost without a word.
+A generated weight is a temporary tensor: values that `nn.init` or `weight.data.normal_()` writes to it would be lost silently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dist_ssn.errors import ShareError
 
 
 class GeneratedWeight(Tensor):
-    """A weight that was read outside its layer's forward: a temporary, which nothing may write to."""
+    """A weight that was read outside of its layer's forward: a temporary tensor that must not be written to."""
 
     _dist_ssn_name: str = ""
 
@@ -37,7 +37,7 @@ class GeneratedWeight(Tensor):
 
 
 def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
-    """`result`, with every tensor in it that shares the weight's memory guarded as the weight is."""
+    """`result`, with the tensors that share the weight's memory guarded like the weight."""
     if isinstance(result, (list, tuple)) and type(result) in (list, tuple):
         return type(result)(_guard_views(part, weight) for part in result)
     if type(result) is not Tensor or result.layout is not torch.strided or not result.numel():
@@ -51,14 +51,14 @@ _HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
 
 
 def guarded(weight: Tensor, name: str) -> Tensor:
-    """`weight`, which nothing may write to from here on; `name` stands in the error."""
+    """The weight as a tensor that must not be written to; `name` is its name in error messages."""
     result = weight.as_subclass(GeneratedWeight)
     result._dist_ssn_name = name
     return result
 
 
 def no_write(name: str) -> str:
-    """The sentence for a write to weight `name`."""
+    """The error message for a write to the weight `name`."""
     return (
         f"{name} is generated from a bank, so writing to it would be lost: initialize before share(), train the bank, "
         "or write to materialize(model)"

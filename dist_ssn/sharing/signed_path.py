@@ -1,14 +1,15 @@
-"""The fast path of "offset": few passes over a weight's n numbers, and a hand-written gradient.
+"""The fast path of "offset": few passes over a weight's n elements, and a hand-written gradient.
 
-`morphs.mix` and `finish` say what is computed; here the same is done with as few passes as eager torch allows, since reading
-and writing n numbers is all that generation costs:
+It computes the same as `morphs.mix` and `finish`, with as few passes as eager torch allows, because reading and writing n elements
+is the whole cost of generation:
 
     W = Σ_k  scale · α_k · row_i · sign_k,ij · T_k,ij · column_j  +  U·V
 
-Signs come in chunks, so the weight is a grid of chunks; a template is read in runs of whole chunks, and the chunk in which
-it passes the bank's end in two parts. Where a row is a whole number of chunks, sign, coefficient, scale and row gain are one
-factor per chunk.
-Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B numbers in the bank.
+Signs are constant within a chunk, so the weight is a grid of chunks. A template is read in runs of whole chunks; the chunk that
+crosses the bank's end is read in two parts. If a row is a whole number of chunks, then sign, coefficient, scale and row gain are
+one factor per chunk.
+
+Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B elements in the bank.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from dist_ssn.sharing.morphs import sign_start, sign_table, split_difference, sp
 
 
 def fast_path(slot: Slot, seed: int, bank: int) -> SignedPath | None:
-    """The fast path of a weight read from a bank of `bank` numbers, if it has one: whole chunks of the morph "offset"."""
+    """The fast path of a weight in a bank of `bank` elements; None unless its morph is "offset" with whole chunks."""
     fits = slot.morph == "offset" and slot.numel % slot.chunk == 0 and slot.zero_row is None
     return SignedPath(slot, seed, bank) if fits else None
 
 
 class SignedPath:
-    """One weight's fast path: made once, so that a step finds everything worked out that does not change."""
+    """One weight's fast path; everything that does not change between steps is computed once, when it is made."""
 
     def __init__(self, slot: Slot, seed: int, bank: int):
         self.slot, self.seed = slot, seed
@@ -43,7 +44,7 @@ class SignedPath:
         ]
 
     def generate(self, bank: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-        """The weight in its shape, from a bank [B]: the value of `morphs.mix` and `finish`, without a graph."""
+        """The weight in its shape, from a bank [B]: the result of `morphs.mix` and `finish`, without a graph."""
         row_gains, column_gains = split_gains(self.slot, own["gains"])
         weight = bank.new_empty(self.rows, self.columns)
         for k, runs in enumerate(self.runs):
@@ -69,7 +70,15 @@ class SignedPath:
         bank_sum: Tensor | None,
         own_sums: Mapping[str, Tensor],
     ) -> None:
-        """Adds to `bank_sum` [B] and to the sums of the slot's own numbers, where they are wanted. `gradient` is the weight's."""
+        """Adds to the gradients of the bank and of the slot's own parameters.
+
+        Args:
+            gradient: the weight's.
+            bank: [B].
+            own: values of the slot's own parameters.
+            bank_sum: the bank's gradient [B]; None if it is not needed.
+            own_sums: the gradients of the slot's own parameters, of those that are needed.
+        """
         slot, gradient = self.slot, gradient.reshape(self.rows, self.columns)
         row_gains, column_gains = split_gains(slot, own["gains"])
         if "differences" in own_sums:
@@ -93,7 +102,7 @@ class SignedPath:
     def _pull_back_factors(
         self, gradient: Tensor, bank: Tensor, own: Mapping[str, Tensor], sums: Mapping[str, Tensor], work: Tensor
     ) -> None:
-        """Adds to the sums of gains and coefficients; overwrites `work` [R, C]."""
+        """Adds to the gradients of gains and coefficients; overwrites `work` [R, C]."""
         slot = self.slot
         row_gains, column_gains = split_gains(slot, own["gains"])
         row_sum, column_sum = split_gains(slot, sums["gains"]) if "gains" in sums else (None, None)
@@ -114,7 +123,7 @@ class SignedPath:
                 column_sum.addmv_(product.T, rows, alpha=slot.scale)
 
     def _factor(self, k: int, bank: Tensor, row_gains: Tensor | None, coefficients: Tensor) -> Tensor:
-        """What each chunk of template k is multiplied by, [q, 1]: row gains too where a row is whole chunks."""
+        """Factor of each chunk of template k, [q, 1]; it includes the row gains if a row is a whole number of chunks."""
         scale: float | Tensor = self.slot.scale * coefficients[k] if self.slot.coefficients else self.slot.scale
         if row_gains is None or not self.rows_are_chunks:
             return self._signs(k, bank, self.chunks, 1) * scale
@@ -135,42 +144,42 @@ class SignedPath:
 
 
 class _Run(NamedTuple):
-    """Numbers of a template that lie in one piece in the bank: some whole chunks, or a part of one."""
+    """Elements of a template that are contiguous in the bank: some whole chunks, or a part of one."""
 
-    there: int
-    """Where it begins in the bank."""
-    here: int
-    """Where it begins in the weight."""
+    bank_start: int
+    """Index of its first element in the bank."""
+    weight_start: int
+    """Index of its first element in the weight."""
     first: int
     """Its first chunk in the weight."""
     shape: tuple[int, int]
-    """Chunks, and numbers of each."""
+    """Number of chunks, and of elements in each."""
     stride: tuple[int, int]
 
     def of(self, bank: Tensor) -> Tensor:
-        """Its numbers in the bank [B], [chunks, width]."""
-        return bank.as_strided(self.shape, self.stride, bank.storage_offset() + self.there)
+        """Its elements of the bank [B], as [chunks, width]."""
+        return bank.as_strided(self.shape, self.stride, bank.storage_offset() + self.bank_start)
 
     def at(self, weight: Tensor) -> Tensor:
-        """Its numbers in the weight [R, C], contiguous, [chunks, width]."""
-        return weight.as_strided(self.shape, self.stride, weight.storage_offset() + self.here)
+        """Its elements of the contiguous weight [R, C], as [chunks, width]."""
+        return weight.as_strided(self.shape, self.stride, weight.storage_offset() + self.weight_start)
 
     def of_chunks(self, factor: Tensor) -> Tensor:
-        """Its chunks' part of what there is one of per chunk [q, 1]."""
+        """The entries for its chunks, of factors with one entry per chunk [q, 1]."""
         return factor.narrow(0, self.first, self.shape[0])
 
 
-def _cut(there: int, numel: int, chunk: int, bank: int) -> list[_Run]:
-    """`numel` numbers from `there` on, cut where they pass the bank's end, and there at the borders of the chunk too."""
-    runs, here = [], 0
-    while here < numel:
-        length = min(bank - there, numel - here)
-        to_border = -here % chunk
+def _cut(bank_start: int, numel: int, chunk: int, bank: int) -> list[_Run]:
+    """Runs of the `numel` elements from `bank_start` on, split at the bank's end, and there also at the borders of the chunk."""
+    runs, weight_start = [], 0
+    while weight_start < numel:
+        length = min(bank - bank_start, numel - weight_start)
+        to_border = -weight_start % chunk
         if to_border:
             length = min(length, to_border)
         elif length > chunk:
             length -= length % chunk
         width = min(chunk, length)
-        runs.append(_Run(there, here, here // chunk, (length // width, width), (width, 1)))
-        there, here = (there + length) % bank, here + length
+        runs.append(_Run(bank_start, weight_start, weight_start // chunk, (length // width, width), (width, 1)))
+        bank_start, weight_start = (bank_start + length) % bank, weight_start + length
     return runs

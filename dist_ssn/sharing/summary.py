@@ -1,4 +1,4 @@
-"""`summary`: the sizes of a model, shared or dense, and what is not shared."""
+"""`summary`: sizes of a model, shared or dense, and the parameters that are not shared."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from dist_ssn.sharing.bank_set import bank_sets
 
 @dataclass(frozen=True)
 class Summary:
-    """Numbers of a model: trainable ones in all, those that stand for no weight, and the plans of what is shared."""
+    """Sizes of a model.
+
+    Args:
+        parameters: number of trainable parameters.
+        own_parameters: number of trainable parameters that belong to no bank.
+        plans: plan of each shared part; empty for a dense model.
+        left_out: (name, reason) of each parameter of two or more dimensions that is not shared.
+    """
 
     parameters: int
     own_parameters: int
     plans: tuple[Plan, ...]
     left_out: tuple[tuple[str, str], ...] = ()
-    """Names of parameters of two or more dimensions that are stored as ever, each with the reason."""
 
     @property
     def plan(self) -> Plan | None:
@@ -35,7 +41,7 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Counts the trainable numbers of a model, shared or dense."""
+    """Counts the trainable parameters of a model, shared or dense."""
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     sets = bank_sets(model)
     shared = sum(p.numel() for banks in sets for p in banks.parameters() if p.requires_grad)
@@ -44,6 +50,6 @@ def summary(model: nn.Module) -> Summary:
 
 
 def left_out_text(left_out: Sequence[tuple[str, str]], most: int = 8) -> str:
-    """What is not shared, with the reasons, as one line."""
+    """The parameters that are not shared, with the reasons, as one line."""
     more = f", and {len(left_out) - most} more" if len(left_out) > most else ""
     return ", ".join(f"{name} ({reason})" for name, reason in left_out[:most]) + more

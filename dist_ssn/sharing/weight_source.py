@@ -1,4 +1,4 @@
-"""`WeightSource`: what a layer needs of the module that makes its weights, be it a bank or a baseline's generator."""
+"""`WeightSource`: interface of the modules that generate a layer's weights: banks, and the baselines' generators."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Values(NamedTuple):
-    """The parameters that a weight was read from, and each one's version at that time.
+    """The parameters from which a weight was generated, and the version of each at that time.
 
-    They travel with the read, so that its backward sees the same tensors (`functional_call` swaps them), and the same
-    values or an error.
+    The read keeps them, so that its backward uses the same tensors (`functional_call` swaps them), and either the same values
+    or raises an error.
     """
 
     tensors: Mapping[str, Tensor | None]
@@ -21,7 +21,7 @@ class Values(NamedTuple):
 
     @staticmethod
     def of(parameters: Mapping[str, Tensor | None]) -> Values:
-        """The present values of `parameters`."""
+        """The current values of `parameters`."""
         return Values(dict(parameters), _versions(parameters))
 
     def checked(self, weight: str) -> Mapping[str, Tensor | None]:
@@ -43,7 +43,7 @@ def _versions(parameters: Mapping[str, Tensor | None]) -> tuple[int, ...]:
 
 
 class WeightSource(Protocol):
-    """A module that makes weight `index` when it is called, and makes it again for backward."""
+    """A module that generates weight `index` when it is called, and generates it again for backward."""
 
     @property
     def device(self) -> torch.device:
@@ -62,18 +62,18 @@ class WeightSource(Protocol):
         dtype: torch.dtype | None = None,
         values: Values | None = None,
     ) -> Tensor:
-        """The weight of number `index` in its shape, or only its `rows` [m] as [m, C].
+        """The weight `index` in its shape, or only its `rows` [m] as [m, C].
 
         Args:
-            index: number of the weight.
-            rows: the rows to make; None makes the whole weight.
-            dtype: of the result, where it differs from the source's (under autocast).
-            values: make the weight, without a graph, from what an earlier read was made from.
+            index: of the weight.
+            rows: indices of the rows to generate; None: the whole weight.
+            dtype: of the result, if it differs from the source's (under autocast).
+            values: the parameters of an earlier read, from which the weight is generated again, without a graph.
         """
         ...
 
     def values(self) -> Values:
-        """The present parameters, to make a weight again from just these."""
+        """The current parameters, from which a weight can be generated again."""
         ...
 
     def weight_name(self, index: int) -> str:

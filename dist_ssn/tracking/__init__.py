@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines always, a terminal when somebody looks, W&B by one option."""
+"""Outputs of a run's metrics: always JSON lines, optionally the terminal and W&B."""
 
 from __future__ import annotations
 

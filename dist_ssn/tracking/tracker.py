@@ -1,4 +1,4 @@
-"""Trackers: what a run logs goes to each of them. Only rank 0 has any; the others have an empty list."""
+"""Trackers: receivers of a run's metrics. Only rank 0 has any; the other ranks have an empty list."""
 
 from __future__ import annotations
 
@@ -19,25 +19,29 @@ from dist_ssn.tracking.wandb_settings import Draw, WandbSettings, wandb_mode
 
 
 class Tracker(Protocol):
-    """Takes what a run has to tell."""
+    """Receives the metrics and tables of a run."""
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers of one step; those under "validation_…" mark an evaluation."""
+        """Logs the metrics of one step; those under "validation_…" mark an evaluation."""
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table: the plan, the ledger."""
+        """Logs a table, such as the plan or the ledger."""
 
     def close(self, row: Mapping[str, Any] | None) -> None:
-        """The end of the run, with its row of the comparing table; None if it failed."""
+        """Ends the run.
+
+        Args:
+            row: the run's row of the table that compares runs; None if it failed.
+        """
 
 
 class JsonLines:
-    """One JSON object a line, written at once, so that a killed run has lost nothing.
+    """One JSON object per line, written at once, so that a killed run loses nothing.
 
     Args:
         path: the file; its folder is made.
-        resume_step: None starts the file anew; a number keeps what was logged up to that step, and drops what a killed
-            run logged after it (the steps are run again) and a last line that was not finished.
+        resume_step: None starts a new file. A number keeps the lines up to that step; it drops later lines of a killed run,
+            whose steps are run again, and an incomplete last line.
 
     Raises:
         UserError: the file cannot be written.
@@ -53,20 +57,24 @@ class JsonLines:
         self._path = path
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes a line with the step and its metrics."""
         self._write({"step": step, **values})
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a line with the table."""
         self._write({"table": name, "rows": [dict(row) for row in rows]})
 
     def close(self, row: Mapping[str, Any] | None) -> None:
-        """Nothing is open between two lines."""
+        """Does nothing: no file is open between two lines."""
 
     def _write(self, record: Mapping[str, Any]) -> None:
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write the metrics to {self._path}: {error}; make room and resume") from error
+            raise UserError(
+                f"cannot write the metrics to {self._path}: {error}; free some disk space and resume"
+            ) from error
 
 
 def _lines_until(text: str, step: int) -> list[str]:
@@ -75,7 +83,7 @@ def _lines_until(text: str, step: int) -> list[str]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the line that a kill cut short
+            continue  # an incomplete line of a killed run
         if line.endswith("\n") and record.get("step", step + 1) <= step:
             kept.append(line)
     return kept
@@ -93,7 +101,11 @@ def jsonable(value: Any) -> Any:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Moves the folder of a former run of this name to `old/<name>.<number>` beside it: starting anew loses nothing."""
+    """Moves the folder of a former run of this name to `old/<name>.<number>` beside it, so that a new start loses nothing.
+
+    Returns:
+        The new path; None if there was no former run.
+    """
     if not (folder / "metrics.jsonl").exists():
         return None
     (folder.parent / "old").mkdir(exist_ok=True)
@@ -114,7 +126,7 @@ class Console:
 
     @property
     def live(self) -> bool:
-        """Whether `advance` is seen by anybody."""
+        """True if the console is a terminal, where `advance` shows a bar."""
         return self._console.is_terminal
 
     def advance(self, step: int, loss: float, samples_per_second: float, mb_per_step: float) -> None:
@@ -136,6 +148,7 @@ class Console:
         self._progress.update(self._progress.task_ids[0], completed=step, figures=figures)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Prints a line if the step has an evaluation."""
         if "validation_loss" not in values:
             return
         parts = [f"{self._name}: step {step}/{self._steps}", f"validation loss {values['validation_loss']:.4f}"]
@@ -148,13 +161,14 @@ class Console:
         self.note(" · ".join(parts))
 
     def note(self, sentence: str) -> None:
-        """A line of text, above the bar if there is one."""
+        """Prints a line of text, above the bar if there is one."""
         self._console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Tables are for the files; the command line prints what a person needs at the end."""
+        """Does nothing: tables go to the files."""
 
     def close(self, row: Mapping[str, Any] | None) -> None:
+        """Ends the bar, and prints the run's figures."""
         if self._progress is not None:
             self._progress.stop()
         if row is not None:
@@ -172,23 +186,26 @@ class Trackers:
         self._trackers = list(trackers)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Logs the metrics of one step to each tracker."""
         for tracker in self._trackers:
             tracker.log(step, values)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Logs a table to each tracker."""
         for tracker in self._trackers:
             tracker.table(name, rows)
 
     def close(self, row: Mapping[str, Any] | None) -> None:
+        """Closes each tracker."""
         for tracker in self._trackers:
             tracker.close(row)
 
 
 def check_wandb(config: WandbSettings) -> None:
-    """Refuses to start without what W&B needs.
+    """Checks that W&B can be used, if the settings ask for it.
 
     Raises:
-        UserError: W&B is asked for and not installed, or its mode is not known.
+        UserError: W&B is not installed, or its mode is unknown.
     """
     mode = wandb_mode(config, os.environ)
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
@@ -216,7 +233,7 @@ def build_tracker(
         name: the run's name.
         recipe: the run's recipe, as W&B shows it.
         console: shows progress.
-        resume_step: the step from which a run goes on; None starts anew.
+        resume_step: the step from which a run resumes; None: a new run.
         draw: draws the pictures that W&B gets at the end; None: no pictures.
 
     Raises:
@@ -229,6 +246,6 @@ def build_tracker(
         trackers.append(
             WandbTracker(config, mode, folder, name=name, recipe=recipe, resume=resume_step is not None, draw=draw)
         )
-    # After W&B, which may refuse to start: a folder without metrics is not taken for a run.
+    # After W&B, which may fail to start: a folder without metrics does not count as a run.
     trackers.append(JsonLines(folder / "metrics.jsonl", resume_step))
     return Trackers([*trackers, console] if console is not None else trackers)

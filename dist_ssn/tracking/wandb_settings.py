@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from dist_ssn.errors import UserError, unknown_choice
 
 WANDB_MODES = {"disabled": "disabled", "offline": "offline", "dryrun": "offline", "online": "online", "run": "online"}
-"""W&B's name of a mode → ours: "dryrun" is its older name of "offline"."""
+"""W&B's name of a mode → our name; "dryrun" is W&B's older name for "offline"."""
 
 
 class WandbSettings(Protocol):
@@ -51,14 +51,14 @@ class Picture(Protocol):
 
 
 Draw = Callable[[Sequence[dict[str, Any]], Path], Sequence[Picture]]
-"""(rows of runs, folder) → the pictures that were drawn there."""
+"""Function (rows of runs, folder) → the pictures that were drawn there."""
 
 
 def wandb_mode(config: WandbSettings, environment: Mapping[str, str]) -> str:
     """The mode in force: the recipe's if it names one other than the default, else `WANDB_MODE`.
 
     Raises:
-        UserError: `WANDB_MODE` or the recipe has a mode that is not known.
+        UserError: `WANDB_MODE` or the recipe has an unknown mode.
     """
     name = config.mode if config.mode != "disabled" else environment.get("WANDB_MODE") or "disabled"
     if name not in WANDB_MODES:

@@ -15,16 +15,20 @@ from dist_ssn.tracking.wandb_settings import Draw, WandbSettings
 class WandbTracker:
     """A W&B run with the metrics as history, the plan and the ledger as tables, and at the end the report's plots as pictures.
 
-    What the recipe leaves at its default, the environment's `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_DIR`, `WANDB_NAME`,
-    `WANDB_TAGS` and `WANDB_RUN_ID` may say; without `WANDB_DIR`, the files lie in the run's own folder.
+    The environment's `WANDB_PROJECT`, `WANDB_ENTITY`, `WANDB_DIR`, `WANDB_NAME`, `WANDB_TAGS` and `WANDB_RUN_ID` replace settings
+    that the recipe leaves at their defaults. Without `WANDB_DIR`, the files are in the run's own folder.
 
     Args:
+        config: settings of W&B.
         mode: "offline" or "online".
+        folder: the run's.
+        name: the run's.
+        recipe: the run's recipe, as W&B shows it.
+        resume: continue the W&B run that was started in `folder`, if there was one.
         draw: draws the pictures that W&B gets at the end; None: no pictures.
-        resume: go on with the W&B run that was started in `folder`, if there was one.
 
     Raises:
-        UserError: W&B refuses to start.
+        UserError: W&B does not start.
     """
 
     def __init__(
@@ -62,13 +66,16 @@ class WandbTracker:
         self._table, self._image, self._draw_rows = wandb.Table, wandb.Image, draw
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Logs the metrics of one step."""
         self._run.log(dict(values), step=step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Logs a table."""
         columns: list[Any] = list(rows[0]) if rows else ["nothing was sent"]
         self._run.log({name: self._table(columns=columns, data=[[row[column] for column in columns] for row in rows])})
 
     def close(self, row: Mapping[str, Any] | None) -> None:
+        """Ends the W&B run, with the run's row as its summary and with the report's plots."""
         if row is not None:
             self._run.summary.update({key: value for key, value in row.items() if key != "history"})
             self._draw(row)
@@ -86,6 +93,6 @@ class WandbTracker:
 
 
 def _chosen(config: WandbSettings, field: str, variable: str) -> Any:
-    """The recipe's value where it differs from the default; else None if the environment has one, for wandb to read."""
+    """The recipe's value if it differs from the default; else None if the environment has one, which wandb then reads."""
     value, default = getattr(config, field), getattr(type(config)(), field)
     return None if value == default and os.environ.get(variable) else value

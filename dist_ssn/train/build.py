@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dist_ssn.baselines import control
 from dist_ssn.engines import World
-from dist_ssn.errors import PlanError, RecipeError, UserError, told
+from dist_ssn.errors import PlanError, RecipeError, UserError, describe
 from dist_ssn.files import read_text
 from dist_ssn.plan import Plan
 from dist_ssn.sharing.attach import share
@@ -52,7 +52,7 @@ def _check_fit(model: nn.Module, task: Task, batch: tuple[Tensor, Tensor], recip
     except Exception as error:  # whatever a model may raise
         shapes = f"inputs {list(inputs.shape)} of {inputs.dtype}, targets {list(targets.shape)}"
         raise RecipeError(
-            f"model {recipe.model!r} does not fit data.name {recipe.data.name!r} ({shapes}): {told(error)}"
+            f"model {recipe.model!r} does not fit data.name {recipe.data.name!r} ({shapes}): {describe(error)}"
         ) from error
     finally:
         model.train(was_training)

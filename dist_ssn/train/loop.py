@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import Engine, World, check_equal, engine_class, init_world
-from dist_ssn.engines.world.heartbeat import Watch
+from dist_ssn.engines.world.heartbeat import Heartbeat
 from dist_ssn.errors import Preempted, UserError
 from dist_ssn.files import write_whole
 from dist_ssn.sharing.bank_set import shared_plan
@@ -98,12 +98,12 @@ def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None) -> R
     with (
         processor_threads(recipe.threads),
         CommMeter() as meter,
-        Watch(world, seconds) as watch,
-        Stop(seconds, lambda why: f"{watch.missing(why)}; {last_checkpoint(recipe)}") as stop,
+        Heartbeat(world, seconds) as heartbeat,
+        Stop(seconds, lambda why: f"{heartbeat.missing(why)}; {last_checkpoint(recipe)}") as stop,
     ):
-        run = _Run(recipe, world, meter, watch, Saver(recipe, world, stop), progress, draw)
+        run = _Run(recipe, world, meter, heartbeat, Saver(recipe, world, stop), progress, draw)
         row = None
-        with watch.blaming(run.saver.resume_point):
+        with heartbeat.explaining_failures(run.saver.resume_point):
             try:
                 run.prepare()
                 run.train()
@@ -120,12 +120,12 @@ class _Run:
         recipe: Recipe,
         world: World,
         meter: CommMeter,
-        watch: Watch,
+        heartbeat: Heartbeat,
         saver: Saver,
         progress: bool,
         draw: Draw | None,
     ) -> None:
-        self.recipe, self.world, self.meter, self.watch, self.saver = recipe, world, meter, watch, saver
+        self.recipe, self.world, self.meter, self.heartbeat, self.saver = recipe, world, meter, heartbeat, saver
         self.progress, self.draw = progress and world.rank == 0, draw
         self.console: Console | None = None
         self.tracker = Trackers([])
@@ -214,7 +214,7 @@ class _Run:
             with self.clock.step():
                 loss = self._step(counters.step)
             counters.step += 1
-            self.watch.step = counters.step
+            self.heartbeat.step = counters.step
             if counters.step == first + 1:
                 self.account.first_step_is_over()
             self._show(loss, counters.step - first)

@@ -136,7 +136,7 @@ def test_ranks_that_save_nothing_are_not_taken() -> None:
     assert fit_ranks([(3, 3), (100, 100)], 6 + 200 + 2, "x") == [1, 1]
     assert fit_ranks([(3, 3), (100, 100)], 6 + 200 + 3, "x") == [None, 1]
     assert fit_ranks([(2, 2), (100, 100)], 4 + 400, "x") == [None, 2]
-    with pytest.raises(BudgetError, match="with rank 1 for every weight it needs 204"):
+    with pytest.raises(BudgetError, match="with rank 1 for every weight it has 204"):
         fit_ranks([(2, 2), (100, 100)], 203, "x")
 
 
@@ -161,7 +161,7 @@ def test_the_seed_decides_and_nothing_else(name: str) -> None:
     control(other, name, 0.2, seed=4)
     assert torch.equal(first.blocks[2].mlp.up.weight, torch_seeded.blocks[2].mlp.up.weight)
     assert not torch.equal(first.blocks[2].mlp.up.weight, other.blocks[2].mlp.up.weight)
-    with pytest.raises(PlanError, match=f"of the control .*{name}.*3"):
+    with pytest.raises(PlanError, match=f"to the control .*{name}.*3"):
         other.load_state_dict(first.state_dict())
 
 
@@ -205,9 +205,9 @@ def test_under_autocast_and_in_another_dtype() -> None:
             ShareError,
             "unknown control 'tide': known are hashed, hashed-global, lowrank, tied; did you mean",
         ),
-        ("tied", 1.0, BudgetError, "needs a budget below them"),
-        ("hashed", 17, BudgetError, "it needs one for each of 18 weights"),
-        ("lowrank", 100, BudgetError, "with rank 1 for every weight it needs"),
+        ("tied", 1.0, BudgetError, "needs a smaller budget"),
+        ("hashed", 17, BudgetError, "at least one for each of 18 weights"),
+        ("lowrank", 100, BudgetError, "with rank 1 for every weight it has"),
     ],
 )
 def test_mistakes(name: str, budget: float, error: type[Exception], wanted: str) -> None:
@@ -237,7 +237,7 @@ def test_train_by_a_recipe_and_go_on(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
         train(load_recipe(None, [*longer, "share.control=null", "steps=6"]), progress=False)
     if name.startswith("hashed"):
-        with pytest.raises((PlanError, CheckpointError), match="is of the control"):
+        with pytest.raises((PlanError, CheckpointError), match="belongs to the control"):
             train(load_recipe(None, [*longer, "share.seed=5", "steps=6"]), progress=False)
 
 

@@ -29,8 +29,8 @@ def made() -> nn.Module:
     [
         ({"zero_optimization": {"stage": 1}}, 2, None, "engine.stage is 2, and DeepSpeed's configuration says 1"),
         ({"zero_optimization": {"stage": 4}}, None, None, "ZeRO's stage must be 0, 1, 2 or 3, got 4"),
-        ({"optimizer": {"type": "Adam"}}, None, None, "'optimizer', which does not go with a bank"),
-        ({"scheduler": {"type": "WarmupLR"}}, None, None, "'scheduler', which does not go with a bank"),
+        ({"optimizer": {"type": "Adam"}}, None, None, "'optimizer', which does not work with a bank"),
+        ({"scheduler": {"type": "WarmupLR"}}, None, None, "'scheduler', which does not work with a bank"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, 3, None, "'offload_param'"),
         ({"zero_optimization": {"zero_quantized_gradients": True}}, 3, None, "'zero_quantized_gradients'"),
         ({"gradient_accumulation_steps": 4}, None, None, "gradient_accumulation_steps: 4: leave it out"),

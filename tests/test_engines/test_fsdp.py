@@ -14,8 +14,8 @@ import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines.fsdp import FSDPEngine
 from dist_ssn.errors import ShareError
-from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank_set import BankSet
 from testing.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -121,4 +121,4 @@ def _sequential(rank: int, world_size: int) -> str:
 
 
 def test_a_bank_that_was_taken_apart_is_one_sentence() -> None:
-    assert "is in parts here, by FSDP2" in run_ranks(_sequential, 2)[0]
+    assert "is sharded by FSDP2 where it is read" in run_ranks(_sequential, 2)[0]

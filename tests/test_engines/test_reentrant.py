@@ -70,5 +70,5 @@ def test_gradients_are_those_of_one_process(kind: str, options: dict[str, Any]) 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_what_deepspeed_cannot_do_is_one_sentence(stage: int) -> None:
     pytest.importorskip("deepspeed", reason="pip install 'dist_ssn[deepspeed]'")
-    with pytest.raises(RanksFailed, match=r"checkpoint with use_reentrant=False, or take engine\.stage 0 or 1"):
+    with pytest.raises(RanksFailed, match=r"checkpoint with use_reentrant=False, or use engine\.stage 0 or 1"):
         run_ranks(_difference, 2, "deepspeed", {"stage": stage})

@@ -252,7 +252,7 @@ def test_materialize_of_parts_that_were_shared_apart_leaves_no_bank(tokens: Tens
     counted = sum(p.numel() for p in model.parameters())
     assert summary(model).parameters == counted
     assert summary(model).own_parameters == 60
-    with pytest.raises(ShareError, match="shared apart"):
+    with pytest.raises(ShareError, match="shared separately"):
         shared_plan(model)
     with pytest.raises(ShareError, match="shared already"):
         share(model, 0.2)
@@ -340,7 +340,7 @@ def test_an_optimizer_that_was_made_before_is_found_out(tokens: Tensor) -> None:
     """It holds weights that would be gone."""
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ShareError, match=r"an optimizer \(SGD\) holds .*, which nobody would read"):
+    with pytest.raises(ShareError, match=r"an optimizer \(SGD\) holds .*, which no layer would read"):
         share(model, 0.2)
     assert isinstance(model.hidden.weight, nn.Parameter)  # nothing was changed
     other = Net()

@@ -72,7 +72,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     tracker = JsonLines(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="No space left on device; make room and resume"):
+    with pytest.raises(UserError, match="No space left on device; free some disk space and resume"):
         tracker.log(1, {})
 
 

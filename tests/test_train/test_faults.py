@@ -304,7 +304,7 @@ MISSING = {
     "kill": "rank 1 on .* gives no sign of life: it was killed, is stopped, or cannot be reached",
     "stop": "rank 1 on .* gives no sign of life: it was killed, is stopped, or cannot be reached",
     "raise": "rank 1 on .* ended by IndexError: list index out of range",
-    "sleep": r"rank 1 on .* lives and has not come to it \(it has made 6 steps\)",
+    "sleep": r"rank 1 on .* lives and has not reached it \(it has made 6 steps\)",
 }
 
 

@@ -1,1 +1,1 @@
-"""Gradients that travel while a process computes: sums in progress, pieces of a bank, a step delayed by one."""
+"""Communication that overlaps with compute: sums in progress, pieces of a bank, gradients delayed by one step."""

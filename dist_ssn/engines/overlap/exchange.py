@@ -1,4 +1,4 @@
-"""`make_exchange`: the object that averages gradients in an engine's place, as its overlap setting says."""
+"""`make_exchange`: the object that averages gradients instead of an engine, for overlap settings other than "none"."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ from dist_ssn.plan.overlap import Overlap, least_alone
 from dist_ssn.sharing.bank import banks_of
 
 Exchange = PieceSender | Delay
-"""Averages the gradients of its `.parameters` in place of the engine: call `.arm(loss)` before a step's last backward, and
-`.stepped()` after the step."""
+"""Averages the gradients of its `.parameters` instead of the engine. The engine calls `.arm(loss)` before a step's last backward,
+and `.stepped()` after the step."""
 
 
 def make_exchange(model: nn.Module, overlap: Overlap, start: Start, world_size: int) -> Exchange | None:
-    """The exchange that `overlap` asks for; None where the engine itself averages."""
+    """The exchange for an overlap setting; None if the engine itself averages.
+
+    Args:
+        model: shared or dense.
+        overlap: the setting.
+        start: starts a sum over all processes.
+        world_size: number of processes.
+    """
     if overlap.kind == "none" or world_size == 1:
         return None
     if overlap.kind == "delay":

@@ -1,4 +1,4 @@
-"""Banks' gradients averaged in pieces, each sent in the middle of backward as soon as its last reader's part is in."""
+"""Averaging of banks' gradients in pieces, each sent in the middle of backward as soon as its last layer has added its part."""
 
 from __future__ import annotations
 
@@ -18,38 +18,41 @@ from dist_ssn.torch_private import at_end_of_backward
 class PieceSender:
     """Averages the gradients of `banks` over all processes, in the pieces of `plan.overlap.pieces_of`.
 
-    A reader's part is in when each of its reads since the last step has had its backward. All processes start the pieces in one
-    order, that of the plan, so a piece also waits for its predecessors; what is not complete at the end of backward is sent
-    then. So processes agree on what they send, however their graphs differ.
+    A layer has added its part when each of its reads since the last step has had its backward. All processes start the pieces in
+    the same order, that of the plan, so a piece also waits for its predecessors. Incomplete pieces are sent at the end of backward.
+    So processes agree on their messages even if their graphs differ.
 
     Args:
+        banks: in the model's order.
+        overlap: "segments" or "sums".
         start: starts a sum over all processes.
+        world_size: number of processes.
     """
 
     def __init__(self, banks: Sequence[Bank], overlap: Overlap, start: Start, world_size: int):
         self.parameters = {bank.bank for bank in banks}
         self.active = False
-        """Does the backward now under way end in averaged gradients?"""
+        """True in a backward that averages gradients."""
         self._start, self._world_size = start, world_size
-        # Backward comes to the last bank first, where banks are stages of depth.
+        # If banks are stages of depth, backward begins with the last bank.
         self._gradients = [_Gradient(bank, pieces_of(bank.group, overlap), self) for bank in reversed(banks)]
         self._queue = [(gradient, piece) for gradient in self._gradients for piece in gradient.pieces]
         self._sums: list[Sum] = []
 
     def arm(self, loss: Tensor) -> None:
-        """Says that the next backward is that of `loss`, a step's last: after it, gradients are means over all processes."""
+        """Prepares the step's last backward, that of `loss`: after it, gradients are means over all processes."""
         self.active, self._sums = True, []
         for gradient in self._gradients:
             gradient.reset()
         loss.register_hook(lambda _: at_end_of_backward(self._close))
 
     def stepped(self) -> None:
-        """Forgets reads whose backward never came."""
+        """Forgets reads without a backward."""
         for gradient in self._gradients:
             gradient.open.clear()
 
     def advance(self) -> None:
-        """Starts the pieces that are complete and have no incomplete one before them."""
+        """Starts the pieces that are complete, up to the first incomplete one."""
         while len(self._sums) < len(self._queue):
             gradient, piece = self._queue[len(self._sums)]
             if not gradient.is_complete(piece):
@@ -64,36 +67,36 @@ class PieceSender:
 
     def _finish(self) -> None:
         self.active = False
-        for (gradient, piece), under_way in zip(self._queue, self._sums, strict=True):
-            gradient.mean[piece.start : piece.end] += under_way.wait() / self._world_size
+        for (gradient, piece), total in zip(self._queue, self._sums, strict=True):
+            gradient.mean[piece.start : piece.end] += total.wait() / self._world_size
         for gradient in self._gradients:
             gradient.deliver()
 
 
 class _Gradient:
-    """One bank's gradient on its way: the bank's `Watcher`."""
+    """One bank's gradient during backward; it is the bank's `Watcher`."""
 
     def __init__(self, bank: Bank, pieces: tuple[Piece, ...], sender: PieceSender):
         self.bank, self.pieces, self.sender = bank, pieces, sender
         self.open: Counter[int] = Counter()
-        """slot → reads whose backward is still to come."""
+        """Slot → number of reads whose backward is still to come."""
         self.reset()
         bank.watcher = self
 
     def reset(self) -> None:
         self.local: Tensor | None = None
-        """What this process has added up and not sent yet."""
+        """This process's sum that was not sent yet."""
         self.closed = False
         self.settled: set[int] = set()
-        """Slots that may not grow any more: their part was sent."""
+        """Slots whose part was sent, and must not grow any more."""
         self.mean = torch.zeros_like(self.bank.bank, requires_grad=False)
 
     def is_complete(self, piece: Piece) -> bool:
         return self.closed or (self.local is not None and not any(self.open[slot] for slot in piece.slots))
 
     def take(self, piece: Piece) -> Tensor:
-        """The piece's gradient so far; what comes later is counted from zero."""
-        if self.local is None:  # backward did not come to this bank, or not by its anchor (torch.compile)
+        """The piece's gradient so far; it is set to zero, so that later parts are sent with a later piece."""
+        if self.local is None:  # backward did not reach this bank, or did so without its anchor (torch.compile)
             self.local, self.bank.bank.grad = self._accumulated(), None
         part = self.local[piece.start : piece.end]
         sent = part.clone()
@@ -107,13 +110,13 @@ class _Gradient:
         """Makes the mean the parameter's gradient."""
         if self.bank.bank.grad is not None:
             raise UserError(
-                f"a part of the gradient of bank {self.bank.group.name!r} came by another way than its layers' backward "
-                "(torch.compile, or the bank itself in the loss), and was not averaged: take overlap 'none'"
+                f"a part of the gradient of bank {self.bank.group.name!r} did not come from its layers' backward "
+                "(torch.compile, or the bank itself in the loss), and was not averaged: use overlap 'none'"
             )
         self.bank.bank.grad, self.local = self.mean, None
 
     def _accumulated(self) -> Tensor:
-        """What earlier micro-batches have left."""
+        """The gradient of earlier micro-batches."""
         gradient = self.bank.bank.grad
         return torch.zeros_like(self.mean) if gradient is None else gradient
 
@@ -126,7 +129,7 @@ class _Gradient:
         if self.local is not None:
             raise UserError(
                 f"the gradient of bank {self.bank.group.name!r} came in several parts, and the first one was sent: checkpoint with "
-                "use_reentrant=False, or take overlap 'none'"
+                "use_reentrant=False, or use overlap 'none'"
             )
         sums["bank"] += self._accumulated()
         self.local, self.bank.bank.grad = sums["bank"], None
@@ -137,8 +140,8 @@ class _Gradient:
             return
         if index in self.settled:
             raise UserError(
-                f"the gradient of {self.bank.group.slots[index].name} grew after it was sent (a graph was gone through twice): "
-                "take overlap 'none'"
+                f"the gradient of {self.bank.group.slots[index].name} grew after it was sent (backward ran twice through a graph): "
+                "use overlap 'none'"
             )
         self.sender.advance()
 

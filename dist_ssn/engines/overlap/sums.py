@@ -1,4 +1,4 @@
-"""Sums over all processes that are in progress: what every overlap setting is made of."""
+"""Sums over all processes that are in progress; all overlap settings consist of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Sum(Protocol):
     """A tensor that is being summed over all processes."""
 
     def wait(self) -> Tensor:
-        """The sum, when it is there."""
+        """Waits for the sum and returns it."""
         ...
 
 
 Start = Callable[[Tensor], Sum]
-"""Starts to sum a flat tensor, which is the callee's from then on. All processes start equal ones in equal order."""
+"""Function that starts the sum of a flat tensor, and owns the tensor from then on. All processes start sums in the same order."""
 
 
 class ProcessGroupSum:
@@ -28,7 +28,7 @@ class ProcessGroupSum:
         self.tensor, self.work = tensor, dist.all_reduce(tensor, group=process_group, async_op=True)
 
     def wait(self) -> Tensor:
-        """The sum, when it is there."""
+        """Waits for the sum and returns it."""
         assert self.work is not None
         self.work.wait()
         return self.tensor

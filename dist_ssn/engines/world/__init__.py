@@ -1,1 +1,1 @@
-"""The processes of a job: how they meet, how each knows that the others live, and whether they still agree."""
+"""The processes of a job: their rendezvous, their signs of life, and the comparison of their parameters."""

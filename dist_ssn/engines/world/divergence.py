@@ -1,4 +1,4 @@
-"""Proof that all processes still hold the same numbers: a few bytes, now and then."""
+"""Comparison of the parameters of all processes, by fingerprints of a few bytes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN = "the model's own parameters"
 
 
 def fingerprints(model: nn.Module) -> dict[str, Tensor]:
-    """name of a bank, or `OWN` for all else → a 64-bit number of its bits and their places, on the device."""
+    """Fingerprints of 64 bits, on the device: name of a bank, or `OWN` for all other parameters → fingerprint."""
     banks = {
         id(p): name for name, module in model.named_modules() if isinstance(module, Bank) for p in module.parameters()
     }
@@ -32,7 +32,7 @@ def fingerprints(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Σ bits_i · (2 i + 1) modulo 2⁶⁴: whatever changes in one place changes it."""
+    """The sum Σ bits_i · (2 i + 1) modulo 2⁶⁴; a change of any single element changes it."""
     flat = tensor.detach().reshape(-1)
     bits = flat.view(_INTEGERS[flat.element_size()]).to(torch.int64)
     return (bits * torch.arange(1, 2 * bits.numel(), 2, device=bits.device)).sum()
@@ -41,16 +41,20 @@ def _bits(tensor: Tensor) -> Tensor:
 def check_equal(model: nn.Module, step: int) -> None:
     """Compares the parameters of all processes bit for bit, by their fingerprints: 16 bytes per bank.
 
-    The host waits for the device. Nothing to compare with one process.
+    The host waits for the device. With one process it does nothing.
+
+    Args:
+        model: shared or dense.
+        step: number of steps that were made, for the message.
 
     Raises:
-        UserError: on every rank, when they differ: says which bank, and on which ranks.
+        UserError: they differ; the message names the banks and the ranks. All ranks raise it.
     """
     if not is_distributed():
         return
     sums = fingerprints(model)
     mine = torch.stack(list(sums.values()))
-    extremes = torch.cat([mine, ~mine])  # ~x falls as x rises, and knows no overflow
+    extremes = torch.cat([mine, ~mine])  # ~x falls as x rises, and does not overflow
     with purpose("metrics"):
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
         highest, lowest = extremes.chunk(2)
@@ -69,18 +73,18 @@ def _difference(names: list[str], by_rank: list[list[int]], step: int) -> str:
         if ranks := [str(rank) for rank, value in enumerate(values) if value != usual]:
             parts.append(f"{name} on rank {', '.join(ranks)}")
     return (
-        f"after step {step} the ranks no longer hold the same numbers: {'; '.join(parts)} differs from the others; "
+        f"after step {step} the ranks no longer hold the same parameters: {'; '.join(parts)} differs from the others; "
         "something changes parameters on some ranks only, or a machine computes wrongly: go on from the last checkpoint"
     )
 
 
 def require_one_plan(model: nn.Module) -> None:
-    """Refuses ranks whose models follow different plans. Costs 16 bytes.
+    """Checks that the models of all ranks follow one plan; sends 16 bytes.
 
-    DDP copies rank 0's parameters to all, but not the plan by which each rank reads them.
+    DDP copies rank 0's parameters to all ranks, but not the plan with which each rank reads them.
 
     Raises:
-        ShareError: on every rank, when not all have one plan.
+        ShareError: the ranks' plans differ. All ranks raise it.
     """
     plan = shared_plan(model)
     number = int(plan.fingerprint, 16) >> 1 if plan is not None else 0
@@ -88,6 +92,6 @@ def require_one_plan(model: nn.Module) -> None:
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if extremes[0] != -extremes[1]:
         raise ShareError(
-            "the ranks' models follow different plans, so each would read the same bank in another way: seed all ranks "
-            "alike before the model is built, or give them one plan, share(model, plan=...)"
+            "the ranks' models follow different plans, so each would read the same bank differently: give all ranks the same "
+            "seed before the model is built, or one plan, share(model, plan=...)"
         )

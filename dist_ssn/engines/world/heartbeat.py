@@ -1,7 +1,7 @@
-"""Who is missing, when a collective does not end: each process says now and then that it lives, and what it is doing.
+"""Signs of life: they show which process is missing when a collective does not end.
 
-They say so in the key-value store by which they have met, some 100 bytes every few seconds, on a thread. Nobody reads it until a
-collective has failed. A process that is killed, stopped or cut off says nothing more; one that is only slow still does.
+A thread of each process writes some 100 bytes to the key-value store of the rendezvous every few seconds. They are read only after
+a collective has failed. A process that is killed, stopped or cut off writes no more signs; a slow process still does.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from dist_ssn.comm import in_flight as under_way
+from dist_ssn.comm import in_flight
 from dist_ssn.engines.world.join import World
-from dist_ssn.errors import Preempted, RanksLost, UserError, told
+from dist_ssn.errors import Preempted, RanksLost, UserError, describe
 
 SOONEST, LATEST = 0.5, 5.0  # seconds between two signs of life
 ANSWER_SECONDS = 10  # in which the store must answer
-ROUNDS = 2.5  # signs of life that a process may leave out before it counts as silent
+ROUNDS = 2.5  # number of signs that a process may miss before it counts as silent
 _MARKS = ("gloo", "closed by peer", "Connection reset", "Timed out waiting", "NCCL", "Broken pipe")
 
-_SOURCE = re.compile(r"\[\S+\.cc:\d+\] ")  # where in gloo's source a message comes from
+_SOURCE = re.compile(r"\[\S+\.cc:\d+\] ")  # position in gloo's source, at the start of its messages
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Sign:
     """A sign of life.
 
     Args:
-        count: of signs so far
-        host: name of the process's host
-        step: steps that it has made
-        started: collectives that it has started
-        ended: why it ends, if it does
-        lost: it ends because others are missing
+        count: number of signs so far.
+        host: name of the process's host.
+        step: number of steps that the process has made.
+        started: number of collectives that it has started.
+        ended: reason for its end; None while it runs.
+        lost: it ends because other processes are missing.
     """
 
     count: int
@@ -52,10 +52,11 @@ class Sign:
     lost: bool = False
 
 
-class Watch:
-    """Gives signs of life while it is entered, and says who is missing when a collective fails.
+class Heartbeat:
+    """Gives signs of life while it is entered, and names the missing processes when a collective fails.
 
     Args:
+        world: this process among the job's.
         timeout_seconds: after which a collective counts as failed.
     """
 
@@ -63,20 +64,20 @@ class Watch:
         self.world = world
         self.seconds = min(LATEST, max(SOONEST, timeout_seconds / 10))
         self.step = 0
-        """Steps that were made: whoever trains sets it."""
+        """Number of steps that were made; the training loop sets it."""
         self._count = 0
         self._host = socket.gethostname()
         self._ends = threading.Event()
         self._store: TCPStore | None = None
         self._thread = threading.Thread(target=self._live, name="signs of life", daemon=True)
 
-    def __enter__(self) -> Watch:
-        under_way.forget_failures()
+    def __enter__(self) -> Heartbeat:
+        in_flight.forget_failures()
         if self.world.world_size > 1 and self.world.store is not None:
-            # A connection of its own: on the group's, a process may be waiting.
+            # A connection of its own, because the process may be waiting on the process group's.
             host, port = self.world.store
             self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=ANSWER_SECONDS))
-            self._say()
+            self._write()
             self._thread.start()
         return self
 
@@ -86,37 +87,42 @@ class Watch:
             self._thread.join(ANSWER_SECONDS)
 
     @contextmanager
-    def blaming(self, advice: Callable[[], str]) -> Iterator[None]:
-        """Turns the failure of a collective inside into one sentence that says who is missing, where and what for.
+    def explaining_failures(self, advice: Callable[[], str]) -> Iterator[None]:
+        """Turns the failure of a collective inside into one message that names the missing processes and the collective.
 
         Args:
-            advice: how to go on, as half a sentence.
+            advice: makes the last clause of the message, how to resume.
 
-        Raises: RanksLost.
+        Raises:
+            RanksLost: a collective has failed.
         """
         try:
             yield
         except (UserError, Preempted):
-            raise  # all have the same to say
+            raise  # all ranks raise it
         except BaseException as error:
             failed = _of_a_collective(error)
-            self._tell_end(told(error), lost=failed)
+            self._announce_end(describe(error), lost=failed)
             if not failed:
                 raise
             raise RanksLost(f"{self.missing(str(error))}; {advice()}") from error
 
     def missing(self, reason: str) -> str:
-        """Who is missing in the collective that failed, or that has not ended; asks the store, which takes a few seconds."""
-        operation = under_way.first_failed() or under_way.oldest() or under_way.last_started()
+        """Message that names the processes missing in the collective that failed or hangs; takes a few seconds.
+
+        Args:
+            reason: the error's text.
+        """
+        operation = in_flight.first_failed() or in_flight.oldest() or in_flight.last_started()
         what = f"the {operation}" if operation is not None else "a collective"
         began = f", {time.monotonic() - operation.began:.0f} s after it began" if operation is not None else ""
         first = _SOURCE.sub("", (reason.strip().splitlines() or [""])[0]).partition(". This is typically")[0]
         return (
             f"rank {self.world.rank} gave up {what} after step {self.step}{began}: "
-            f"{self._who(operation.number if operation is not None else 0)} ({first})"
+            f"{self._missing_ranks(operation.number if operation is not None else 0)} ({first})"
         )
 
-    def _who(self, number: int) -> str:
+    def _missing_ranks(self, number: int) -> str:
         if self._store is None:
             return "which rank is missing is not known"
         before, now = self._signs(), None
@@ -126,8 +132,8 @@ class Watch:
         if before is None or now is None:
             assert self.world.store is not None
             host, port = self.world.store
-            why = "the launcher there has ended, or the host or the way to it is down"
-            return f"nobody answers at {host}:{port}, where the ranks meet: {why}"
+            why = "the launcher there has ended, or the host or the network is down"
+            return f"nothing answers at {host}:{port}, the address of the rendezvous: {why}"
         found = []
         for rank, sign in sorted(now.items()):
             if rank == self.world.rank:
@@ -139,35 +145,35 @@ class Watch:
                 found.append(f"{who} gives no sign of life: it was killed, is stopped, or cannot be reached")
         if not found:
             found = [
-                f"rank {rank} on {sign.host} lives and has not come to it (it has made {sign.step} steps)"
+                f"rank {rank} on {sign.host} lives and has not reached it (it has made {sign.step} steps)"
                 for rank, sign in sorted(now.items())
                 if rank != self.world.rank and not sign.lost and sign.started < number
             ]
         unheard = [str(rank) for rank in range(self.world.world_size) if rank not in now]
-        found += [f"rank {', '.join(unheard)} never said anything"] if unheard else []
+        found += [f"rank {', '.join(unheard)} never gave a sign of life"] if unheard else []
         return "; ".join(found) or "all ranks live, so the network between some of them has failed"
 
     def _live(self) -> None:
         while not self._ends.wait(self.seconds):
             try:
-                self._say()
+                self._write()
             except RuntimeError:
-                return  # the store is gone: the others see that nothing more is said
+                return  # the store is gone; the other processes notice that no more signs come
 
-    def _say(self, **end: Any) -> None:
+    def _write(self, **end: Any) -> None:
         assert self._store is not None
         self._count += 1
-        last = under_way.last_started()
+        last = in_flight.last_started()
         sign = Sign(self._count, self._host, self.step, last.number if last is not None else 0, **end)
         self._store.set(self._key(self.world.rank), json.dumps(vars(sign)))
 
-    def _tell_end(self, reason: str, lost: bool) -> None:
+    def _announce_end(self, reason: str, lost: bool) -> None:
         self._ends.set()
         if self._store is not None:
-            _within(ANSWER_SECONDS, lambda: self._say(ended=reason, lost=lost))
+            _within(ANSWER_SECONDS, lambda: self._write(ended=reason, lost=lost))
 
     def _signs(self) -> dict[int, Sign] | None:
-        """The last sign of each rank; None when the store does not answer."""
+        """The last sign of each rank; None if the store does not answer."""
         store = self._store
         if store is None:
             return None
@@ -179,7 +185,7 @@ class Watch:
         return _within(ANSWER_SECONDS, ask)
 
     def _key(self, rank: int) -> str:
-        return f"dist_ssn/{self.world.meeting}/life/{rank}"
+        return f"dist_ssn/{self.world.rendezvous_id}/life/{rank}"
 
 
 def _of_a_collective(error: BaseException) -> bool:
@@ -187,12 +193,12 @@ def _of_a_collective(error: BaseException) -> bool:
         return False
     if any(mark in str(error) for mark in _MARKS):
         return True
-    time.sleep(0.2)  # the thread that notes a failure may come later than the exception
-    return under_way.first_failed() is not None
+    time.sleep(0.2)  # the thread that records a failure may do so after the exception
+    return in_flight.first_failed() is not None
 
 
 def _within(seconds: float, action: Callable[[], Any]) -> Any:
-    """What `action` returns; None if it fails, or takes longer: a connection to a dead host waits for minutes."""
+    """The result of `action`; None if it fails, or takes longer (a connection to a dead host waits for minutes)."""
     answer: list[Any] = []
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Which process this is, among how many: from the environment that torchrun sets, or from MPI."""
+"""This process's rank and the number of processes, from the environment that torchrun sets, or from MPI."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from dist_ssn.engines.world import mpi as mpi_world
-from dist_ssn.engines.world.rendezvous import meet
+from dist_ssn.engines.world.rendezvous import agree_on_id
 from dist_ssn.errors import Preempted, UserError
 
 _FAREWELL_SECONDS = 0.1
@@ -24,9 +24,14 @@ _FAREWELL_SECONDS = 0.1
 class World:
     """This process among `world_size` processes; use it as a context manager, or call `close` at the end.
 
-    owns_group: whether `close` ends the process group (False for one process, or when the group was there before).
-    store: address and port of the key-value store by which the processes have met, where it is known.
-    meeting: the name under which they have met there.
+    Args:
+        rank: this process, from 0.
+        world_size: number of processes.
+        local_rank: this process on its node, from 0.
+        device: of this process.
+        owns_group: `close` ends the process group (False for one process, or if the process group existed before).
+        store: address and port of the rendezvous's key-value store, if known.
+        rendezvous_id: name of this start of the job in that store.
     """
 
     rank: int
@@ -35,10 +40,10 @@ class World:
     device: torch.device
     owns_group: bool = False
     store: tuple[str, int] | None = None
-    meeting: str = ""
+    rendezvous_id: str = ""
 
     def close(self) -> None:
-        """End the process group that `init_world` started; a second call does nothing."""
+        """Ends the process group that `init_world` started; a second call does nothing."""
         if self.owns_group and dist.is_initialized():
             end_process_group()
 
@@ -52,17 +57,17 @@ class World:
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several that have met."""
+    """True if this process is one of several in a process group."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def end_process_group() -> None:
     """Ends torch.distributed's process group for good.
 
-    Traps (torch 2.13): the last one to let go of a gloo group waits for its threads. If that is DDP's reducer, it holds Python's
-    lock meanwhile, which such a thread may need to drop the last collective's tensors: the process never ends. If it is such a
-    thread itself, the process aborts. So nobody is the last. And a thread that still wants the lock when the interpreter ends
-    aborts it as well, so it may have it now.
+    Traps (torch 2.13): the last owner of a gloo process group waits for its threads when it frees the process group. If the owner
+    is DDP's reducer, it holds Python's lock meanwhile, which such a thread may need to free the last collective's tensors: the
+    process never ends. If the owner is such a thread itself, the process aborts. So a reference is kept, and the process group is
+    never freed. A thread that still needs the lock when the interpreter ends aborts it as well; the pause lets it finish before.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
     dist.destroy_process_group()
@@ -70,14 +75,17 @@ def end_process_group() -> None:
 
 
 def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> World:
-    """Join the other processes that torchrun (or any launcher that sets the same variables) or an MPI launcher has started.
+    """Joins the other processes that torchrun (or any launcher that sets the same variables) or an MPI launcher has started.
 
-    Nothing is started when WORLD_SIZE is absent or 1, and no MPI has started this process. A process group that exists already
-    is used as it is. The backend is gloo on CPU and NCCL on CUDA, and gloo beside MPI.
+    Without WORLD_SIZE above 1 and without an MPI launcher, no process group is started. An existing process group is used. The
+    backend is gloo on CPU, NCCL on CUDA, and gloo with an MPI launcher.
 
-    timeout_seconds: how long to wait for the other processes, here and in each collective later.
-    device: "cpu" or "cuda"; CUDA where there is one, if not given.
-    Raises: UserError for a variable that is missing or malformed, and when the others cannot be reached.
+    Args:
+        timeout_seconds: longest wait for the other processes, here and in each later collective.
+        device: "cpu" or "cuda"; None: CUDA if there is a device.
+
+    Raises:
+        UserError: an environment variable is missing or malformed, or the other processes cannot be reached.
     """
     if not timeout_seconds > 0:
         raise UserError(f"timeout_seconds must be above 0, got {timeout_seconds!r}")
@@ -92,17 +100,17 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
         rank, world_size, local_rank, store = mpi_world.join_mpi(timeout_seconds)
         return World(rank, world_size, local_rank, _device(kind, local_rank), owns_group=True, store=store)
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    # Else each task would train alone, and write over what the others write.
+    # Otherwise each task would train alone, and overwrite the others' files.
     if tasks != "1" and not joined and "WORLD_SIZE" not in os.environ:
         raise UserError(
-            f"Slurm has started {tasks} tasks that know nothing of each other: use srun --mpi=pmi2 (or pmix), or one task per node "
-            "that starts torchrun, as launch/slurm.sbatch does"
+            f"Slurm has started {tasks} tasks that are not connected with each other: use srun --mpi=pmi2 (or pmix), or one task "
+            "per node that starts torchrun, as launch/slurm.sbatch does"
         )
     world_size = dist.get_world_size() if joined else _integer("WORLD_SIZE", default=1, low=1)
     if world_size == 1:
         return World(0, 1, 0, _device(kind, 0))
     rank = dist.get_rank() if joined else _integer("RANK", low=0, high=world_size - 1)
-    # On CPU nothing depends on the local rank; with CUDA a guess would put several processes on one device.
+    # On CPU nothing depends on the local rank; with CUDA a default would put several processes on one device.
     local_default = 0 if kind == "cpu" else None
     local_rank = _integer("LOCAL_RANK", default=local_default, low=0, high=world_size - 1)
     where = _device(kind, local_rank)
@@ -111,14 +119,14 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
 
     address, port = _text("MASTER_ADDR"), _integer("MASTER_PORT", low=1, high=65535)
     try:
-        # Not tcp://: under torchrun the launcher itself holds the store at this port, which only env:// knows.
+        # Not tcp://: under torchrun the launcher itself holds the store at this port, and only env:// takes that into account.
         timeout = timedelta(seconds=timeout_seconds)
         met, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
         met.set_timeout(timeout)
-        meeting = meet(met, rank, world_size, timeout)
+        rendezvous_id = agree_on_id(met, rank, world_size, timeout)
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
-            store=PrefixStore(f"dist_ssn/{meeting}", met),
+            store=PrefixStore(f"dist_ssn/{rendezvous_id}", met),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
@@ -128,7 +136,8 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
             f"rank {rank} could not meet the other {world_size - 1} processes at {address}:{port} within "
             f"{timeout_seconds:g} s (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
-    return World(rank, world_size, local_rank, where, owns_group=True, store=(address, port), meeting=meeting)
+    store = (address, port)
+    return World(rank, world_size, local_rank, where, owns_group=True, store=store, rendezvous_id=rendezvous_id)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""Processes that mpirun, or Slurm by its PMI, has started: which one this is, and how they meet."""
+"""Processes that mpirun, or Slurm with its PMI, has started: their ranks and their rendezvous."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ _failed = False
 
 
 def started_by_mpi() -> bool:
-    """Whether an MPI launcher has started this process: MPICH's and Open MPI's mpirun, `srun --mpi=pmi2` or `--mpi=pmix`."""
+    """True if an MPI launcher started this process: MPICH's or Open MPI's mpirun, `srun --mpi=pmi2` or `--mpi=pmix`."""
     return any(name in os.environ for name in _SIZES)
 
 
 def load_mpi() -> Any:
     """The module `mpi4py.MPI`.
 
-    A process that fails must not wait for the others in `MPI_Finalize`, as mpi4py makes it do at exit: it ends at once, and its
-    launcher ends the others.
+    By default mpi4py calls `MPI_Finalize` at exit, in which a process that has failed would wait for the others. Here it ends at
+    once, and its launcher ends the others.
 
-    Raises: UserError when mpi4py, or the MPI library that it needs, is not there.
+    Raises:
+        UserError: mpi4py, or the MPI library that it needs, is not installed.
     """
     try:
         import mpi4py
 
-        ours = "mpi4py.MPI" not in sys.modules  # else its owner has decided how it ends
+        ours = "mpi4py.MPI" not in sys.modules  # otherwise the user's code decides how it ends
         if ours:
             mpi4py.rc.finalize = False
         from mpi4py import MPI
@@ -53,17 +54,19 @@ def load_mpi() -> Any:
 
 
 def failed() -> None:
-    """This process ends by an error: without a word to the others."""
+    """Marks this process as failed, so that it ends without `MPI_Finalize`."""
     global _failed
     _failed = True
 
 
 def join_mpi(timeout_seconds: float) -> tuple[int, int, int, tuple[str, int] | None]:
-    """Rank, world size, local rank, and where the store is that processes meet by; None where there is one process.
+    """Joins the processes of an MPI launcher.
 
-    Beside MPI, several processes have a gloo group for all that is not a gradient.
+    Several processes also get a gloo process group, for everything but gradients. Rank 0 listens on MASTER_ADDR if that is set,
+    else on loopback if all processes are on its machine, else on its host's name.
 
-    Rank 0 listens on MASTER_ADDR if that is set, else on loopback if all processes are on its machine, else on its host's name.
+    Returns:
+        (rank, world size, local rank, address and port of the rendezvous's store; None for the store with one process).
     """
     MPI = load_mpi()
     world = MPI.COMM_WORLD

@@ -1,8 +1,7 @@
-"""A name that the processes of one start have in common, and that no earlier start of the same job had.
+"""A name that the processes of one start of a job have in common, and that no earlier start of the job had.
 
-torchrun keeps its key-value store over restarts (torch 2.13), and in it the addresses of processes that are gone, where a new one
-would look for others. Its count of restarts does not tell starts apart: each host counts for itself, and not what is restarted
-because somebody has joined.
+torchrun keeps its key-value store over restarts (torch 2.13), including addresses of ended processes, which a new process would try
+to reach. Its count of restarts does not distinguish starts: each host counts by itself, and leaves out restarts for a new member.
 """
 
 from __future__ import annotations
@@ -16,12 +15,19 @@ from torch._C._distributed_c10d import Store
 _PAUSE_SECONDS = 0.01
 
 
-def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """The name that rank 0 has made up, once all have it.
+def agree_on_id(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A new name that rank 0 chooses; returns when all ranks have it.
 
-    Each of the others leaves a word of its own, which no process before it can have had, and is answered under that word.
+    Each other rank writes a random word, which no earlier process can have written, and gets the answer under that word.
 
-    Raises: RuntimeError when somebody does not come within `timeout`.
+    Args:
+        store: the launcher's.
+        rank: this process.
+        world_size: number of processes.
+        timeout: longest wait for the other ranks.
+
+    Raises:
+        RuntimeError: a rank does not come within `timeout`.
     """
     if rank:
         word = uuid.uuid4().hex
@@ -38,7 +44,7 @@ def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
     while store.add(_arrived(name), 0) < len(others):
         if time.monotonic() > deadline:
             raise RuntimeError("not all of them have come")
-        # A word may be that of a process that is gone; then another one will come.
+        # A word may be that of an ended process; then another word will follow.
         for word in {bytes(word) for word in store.multi_get(others)} - answered:
             store.set(_answer_to(word.decode()), name)
             answered.add(word)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from dist_ssn.errors import CheckpointError, UserError, told
+from dist_ssn.errors import CheckpointError, UserError, describe
 from dist_ssn.train.checkpoint import folder as folders
 from dist_ssn.train.checkpoint.snapshot import Snapshot, write
 
@@ -56,4 +56,4 @@ class Writer:
             self.failure = error
         except Exception as error:  # an exception on this thread would be lost
             target = self.folder / folders.name_of(snapshot.step)
-            self.failure = CheckpointError(f"cannot write the checkpoint {target}: {told(error)}")
+            self.failure = CheckpointError(f"cannot write the checkpoint {target}: {describe(error)}")

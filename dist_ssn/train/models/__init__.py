@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from dist_ssn.errors import RecipeError, UserError, told, unknown_choice
+from dist_ssn.errors import RecipeError, UserError, describe, unknown_choice
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
 
@@ -73,7 +73,7 @@ def build_model(name: str, args: Mapping[str, Any], task: HasHints | None = None
     except UserError:
         raise
     except Exception as error:  # a user's code, or sizes that do not fit
-        raise RecipeError(f"model {name!r} cannot be built with {_shown(given)}: {told(error)}") from error
+        raise RecipeError(f"model {name!r} cannot be built with {_shown(given)}: {describe(error)}") from error
     if not isinstance(model, nn.Module):
         raise RecipeError(f"model {name!r} must return a torch.nn.Module, but returned a {type(model).__name__}")
     return model

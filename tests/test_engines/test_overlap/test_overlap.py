@@ -201,7 +201,7 @@ def test_what_would_be_wrong_is_an_error() -> None:
     (bank,) = (module for module in model.modules() if isinstance(module, Bank))
     loss = model(X).square().sum() + bank.bank.square().sum()
     by_hand.arm(loss)
-    with pytest.raises(UserError, match="another way"):
+    with pytest.raises(UserError, match="did not come from its layers' backward"):
         loss.backward()
 
 

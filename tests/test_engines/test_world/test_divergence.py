@@ -48,7 +48,8 @@ def test_one_bit_on_one_rank_is_found(broken: int) -> None:
         said = {text for text, _ in run_ranks(_compare, 3, broken, what)}
         assert len(said) == 1
         assert (
-            f"after step 100 the ranks no longer hold the same numbers: {called} on rank {broken} differs" in said.pop()
+            f"after step 100 the ranks no longer hold the same parameters: {called} on rank {broken} differs"
+            in said.pop()
         )
 
 

@@ -8,14 +8,16 @@ from datetime import timedelta
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from dist_ssn.engines.world.rendezvous import meet
+from dist_ssn.engines.world.rendezvous import agree_on_id
 
 TIMEOUT = timedelta(seconds=20)
 
 
 def all_meet(store: HashStore, world_size: int) -> set[str]:
     with ThreadPoolExecutor(world_size) as pool:
-        ranks: list[Future[str]] = [pool.submit(meet, store, rank, world_size, TIMEOUT) for rank in range(world_size)]
+        ranks: list[Future[str]] = [
+            pool.submit(agree_on_id, store, rank, world_size, TIMEOUT) for rank in range(world_size)
+        ]
         return {rank.result(TIMEOUT.total_seconds()) for rank in ranks}
 
 
@@ -30,7 +32,7 @@ def test_a_start_that_nobody_finished_is_in_nobodys_way() -> None:
     store = HashStore()
     for rank in (1, 2, 3):  # as if killed while they waited
         with pytest.raises(RuntimeError):
-            meet(store, rank, 4, timedelta(seconds=0.01))
+            agree_on_id(store, rank, 4, timedelta(seconds=0.01))
     assert len(all_meet(store, 4)) == 1
 
 
@@ -39,4 +41,4 @@ def test_who_waits_in_vain_fails_in_time(rank: int) -> None:
     store = HashStore()
     store.set("dist_ssn/word/1", "of one that is gone")
     with pytest.raises(RuntimeError):
-        meet(store, rank, 2, timedelta(seconds=0.2))
+        agree_on_id(store, rank, 2, timedelta(seconds=0.2))
