@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.compute import generation, memory
-from benchmarks.documents.markdown import from_rich, grid
+from benchmarks.markdown import from_rich, grid
 from benchmarks.network import latency, prediction, probe, scaling, time_to_target
 from benchmarks.result_files import lines_of
 

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.documents.markdown import bold_least, each, grid, short
 from benchmarks.documents.sizes import MODELS
+from benchmarks.markdown import bold_least, each, grid, short
 from benchmarks.network.target_runs import TARGET_SUITES, all_runs, losses_of, side_of
 from benchmarks.quality import architectures
 from benchmarks.quality.cells import DEFAULT, SEEDS, cell, identity

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from benchmarks.documents.markdown import bold_least, each, grid, mean, middle, short
 from benchmarks.faults.run import FAULTS
+from benchmarks.markdown import bold_least, each, grid, mean, middle, short
 from benchmarks.network.overlap import SIDES
 from benchmarks.result_files import latest, lines_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from benchmarks.documents.markdown import bold_least, difference, grid, mean, short
 from benchmarks.documents.sizes import KINDS, MODELS, losses, mean_of, of_wider
+from benchmarks.markdown import bold_least, difference, grid, mean, short
 from benchmarks.quality import further_suites, searches
 from benchmarks.quality.cells import LOW, RATES, SEEDS, at_best, identity, seeds_of
 from benchmarks.quality.tasks import TASKS

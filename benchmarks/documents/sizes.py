@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.documents.markdown import grid, mean, short
+from benchmarks.markdown import grid, mean, short
 from benchmarks.quality.cells import CONTROLS, LOW, LOW_KINDS, RATES, at_best, best_rates, identity, seeds_of
 from benchmarks.quality.further_suites import wider
 from benchmarks.quality.suites import CURVE, on_curve

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import dist_ssn
-from benchmarks.documents.markdown import mean
+from benchmarks.markdown import mean
 from benchmarks.quality.cells import SEEDS
 from benchmarks.result_files import ResultFile, chosen, latest, lines_of, provenance
 from dist_ssn.train.data import load_task

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import dist_ssn
-from benchmarks.documents.markdown import difference, mean
+from benchmarks.markdown import difference, mean
 from benchmarks.quality.cells import Cell, best_rates, cell, recipe_of, seeded, seeds_of
 from benchmarks.quality.run import run
 from benchmarks.result_files import ResultFile, latest, lines_of

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.documents.__main__ import ROOT, TABLES, documents, filled
 from benchmarks.documents.figures import FIGURES
-from benchmarks.documents.markdown import bold_least, grid, middle, short
+from benchmarks.markdown import bold_least, grid, middle, short
 from benchmarks.result_files import latest
 
 
