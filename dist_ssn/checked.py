@@ -34,7 +34,7 @@ _WORDS: dict[Any, str] = {
     (tuple, str): "a list of texts, such as [a, b]",
     (tuple, int): "a list of whole numbers, such as [500, 800]",
 }
-"""How types are called in messages."""
+"""Type → its words in messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +146,15 @@ def check(
     try:
         adapter.validate_python(_nested(cls, right), context=further)
     except ValidationError as error:
-        problems += [found for found in _problems(cls, error, leaves) if not wrong & {found.key, *found.reads}]
+        for found in _problems(cls, error, leaves):
+            keys = {found.key, *found.reads}
+            if not wrong & (keys | {key.partition(".")[0] for key in keys}):  # a section may be wrong as a whole
+                problems.append(found)
     return None, _sentences(problems)
 
 
 def mistake(text: str) -> PydanticCustomError:
-    """What a validator of one key raises: a clause to follow the key, such as "must not be empty"."""
+    """Error for a validator of one key to raise; its text is a clause that follows the key, such as "must not be empty"."""
     return PydanticCustomError("rule", "{text}", {"text": text, "reads": ()})
 
 
@@ -178,10 +181,11 @@ def one_sentence(problems: Sequence[str]) -> str:
 
 @functools.cache
 def keys_of(cls: type) -> tuple[Key, ...]:
-    """Every key of a checked class, sections included, in their order."""
+    """Every key of a file, in the order of the fields; an excluded field is none."""
     return tuple(
         Key(name, _type_words(field), _default(field), field.description or "", section)
         for name, (section, field) in _fields(cls).items()
+        if not field.exclude
     )
 
 
@@ -254,7 +258,7 @@ def _fields(cls: type) -> dict[str, tuple[str, FieldInfo]]:
     for name, field in cls.__pydantic_fields__.items():
         if name in sections:
             found |= {f"{name}.{inner}": (name, field) for inner, (_, field) in _fields(sections[name]).items()}
-        elif not field.exclude:
+        else:
             found[name] = ("", field)
     return found
 
@@ -297,7 +301,7 @@ def _problem(cls: type, error: Mapping[str, Any], leaves: Mapping[str, Any]) -> 
     depth = 2 if loc[0] in sections_of(cls) and len(loc) > 1 else 1
     key = ".".join(map(str, loc[:depth]))
     if kind == "unexpected_keyword_argument":
-        return Problem(key, unknown_key(key, fields), complete=True)
+        return Problem(key, unknown_key(key, [known.name for known in keys_of(cls)]), complete=True)
     if key in sections_of(cls):
         right = f"must be a dict of keys and values ({members(cls, key)})"
         return Problem(key, f"is missing: it {right}" if kind == "missing" else f"{right}, got {shown(error['input'])}")

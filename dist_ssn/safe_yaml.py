@@ -49,7 +49,7 @@ _SCALARS = {
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What is YAML, and is not taken."""
+    """Valid YAML that a file of this kind may not have."""
 
 
 class _Loader(yaml.SafeLoader):

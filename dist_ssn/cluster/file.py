@@ -90,21 +90,27 @@ def _cluster(content: Any, source: str) -> Cluster:
         )
     leaves = flat(Cluster, content)
     leaves = {key: value for key, value in leaves.items() if value is not None or key not in _MAY_BE_NULL}
+    named = "name" in leaves  # the name is the file's
+    leaves.pop("name", None)
     # A link that no process uses may be left out; it is then taken to be like the other one.
-    links = {link: {key: x for key, x in leaves.items() if key.startswith(link)} for link in ("within", "between")}
-    for link, other, alone in (("within", "between", "processes_per_node"), ("between", "within", "nodes")):
-        if leaves.get(alone) == 1 and not links[link]:
-            leaves |= {key.replace(other, link): value for key, value in links[other].items()}
-    named = leaves.pop("name", None) is not None  # the name is the file's
-    cluster, problems = check(Cluster, leaves)
+    left_out = [
+        link
+        for link, alone in (("within", "processes_per_node"), ("between", "nodes"))
+        if leaves.get(alone) == 1 and not any(key.partition(".")[0] == link for key in leaves)
+    ]
+    other = "between" if "within" in left_out else "within"
+    of_other = {key.removeprefix(other): value for key, value in leaves.items() if key.startswith(other)}
+    cluster, problems = check(Cluster, leaves | {link + key: x for link in left_out for key, x in of_other.items()})
+    problems = {key: problem for key, problem in problems.items() if key.partition(".")[0] not in left_out}
+    if len(left_out) == 2:
+        link = "such as within: {latency_us: 50, bandwidth_mbit: 9000}"
+        problems["within"] = f"within is missing: a cluster has at least one link, {link}"
     if named:
         problems["name"] = unknown_key("name", [key.name for key in cluster_keys()])
-    if any("unknown key" in problem for problem in problems.values()):  # what is missing may be there, misspelt
+    if any(
+        problem.startswith("unknown key") for problem in problems.values()
+    ):  # what is missing may be there, misspelt
         problems = {key: problem for key, problem in problems.items() if " is missing: " not in problem}
-    elif not any(links.values()) and leaves.get("nodes") == leaves.get("processes_per_node") == 1:
-        link = "such as within: {latency_us: 50, bandwidth_mbit: 9000}"
-        problems = {key: problem for key, problem in problems.items() if key.partition(".")[0] not in links}
-        problems["within"] = f"within is missing: a cluster has at least one link, {link}"
     if cluster is None or problems:
         raise ClusterError(f"{source}: {one_sentence(list(problems.values()))}")
     return dataclasses.replace(cluster, name=Path(source).stem)  # pyright: ignore[reportArgumentType]

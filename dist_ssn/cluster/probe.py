@@ -37,7 +37,7 @@ MAX_PAIRS = 8  # of each kind
 
 @dataclass(frozen=True)
 class Measured:
-    """What one pair of ranks measured; `within` a node or between two.
+    """Measurement of one pair of ranks, `within` a node or between two.
 
     least_us: of all round trips, half the shortest; far below the latency, it tells that the processors were busy
     """
@@ -56,6 +56,7 @@ class Probe:
     comment: str
 
     def to_yaml(self) -> str:
+        """Text of the cluster's file."""
         """The measured cluster as the text of a cluster file."""
         return cluster_to_yaml(self.cluster, self.comment)
 
@@ -95,7 +96,7 @@ def _neighbours(ranks: int) -> list[tuple[int, int]]:
 
 
 def _node_id() -> str:
-    """What is the same for two processes if they speak to each other without leaving the machine's network namespace."""
+    """Name of this machine and network namespace: equal for two processes that reach each other without a network."""
     parts = [platform.node()]
     for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/net")):
         try:
@@ -223,7 +224,7 @@ def _cluster(world: World, node_of: Sequence[int], measured: Sequence[Measured])
 
 
 def launcher_of(environ: os._Environ[str] | dict[str, str]) -> Launcher:
-    """Which launcher has started this process, by the variables that it sets."""
+    """Launcher that has started this process, by the variables that it sets."""
     if "SLURM_JOB_ID" in environ:
         return "slurm"
     if "TORCHELASTIC_RUN_ID" in environ:

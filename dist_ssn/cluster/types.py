@@ -1,4 +1,4 @@
-"""What is known about a cluster, as one frozen and typed value; the keys of `clusters/*.yaml` are the fields below."""
+"""Facts about a cluster, as one frozen and typed value; the keys of `clusters/*.yaml` are the fields below."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _words(text: str) -> Says:
 
 @checked(ClusterError)
 class Link:
-    """What lies between two processes."""
+    """Link between two processes."""
 
     latency_us: Annotated[StrictFloat, Ge(0), Le(1e8), _words("a number of microseconds, 0 or more")]
     """Microseconds that one small message takes, one way, from process to process."""
@@ -85,7 +85,7 @@ class Link:
 
 @checked(ClusterError)
 class Rendezvous:
-    """Where the processes meet."""
+    """Address and port where the processes meet."""
 
     address: Annotated[
         str | None,
@@ -136,7 +136,7 @@ class Cluster:
     ] = None
     """Container image (kubernetes)."""
     emulated: StrictBool = False
-    """The lab can build it on one machine: each node a network namespace, between a rate limit."""
+    """Build it on one machine in the lab: each node is a network namespace, and between is a rate limit."""
     delay_ms: Annotated[StrictFloat, Ge(0), Le(1e5), _words("a number of milliseconds from 0 to 100000")] = 0.0
     """Milliseconds by which the lab delays every packet, one way; part of between.latency_us."""
     loss_percent: Annotated[StrictFloat, Ge(0), Le(99), _words("a number from 0 to 99")] = 0.0
@@ -168,5 +168,5 @@ class Cluster:
         return self
 
     def link(self, nodes: int) -> Link:
-        """The link that a collective over so many nodes waits for."""
+        """Link that a collective over this number of nodes waits for."""
         return self.between if nodes > 1 else self.within

@@ -76,6 +76,8 @@ def test_clusters_made_in_python_are_checked_when_they_are_made() -> None:
         Link(1, 0)
     with pytest.raises(ClusterError, match=r"^Cluster: between is missing: it must be a dict"):
         Cluster(1, 1, Link(1, 1))
+    with pytest.raises(ClusterError, match=r"^Cluster: name must be text"):
+        Cluster(1, 1, Link(1, 1), Link(1, 1), name=3)
     cluster = Cluster(2, 1, Link(1, 1), Link(1, 1), emulated=True, delay_ms=0.001)
     with pytest.raises(ClusterError, match=r"^Cluster: loss_percent goes with emulated: true"):
         dataclasses.replace(cluster, emulated=False, delay_ms=0, loss_percent=3)
@@ -101,7 +103,13 @@ def test_a_link_that_no_process_uses_may_be_left_out() -> None:
     assert cluster_from_yaml(lonely).within == Link(9, 100)
     assert "within.latency_us is missing" in problem(lonely.replace("node: 1", "node: 2"))
     assert "between.latency_us is missing" in problem(SMALL.replace("nodes: 1", "nodes: 2"))
-    assert "within is missing: a cluster has at least one link" in problem("nodes: 1\nprocesses_per_node: 1")
+    assert problem("nodes: 3\nprocesses_per_node: 1").startswith(
+        "x.yaml: 2 problems: (1) between.latency_us is missing"
+    )
+    assert problem(lonely.replace("100", "0")).startswith("x.yaml: between.bandwidth_mbit must be")
+    message = problem("nodes: 1\nprocesses_per_node: 1\nlauncher: x")
+    assert message.startswith("x.yaml: 2 problems: (1) launcher must be")
+    assert "(2) within is missing: a cluster has at least one link" in message
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -135,6 +143,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("rendezvous: {address: $(id)}", "rendezvous.address must be"),
         ("rendezvous: 4", "rendezvous must be a dict"),
         ("image: -x", "image must be the name of a container image"),
+        ("between: x", "x.yaml: between must be a dict"),
         ("emulated: 1", "emulated must be true or false, got 1"),
         ("delay_ms: 5", "delay_ms goes with emulated: true"),
         ("loss_percent: 5", "loss_percent goes with emulated: true"),
@@ -160,6 +169,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("image: 1:30\nnodes: 0x2", "line 5: the key 'nodes' is there twice"),
         ("delay_ms: 1:30", "delay_ms must be a number of milliseconds from 0 to 100000, got '1:30'"),
         ("emulated: yes", "emulated must be true or false, got 'yes'"),
+        ("name:", "unknown key name; known are nodes, processes_per_node, "),
         ("name: mine", "unknown key name; known are nodes, processes_per_node, "),
         (f"image: {'9' * 5000}", "cannot be read"),
         (f"image: {'9' * 4000}", "image must be the name of a container image, or null, got 9999"),

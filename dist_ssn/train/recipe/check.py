@@ -23,7 +23,7 @@ def validate(recipe: Recipe, world_size: int) -> None:
 
 
 def problems_here(recipe: Recipe, world_size: int) -> Iterator[Problem]:
-    """What keeps a recipe from running here, on `world_size` processes."""
+    """Reasons why a recipe cannot run here, on `world_size` processes."""
     parts = world_size * recipe.accumulation
     if recipe.batch_size % parts:
         text = (

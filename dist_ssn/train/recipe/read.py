@@ -91,7 +91,7 @@ def recipe_to_yaml(recipe: Recipe) -> str:
 
 
 class _Settings:
-    """What files and the command line have said so far, where each key was set, and the mistakes in how it was said."""
+    """Values from files and the command line, the place of each, and mistakes in how the command line is written."""
 
     def __init__(self) -> None:
         self._problems: list[str] = []
@@ -142,7 +142,7 @@ class _Settings:
 
 
 def _key_problem(key: str, other_options: Sequence[str]) -> str | None:
-    """What is wrong with the key of an option."""
+    """Mistake in the key of an option, if there is one."""
     names = [known.name for known in recipe_keys()]
     if key in (*names, "config") or (key.startswith("model_args.") and key.count(".") == 1):
         return None

@@ -124,7 +124,7 @@ class DataConfig:
 
 @checked(RecipeError)
 class ShareConfig:
-    """How the model's weights share their parameters."""
+    """Sharing of parameters between the model's weights."""
 
     budget: Annotated[
         StrictInt | StrictFloat | str | None,
@@ -138,9 +138,9 @@ class ShareConfig:
         Field(examples=["auto", "depth:4", {"layers.*": "blocks"}]),
         Says(type="a name, or a dict of globs to groups"),
     ] = "auto"
-    """Which weights share a bank: the name of a mapping, or a dict of globs over weight names to groups."""
+    """Assignment of weights to banks: the name of a mapping, or a dict of globs over weight names to groups."""
     morph: Annotated[str, AfterValidator(_morph), Field(examples=["auto", "offset"])] = "auto"
-    """How a weight is made from its bank."""
+    """Way to make a weight from its bank; auto: chosen by the budget."""
     include: Annotated[tuple[str, ...] | None, Field(examples=[["layers.*"]])] = None
     """Names, globs or classes of the weights to share; null: all that can be."""
     exclude: Annotated[tuple[str, ...] | None, Field(examples=[["head.*"]])] = None
@@ -244,7 +244,7 @@ class PruneConfig:
     final: BelowOne = 0.0
     """Fraction of the parameters that is zero at the end; 0: no pruning."""
     what: Literal["bank", "weights"] = "bank"
-    """What is pruned: parameters of banks, or generated weights."""
+    """Parameters to prune: those of banks, or generated weights."""
     begin: Ordinal = 0
     """Number of steps before the first pruning."""
     end: StrictInt | None = None
@@ -293,7 +293,7 @@ class CheckpointConfig:
 
 @checked(RecipeError)
 class EngineConfig:
-    """How processes work together."""
+    """Cooperation of the processes."""
 
     name: Literal["ddp", "fsdp", "deepspeed", "mpi"] = "ddp"
     """Engine."""
@@ -310,7 +310,7 @@ class EngineConfig:
     overlap: Annotated[str, AfterValidator(_overlap), Field(examples=["none", "segments:4", "sums:2", "delay"])] = (
         "none"
     )
-    """How gradients travel while processes compute: none, segments:N, sums:N or delay (ddp, mpi)."""
+    """Communication of gradients while processes compute: none, segments:N, sums:N or delay (ddp, mpi)."""
     compress: Annotated[str, Field(examples=["fp16"])] = "none"
     """Number format of gradients on the network: none or fp16 (ddp)."""
     compare_every: Count | None = 100
@@ -340,7 +340,7 @@ class WandbConfig:
     """Weights & Biases, beside the JSON lines that are always written."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
-    """Whether and where W&B logs the run."""
+    """Mode of W&B; offline logs to a local folder."""
     project: str = "dist_ssn"
     """Project of the run."""
     entity: str | None = None

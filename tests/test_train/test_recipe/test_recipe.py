@@ -295,6 +295,8 @@ def test_all_problems_are_reported_at_once_each_with_its_place(file: Path) -> No
     )
     assert message.startswith("4 problems: ") and "warmup" not in message
     assert f"{file}: seed must be" in message and "command line: batch_size must be" in message
+    message = message_of("--prune.final=0.5", "--accumulation=3", file=file, text="share: 1")
+    assert message.startswith("2 problems: ") and f"{file}: share must be a dict" in message and "prune" not in message
 
 
 def test_yaml_cannot_run_code(file: Path, tmp_path: Path) -> None:
