@@ -140,7 +140,7 @@ class ShareConfig:
     ] = "auto"
     """Assignment of weights to banks: the name of a mapping, or a dict of globs over weight names to groups."""
     morph: Annotated[str, AfterValidator(_morph), Field(examples=["auto", "offset"])] = "auto"
-    """Way to make a weight from its bank; auto: chosen by the budget."""
+    """Method that makes a weight from its bank; auto: chosen by the budget."""
     include: Annotated[tuple[str, ...] | None, Field(examples=[["layers.*"]])] = None
     """Names, globs or classes of the weights to share; null: all that can be."""
     exclude: Annotated[tuple[str, ...] | None, Field(examples=[["head.*"]])] = None
