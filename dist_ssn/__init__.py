@@ -1,6 +1,6 @@
 """dist_ssn: train neural networks over slow networks by generating their weights from a few small banks.
 
-model = dist_ssn.share(model, 0.1)                                   # 10 % of the weights' numbers, before the optimizer
+model = dist_ssn.share(model, 0.1)                                   # 10 % of the weights' parameters, before the optimizer
 optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(model, lr=1e-3))
 model = torch.nn.parallel.DistributedDataParallel(model)             # sends a tenth
 """

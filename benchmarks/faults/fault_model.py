@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_ssn.comm import in_flight as under_way
+from dist_ssn.comm import in_flight
 from dist_ssn.train.checkpoint import folder
 from dist_ssn.train.models.gpt import build_gpt
 
@@ -67,7 +67,7 @@ def _kill(_: object = None) -> None:
 def _kill_in_all_reduce(_: object) -> None:
     def look() -> None:
         while True:
-            operation = under_way.oldest()
+            operation = in_flight.oldest()
             if operation is not None and operation.purpose == "gradients" and time.monotonic() - operation.began > 0.01:
                 _kill()
             time.sleep(0.001)

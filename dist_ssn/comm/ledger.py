@@ -94,7 +94,7 @@ class Ledger:
         collective: str,
         purpose: str,
         payload: int,
-        group_size: int,
+        process_group_size: int,
         *,
         timed: bool = False,
         exposed: bool = False,
@@ -105,7 +105,7 @@ class Ledger:
             collective: a key of RING_BYTES.
             purpose: one of PURPOSES.
             payload: S, in bytes.
-            group_size: n.
+            process_group_size: n.
             timed: `add_times` will be called with this operation's seconds.
             exposed: `add_times` will be called with the seconds that the caller waited.
 
@@ -119,7 +119,7 @@ class Ledger:
             row = self._rows.setdefault(key, Row(*key))
             row.operations += 1
             row.logical_bytes += payload
-            row.ring_bytes += RING_BYTES[collective](payload, group_size) if group_size > 1 else 0
+            row.ring_bytes += RING_BYTES[collective](payload, process_group_size) if process_group_size > 1 else 0
             row.untimed += not timed
             row.unexposed += not exposed
         return row

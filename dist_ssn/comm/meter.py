@@ -93,21 +93,21 @@ def purpose(name: str) -> Iterator[None]:
             del _scopes[thread]
 
 
-def book(collective: str, purpose: str, payload: int, group_size: int, *, exposed: float | None = None) -> None:
+def book(collective: str, purpose: str, payload: int, process_group_size: int, *, exposed: float | None = None) -> None:
     """Books a collective that the meters cannot see, in every active meter.
 
     Args:
         collective: as in `Ledger.add`.
         purpose: as in `Ledger.add`.
         payload: bytes, as in `Ledger.add`.
-        group_size: as in `Ledger.add`.
+        process_group_size: as in `Ledger.add`.
         exposed: seconds that the caller has waited; None if unknown.
 
     Raises:
         UserError: the collective or the purpose is unknown.
     """
     for meter in _meters:
-        row = meter.ledger.add(collective, purpose, payload, group_size, exposed=exposed is not None)
+        row = meter.ledger.add(collective, purpose, payload, process_group_size, exposed=exposed is not None)
         meter.ledger.add_times(row, exposed=exposed or 0.0)
 
 
@@ -223,7 +223,7 @@ def _kernel(name: str) -> Callable[..., Any]:
             return operator.redispatch(keyset, *args)
         data = args[payload_at] if payload_at is not None else ()
         size, tensor = _nbytes(data), _first(data)
-        group_size = dist.ProcessGroup.unbox(args[group_at]).size()
+        process_group_size = dist.ProcessGroup.unbox(args[group_at]).size()
         task = graph_task_id()
         purposes = [_purpose_of(meter, collective, tensor, task) for meter in meters]
         start = time.perf_counter()
@@ -242,7 +242,7 @@ def _kernel(name: str) -> Callable[..., Any]:
         reduces = timed and task != -1 and collective == "all_reduce" and not waits
         booked = []
         for meter, name in zip(meters, purposes, strict=True):
-            row = meter.ledger.add(collective, name, size, group_size, timed=timed, exposed=waits or reduces)
+            row = meter.ledger.add(collective, name, size, process_group_size, timed=timed, exposed=waits or reduces)
             booked.append((meter.ledger, row))
 
         def done(completed: torch.futures.Future) -> None:

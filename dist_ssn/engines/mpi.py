@@ -112,9 +112,9 @@ class MPIEngine(Engine):
         )
         self._ends: dict[nn.Parameter, int] = {}  # position of each gradient's last growth in this backward
         self._comm = self._mpi.COMM_WORLD.Dup()
-        apart = self._mpi.COMM_WORLD.Dup()  # an exchange's collectives have an order of their own
+        exchange_comm = self._mpi.COMM_WORLD.Dup()  # an exchange's collectives have an order of their own
         self._exchange = make_exchange(
-            model, parse_overlap(overlap), lambda tensor: self._sum(tensor, apart), self.world_size
+            model, parse_overlap(overlap), lambda tensor: self._sum(tensor, exchange_comm), self.world_size
         )
         self._messages = _messages_of(model, self._exchange.parameters if self._exchange is not None else set())
         if self.world_size > 1:

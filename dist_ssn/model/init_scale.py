@@ -35,7 +35,7 @@ def init_std_of(
     """Standard deviation of a weight's initialization, and whether it had to be measured.
 
     The root mean square of the values is compared with the usual initializations. The layer's own initialization in torch is
-    recognized at any size, others only where the weight is large enough to tell them apart. A recognized one gives its exact
+    recognized at any size, others only where the weight is large enough to distinguish them. A recognized one gives its exact
     standard deviation, which does not depend on the random seed, so ranks with different seeds agree. Otherwise the measured
     value is rounded to three digits and does depend on the seed.
 

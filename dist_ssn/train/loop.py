@@ -1,7 +1,7 @@
 """The training loop: from a recipe to a trained model, its metrics, its checkpoints and its account of bytes.
 
 A step depends only on the recipe, the step's number, the rank and the parameters: batches are a function of the step,
-and torch's generators are seeded anew in each step. So a resumed run computes the same values as an uninterrupted one,
+and torch's generators are seeded again in each step. So a resumed run computes the same values as an uninterrupted one,
 without a saved generator state. The host waits for the device only at log points, evaluations and checkpoints.
 """
 
@@ -149,9 +149,7 @@ class _Run:
         self.task, model = self._agree(lambda: build(recipe, self.world))
         if recipe.distill.teacher is not None:
             self.teacher = self._agree(lambda: load_teacher(recipe, self.task, model))
-        self.parameters = sum(
-            p.numel() for p in model.parameters() if p.requires_grad
-        )  # before an engine takes them apart
+        self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)  # before an engine shards them
         self.model = engine.prepare(with_thresholds(model, recipe.prune))
         self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
         self.schedule = self._agree(lambda: build_schedule(self.optimizer, recipe.schedule, recipe.steps))
@@ -254,7 +252,7 @@ class _Run:
         return total
 
     def _compare(self, step: int) -> None:
-        """Compares parameters over all ranks, before the update: an engine that gathers them anew would hide a difference."""
+        """Compares parameters over all ranks, before the update: an engine that gathers them again would hide a difference."""
         every = self.recipe.engine.compare_every
         if not every or step % every or not self.engine.replicated:
             return

@@ -402,7 +402,7 @@ def test_wrong_fashion_mnist(fashion: Path) -> None:
     images, labels = fashion / "train-images-idx3-ubyte.gz", fashion / "train-labels-idx1-ubyte"
     whole = images.read_bytes()
     images.write_bytes(whole[:-100])
-    fails("train-images-idx3-ubyte.gz cannot be read .* get the file anew")
+    fails("train-images-idx3-ubyte.gz cannot be read .* get the file again")
     images.write_bytes(b"no gzip")
     fails("train-images-idx3-ubyte.gz cannot be read")
     images.write_bytes(gzip.compress(gzip.decompress(whole)[:-1]))
@@ -550,7 +550,7 @@ def test_wrong_cifar(tmp_path: Path) -> None:
         (folder / "data_batch_2").write_bytes(content)
         fails(wanted)
     (tmp_path / "x.tar.gz").write_bytes(b"no archive")
-    fails("x.tar.gz cannot be read .* get the archive anew", tmp_path / "x.tar.gz")
+    fails("x.tar.gz cannot be read .* get the archive again", tmp_path / "x.tar.gz")
     fails("no data_batch_1.bin", tmp_path / "nowhere")
 
 

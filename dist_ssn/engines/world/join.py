@@ -29,7 +29,7 @@ class World:
         world_size: number of processes.
         local_rank: this process on its node, from 0.
         device: of this process.
-        owns_group: `close` ends the process group (False for one process, or if the process group existed before).
+        owns_process_group: `close` ends the process group (False for one process, or if the process group existed before).
         store: address and port of the rendezvous's key-value store, if known.
         rendezvous_id: name of this start of the job in that store.
     """
@@ -38,13 +38,13 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
-    owns_group: bool = False
+    owns_process_group: bool = False
     store: tuple[str, int] | None = None
     rendezvous_id: str = ""
 
     def close(self) -> None:
         """Ends the process group that `init_world` started; a second call does nothing."""
-        if self.owns_group and dist.is_initialized():
+        if self.owns_process_group and dist.is_initialized():
             end_process_group()
 
     def __enter__(self) -> World:
@@ -98,7 +98,7 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
     joined = dist.is_available() and dist.is_initialized()
     if not joined and "WORLD_SIZE" not in os.environ and mpi_world.started_by_mpi():
         rank, world_size, local_rank, store = mpi_world.join_mpi(timeout_seconds)
-        return World(rank, world_size, local_rank, _device(kind, local_rank), owns_group=True, store=store)
+        return World(rank, world_size, local_rank, _device(kind, local_rank), owns_process_group=True, store=store)
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     # Otherwise each task would train alone, and overwrite the others' files.
     if tasks != "1" and not joined and "WORLD_SIZE" not in os.environ:
@@ -137,7 +137,7 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
             f"{timeout_seconds:g} s (MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}"
         ) from error
     store = (address, port)
-    return World(rank, world_size, local_rank, where, owns_group=True, store=store, rendezvous_id=rendezvous_id)
+    return World(rank, world_size, local_rank, where, owns_process_group=True, store=store, rendezvous_id=rendezvous_id)
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

@@ -103,7 +103,7 @@ def _files(data: str, path: str | None, layout: _Cifar) -> dict[str, bytes]:
                         files[name] = (folder / name).read_bytes()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{data}: {where} cannot be read ({reason}): get the archive anew") from None
+        raise DataError(f"{data}: {where} cannot be read ({reason}): get the archive again") from None
     for name in plain:
         if name not in files and f"{name}.bin" not in files:
             raise DataError(

@@ -217,12 +217,12 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
             "to the folder that has the four files"
         ) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"fashion_mnist: {packed} cannot be read ({error}): get the file anew") from None
+        raise DataError(f"fashion_mnist: {packed} cannot be read ({error}): get the file again") from None
     header = 4 + 4 * dimensions
     shape = tuple(int(size) for size in np.frombuffer(content[4 : header - header % 4], dtype=">u4")[:dimensions])
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != header + int(np.prod(shape)):
         raise DataError(
-            f"fashion_mnist: {path} is not a complete IDX file of {dimensions} dimensions of bytes: get the file anew"
+            f"fashion_mnist: {path} is not a complete IDX file of {dimensions} dimensions of bytes: get the file again"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
 

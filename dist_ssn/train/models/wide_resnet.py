@@ -17,7 +17,7 @@ from dist_ssn.errors import RecipeError, unknown_choice
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": nn.BatchNorm2d,
-    # Eight groups divide every width of this network. The result does not depend on the split of a batch over ranks.
+    # Eight groups of channels divide every width of this network. The result does not depend on the split of a batch over ranks.
     "group": lambda channels: nn.GroupNorm(8, channels),
 }
 
