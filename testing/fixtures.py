@@ -57,19 +57,19 @@ class ProcessGuard:
         )
 
 
-_guard = ProcessGuard()
+guard = ProcessGuard()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Watches a test and the fixtures that are made for it."""
     marked = any(item.get_closest_marker(mark) for mark in MARKS)
-    _guard.unmarked = None if marked else item.nodeid
-    _guard.started.clear()
+    guard.unmarked = None if marked else item.nodeid
+    guard.started.clear()
     try:
         return (yield)
     finally:
-        _guard.unmarked = None
+        guard.unmarked = None
 
 
 @pytest.fixture(scope="session")
@@ -111,4 +111,4 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch, extensions: Path) -> Iterator[N
         left.append("gradients switched off")
         torch.set_grad_enabled(True)
     assert not left, f"the test left behind: {', '.join(left)}"
-    assert not _guard.started, f"the test, which is not marked so, started processes: {', '.join(_guard.started)}"
+    assert not guard.started, f"the test, which is not marked so, started processes: {', '.join(guard.started)}"

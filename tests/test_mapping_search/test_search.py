@@ -144,6 +144,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_auto_keeps_its_budget_of_steps_and_takes_the_best(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     plan = dist_ssn.search(recipe(), output=file, max_steps=110, short_steps=4)
@@ -159,6 +160,7 @@ def test_auto_keeps_its_budget_of_steps_and_takes_the_best(tmp_path: Path) -> No
     assert [{**line, "seconds": 0} for line in repeated] == [{**line, "seconds": 0} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_killed_search_loses_the_trial_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = dist_ssn.search(recipe(), output=tmp_path / "whole.json", max_steps=150, short_steps=4)
     steps = sum(line["steps"] for line in lines_of(tmp_path / "whole.trials.jsonl"))

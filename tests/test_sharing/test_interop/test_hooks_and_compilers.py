@@ -59,6 +59,7 @@ def test_hooks_of_a_bank_fire_around_every_read(tokens: Tensor) -> None:
     assert len(calls) > forward and calls == ["before", "after"] * (len(calls) // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("morph", ["offset:gains=true,rank=1", "hash"])
 def test_compile(morph: str, tokens: Tensor) -> None:
     """No error, no graph break, one graph for all equal blocks' classes, and the same gradients."""
@@ -79,6 +80,7 @@ def test_compile(morph: str, tokens: Tensor) -> None:
     assert_equal(gradients(model), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "breaks"), [(nn.LSTM, 3), (nn.GRU, 3)])
 def test_compiled_recurrent_layers_break_the_graph_and_are_right(kind: type[nn.RNNBase], breaks: int) -> None:
     """As README.md counts them, for two layers; torch itself does not trace such layers."""
