@@ -101,8 +101,9 @@ def _facts(process: subprocess.Popen[str] | str, deadline: float, seconds: float
     try:
         output, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # it has just ended; or there are no groups on this platform
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate()
         return {"error": f"its import took more than {seconds:g} seconds"}
     try:
@@ -133,7 +134,7 @@ def _versions(facts: Mapping[str, Facts]) -> dict[str, str]:
 
 
 def engines(facts: Mapping[str, Facts]) -> dict[str, dict[str, Any]]:
-    """Engine → whether it works here, and why (not) in one sentence.
+    """Engine → works (true or false) and why: a sentence for either.
 
     Args:
         facts: of the probes torch, fsdp, deepspeed and mpi
@@ -184,7 +185,8 @@ def _platform() -> str:
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
