@@ -327,6 +327,13 @@ def test_recipes_made_in_python_are_checked_when_they_are_made() -> None:
     assert pickle.loads(pickle.dumps(made)) == made
 
 
+def test_a_recipe_that_an_older_version_saved_is_read_unchanged() -> None:
+    text = Path(__file__).with_name("saved_before_pydantic.json").read_text()
+    recipe = recipe_from_json(text)
+    assert json.loads(recipe.to_json()) == json.loads(text)
+    assert (recipe.share.mapping, recipe.schedule.milestones, recipe.clip_norm) == ({"a*": "x"}, (3, 5), None)
+
+
 def test_a_saved_recipe_loads_without_the_files_that_it_names() -> None:
     text = json.dumps({"share": {"plan": "/gone/plan.json"}, "distill": {"teacher": "/gone"}, "optimizer": {"lr": 1}})
     recipe = recipe_from_json(text)
