@@ -87,7 +87,7 @@ def latest(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> dict[tuple[A
 
 
 def chosen(parser: argparse.ArgumentParser, words: Sequence[str], known: Iterable[str]) -> list[str]:
-    """`words` of a command line, all of which must be known. (`choices` cannot say so where none may be given.)"""
+    """The words of a command line, all of which must be known; argparse's `choices` would reject an empty list."""
     for word in words:
         if word not in (known := list(known)):
             parser.error(f"unknown: {word!r}; there are {'; '.join(known)}")

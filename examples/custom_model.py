@@ -1,4 +1,4 @@
-"""A model of your own: one layer kept dense, and the result without dist_ssn. Run: python examples/custom_model.py"""
+"""A model of your own: one layer kept dense, and the result without dist_ssn. Run: `python examples/custom_model.py`."""
 
 import torch
 from torch import Tensor, nn

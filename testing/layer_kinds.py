@@ -140,8 +140,10 @@ def covering(choices: Sequence[str], least: int) -> list[tuple[str, str]]:
 
 
 class Twins(nn.Module):
-    """Two layers of one kind on the same inputs, so that one bank is read at two places; and a large linear layer beside
-    them, `filler` numbers or none, whose only use is to make the bank larger than the twins."""
+    """Two layers of one kind on the same inputs, so that one bank is read at two places.
+
+    A large linear layer of `filler` elements, or none, makes the bank larger than the twins.
+    """
 
     def __init__(self, kind: Kind, filler: int = 0):
         super().__init__()

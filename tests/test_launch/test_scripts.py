@@ -22,7 +22,7 @@ SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 
 
 def test_the_files_are_made_from_the_commands(tmp_path: Path) -> None:
-    """After a change of what a launcher is given: python -m dist_ssn.launch.scripts launch"""
+    """After a change of a launcher's arguments, run `python -m dist_ssn.launch.scripts launch`."""
     made = scripts()
     assert {path.name for path in LAUNCH.iterdir()} == {*made, "README.md"}
     for name, text in made.items():
