@@ -128,6 +128,7 @@ def check(
     """A checked value from plain data, or everything that is wrong with it.
 
     Args:
+        cls: a class made by `checked`.
         leaves: full key → value, as `flat` makes it.
         further: rules besides those of the class, for its validator to `refuse`.
 
