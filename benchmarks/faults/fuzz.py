@@ -28,7 +28,7 @@ WEIGHTS = {
     **{"state.json": 12, "model.safetensors": 12, "optimizer.safetensors": 8, "plan.json": 5, "recipe.json": 3},
 }
 """Percentage of the inputs for each reader; quick readers get most."""
-SAMPLE = 200  # of so many inputs one is read with its memory traced, which is slow
+SAMPLE = 200  # one of this many inputs is read with its memory traced, which is slow
 BETWEEN_LIMITS = 1000
 SLOW_SECONDS = 5.0
 SPARE_BYTES = 16 * 2**20  # of address space
