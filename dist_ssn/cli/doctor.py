@@ -26,7 +26,6 @@ PACKAGES = {
     "DeepSpeed": "deepspeed",
     "W&B": "wandb",
     "transformers": "transformers",
-    "plotly": "plotly",
     "numpy": "numpy",
     "scikit-learn": "scikit-learn",
     "safetensors": "safetensors",
