@@ -160,7 +160,11 @@ def mistake(text: str) -> PydanticCustomError:
 
 
 def refuse(title: str, problems: Iterable[Problem]) -> None:
-    """Raises: ValidationError: of all problems, if there are any; for a validator of a whole."""
+    """Refuses a whole, in a validator of it, whose rules are broken.
+
+    Raises:
+        ValidationError: names all problems; nothing is raised where there are none.
+    """
     lines = [
         InitErrorDetails(
             type=PydanticCustomError("rule", "{text}", {"text": problem.text, "reads": problem.reads}),
