@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -60,8 +61,14 @@ def _build(cls: type, data: Any, where: str) -> Any:
     if set(data) != set(fields):
         odd = sorted(set(data) ^ set(fields))
         raise PlanError(f"{where}: field {odd[0]!r:.60} is {'unknown' if odd[0] in data else 'missing'}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints_of(cls)
     return cls(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in fields})
+
+
+@functools.cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    """Types of a dataclass's fields: to work them out takes longer than to read one."""
+    return typing.get_type_hints(cls)
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import random
@@ -78,9 +79,14 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(item, (*path, key))
 
 
+@functools.cache
+def text_of(plan: Plan) -> str:
+    return plan.to_json()
+
+
 def changed(plan: Plan, path: tuple[Any, ...], value: Any) -> str:
     """The plan's JSON with another value at `path`."""
-    data = json.loads(plan.to_json())
+    data = json.loads(text_of(plan))
     if not path:
         return json.dumps(value)
     inner = data
