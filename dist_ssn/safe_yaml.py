@@ -91,6 +91,12 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Puts also those texts in quotes that `_Loader` would take for something else."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """A text; Unicode's line breaks become escapes, since PyYAML writes and reads them differently."""
+        return self.represent_scalar(f"{_TAG}str", text, style='"' if set("\x85\u2028\u2029") & set(text) else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 for _name, (_pattern, _first) in _SCALARS.items():
     for _class in (_Loader, _Dumper):

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dist_ssn.baselines import CONTROLS
@@ -407,7 +407,12 @@ def test_a_leading_zero_is_decimal(file: Path) -> None:
     assert load_recipe(file).batch_size == load_recipe(None, ["--batch_size=010"]).batch_size == 10
 
 
-@given(st.text(max_size=12) | st.sampled_from(["1:30", "1e3", "08", "0x1", "yes", "null", "1_0", ".5", "~", "=", "<<"]))
+@given(
+    st.text(max_size=12)
+    | st.sampled_from(["1:30", "1e3", "08", "0x1", "yes", "null", "1_0", ".5", "~", "=", "<<", "a\x85 b"])
+)
+@example("\x85")
+@example("a\u2028\u2029 b")
 def test_a_recipe_as_yaml_reads_back(text: str) -> None:
     recipe = Recipe(model_args={"a": text, "b": [1, 2.5, None, True]}, share=ShareConfig(budget=text))
     with tempfile.TemporaryDirectory() as folder:
