@@ -1,0 +1,58 @@
+"""`StepBytes`: what a rank sends in training, as figures for the logs of somebody else's loop."""
+
+from __future__ import annotations
+
+from dist_ssn.comm.meter import CommMeter
+
+_OF_STEPS = ("gradients", "parameters", "buffers")
+
+
+class StepBytes:
+    """Counts between `start` and `stop`, and answers with figures per step.
+
+    Attributes:
+        meter: the `CommMeter` that counts, and afterwards has the ledger of the whole training.
+    """
+
+    def __init__(self) -> None:
+        self.meter = CommMeter()
+        self._running = False
+        self._last = (0, 0, 0.0)  # step, logical and ring bytes at the last call of `figures`
+
+    def start(self, step: int) -> None:
+        """Begins to count, from zero.
+
+        Args:
+            step: number of steps that were made before.
+        """
+        self.stop()  # a training that ended in an error did not
+        self.meter = CommMeter()
+        self.meter.__enter__()
+        self._running, self._last = True, (step, 0, 0.0)
+
+    def stop(self) -> None:
+        """Ends counting; without effect if it has ended."""
+        if self._running:
+            self._running = False
+            self.meter.__exit__(None, None, None)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Bytes that this rank has sent.
+
+        Args:
+            step: number of steps that were made.
+
+        Returns:
+            "bytes_per_step_logical" and "bytes_per_step_ring", the mean over the steps since the last call, as in dist_ssn's own
+            runs; "ring_bytes", all that was sent since `start`.
+        """
+        totals = [self.meter.totals(purpose) for purpose in _OF_STEPS]
+        logical, ring = sum(part.logical_bytes for part in totals), sum(part.ring_bytes for part in totals)
+        steps = max(1, step - self._last[0])
+        found = {
+            "bytes_per_step_logical": round((logical - self._last[1]) / steps),
+            "bytes_per_step_ring": round((ring - self._last[2]) / steps),
+            "ring_bytes": round(self.meter.totals().ring_bytes),
+        }
+        self._last = (step, logical, ring)
+        return found
