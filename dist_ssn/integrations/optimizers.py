@@ -46,7 +46,9 @@ def group_fault(model: nn.Module, optimizer: Any, lr: float | None = None) -> st
                 dense.append(group.get("initial_lr", group["lr"]) / factor)
     inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
     expected = dense[:1] if lr is None else [lr]
-    if scales_with_uses(type(inner).__name__) and any(not math.isclose(x, y, rel_tol=1e-6) for x in dense for y in expected):
+    if scales_with_uses(type(inner).__name__) and any(
+        not math.isclose(x, y, rel_tol=1e-6) for x in dense for y in expected
+    ):
         return "banks have the learning rate of a dense weight"
     return None
 

@@ -49,7 +49,7 @@ class StepBytes:
         totals = [self.meter.totals(purpose) for purpose in _OF_STEPS]
         logical, ring = sum(part.logical_bytes for part in totals), sum(part.ring_bytes for part in totals)
         steps = max(1, step - self._last[0])
-        found = {
+        found: dict[str, float] = {
             "bytes_per_step_logical": round((logical - self._last[1]) / steps),
             "bytes_per_step_ring": round((ring - self._last[2]) / steps),
             "ring_bytes": round(self.meter.totals().ring_bytes),

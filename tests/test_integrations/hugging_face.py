@@ -48,7 +48,14 @@ FAMILIES: dict[str, Any] = {
     ),
     "T5": lambda: T5ForConditionalGeneration(
         T5Config(
-            vocab_size=WORDS, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=2, **_SPECIAL
+            vocab_size=WORDS,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=2,
+            **_SPECIAL,
         )
     ),
 }

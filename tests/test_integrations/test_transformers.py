@@ -104,7 +104,9 @@ class Recorder(transformers.TrainerCallback):
         self.logs.append(dict(logs))
 
 
-def train_on_ranks(rank: int, world_size: int, folder: str, port: int) -> tuple[list[float], dict[str, Any], int, bytes]:
+def train_on_ranks(
+    rank: int, world_size: int, folder: str, port: int
+) -> tuple[list[float], dict[str, Any], int, bytes]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     args = arguments(Path(folder), ddp_backend="gloo", max_steps=6, ddp_find_unused_parameters=False)
@@ -154,7 +156,10 @@ def test_an_optimizer_with_its_own_groups(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_plain_optimizer_is_warned_of(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=1)
-    for decay, fault in ((0.1, "gains, coefficients, biases or norms decay"), (0.0, "the learning rate of a dense weight")):
+    for decay, fault in (
+        (0.1, "gains, coefficients, biases or norms decay"),
+        (0.0, "the learning rate of a dense weight"),
+    ):
         model = share(build("GPT-2"), 0.3)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=decay)
         trainer = transformers.Trainer(model, args, train_dataset=rows("GPT-2"), optimizers=(optimizer, None))

@@ -49,7 +49,9 @@ def test_a_pretrained_model_is_warned_of(tmp_path: Path) -> None:
     build().save_pretrained(tmp_path)
     for outer in (lambda body: body, Outer):
         loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-        with pytest.warns(UserWarning, match=r"GPT2LMHeadModel was loaded from .*replaces its values by new random ones"):
+        with pytest.warns(
+            UserWarning, match=r"GPT2LMHeadModel was loaded from .*replaces its values by new random ones"
+        ):
             share(outer(loaded), 0.5)
 
 
@@ -95,7 +97,9 @@ def test_a_checkpoint_of_banks_is_not_read_as_a_dense_model(tmp_path: Path) -> N
         folder = tmp_path / str(number)
         model.save_pretrained(folder, state_dict=state)
         for source in (transformers.GPT2LMHeadModel, transformers.AutoModelForCausalLM, transformers.GPT2Model):
-            with pytest.raises(ValueError, match="the banks of a GPT2LMHeadModel that dist_ssn shares, not its weights"):
+            with pytest.raises(
+                ValueError, match="the banks of a GPT2LMHeadModel that dist_ssn shares, not its weights"
+            ):
                 source.from_pretrained(folder)
         config = transformers.AutoConfig.from_pretrained(folder)
         again = share(transformers.GPT2LMHeadModel(config), 0.5).eval()
