@@ -106,6 +106,12 @@ def test_bf16() -> None:
     assert losses[-1] < 0.95 * losses[0]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def train_on_ranks(rank: int, world_size: int, port: int) -> tuple[float, int, int, bytes]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -122,9 +128,6 @@ def train_on_ranks(rank: int, world_size: int, port: int) -> tuple[float, int, i
 @pytest.mark.distributed
 def test_two_processes() -> None:
     """Ranks stay equal; eight batches accumulated by two send four times the trainable parameters."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    first, second = run_ranks(train_on_ranks, 2, port, group=False)
+    first, second = run_ranks(train_on_ranks, 2, free_port(), group=False)
     assert first[3] == second[3] and first[0] != second[0]
     assert first[1] == 4 * 4 * first[2]
