@@ -36,19 +36,20 @@ def group_fault(model: nn.Module, optimizer: Any, lr: float | None = None) -> st
         for group in parameter_groups(model, weight_decay=1.0, lr=1.0)
         for parameter in group["params"]
     }
-    dense = []  # the dense learning rate that each parameter's own stands for
+    adam_like = scales_with_uses(type(getattr(optimizer, "optimizer", optimizer)).__name__)  # Accelerate wraps it
+    is_dense = False
+    of_dense = []  # the dense model's learning rate that each parameter's own stands for
     for group in optimizer.param_groups:
+        own = group.get("initial_lr", group["lr"])
         for parameter in group["params"]:
-            factor, decays = wanted.get(id(parameter), (0.0, True))
+            if id(parameter) not in wanted:
+                continue
+            factor, decays = wanted[id(parameter)]
             if group.get("weight_decay", 0) and not decays:
                 return "gains, coefficients, biases or norms decay"
-            if factor:
-                dense.append(group.get("initial_lr", group["lr"]) / factor)
-    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-    expected = dense[:1] if lr is None else [lr]
-    if scales_with_uses(type(inner).__name__) and any(
-        not math.isclose(x, y, rel_tol=1e-6) for x in dense for y in expected
-    ):
+            is_dense |= lr is not None and factor > 1 and math.isclose(own, lr)
+            of_dense.append(own / factor)
+    if adam_like and (is_dense or not all(math.isclose(x, of_dense[0], rel_tol=1e-6) for x in of_dense)):
         return "banks have the learning rate of a dense weight"
     return None
 
