@@ -27,19 +27,17 @@ METHOD = "save_pretrained"
 def warn_of_pretrained(model: nn.Module, specs: Specs) -> None:
     """Warns if `share` is about to replace weights that were loaded by `from_pretrained`.
 
-    The weights that transformers has loaded have a mark, `_is_hf_initialized`. The name in the config is not enough: a model that
-    is built from a pretrained model's config has it, too.
+    transformers marks the weights that it has loaded, and leaves a note in the model, which a deep copy keeps. The name in the
+    config is not enough: a model that is built from a pretrained model's config has it, too.
     """
-    loaded = [
-        weight.name
-        for weight in specs.weights
-        if getattr(model.get_parameter(weight.name), "_is_hf_initialized", False)
-    ]
-    if not loaded:
-        return
-    for module in model.modules():
+    marked = [w.name for w in specs.weights if getattr(model.get_parameter(w.name), "_is_hf_initialized", False)]
+    for path, module in model.named_modules():
         source = getattr(getattr(module, "config", None), "name_or_path", None)
-        if isinstance(source, str) and source:
+        if not isinstance(source, str) or not source:
+            continue
+        names = [weight.name for weight in specs.weights] if "_weight_conversions" in module.__dict__ else marked
+        loaded = [name for name in names if name.startswith(f"{path}." if path else "")]
+        if loaded:
             kind = type(module).__name__
             warnings.warn(
                 f"{kind} was loaded from {source!r}, and share() replaces its values by new random ones ({loaded[0]}; "
