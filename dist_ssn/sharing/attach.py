@@ -22,6 +22,7 @@ from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet
 from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.layers import share_layer
+from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -81,7 +82,9 @@ def share(
         require_plan_fits(plan, specs)
     check_order(model, specs)
     _warn_of_seeds(specs)
+    warn_of_pretrained(model, specs)
     _attach(model, plan, specs)
+    guard_saving(model)
     return model
 
 

@@ -11,6 +11,7 @@ from dist_ssn.errors import ShareError
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet, bank_sets
 from dist_ssn.sharing.layers import unshare_layer
+from dist_ssn.sharing.pretrained import unguard_saving
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -34,4 +35,5 @@ def materialize(model: nn.Module) -> nn.Module:
     for module in list(dense.modules()):
         if isinstance(module._modules.get(ATTRIBUTE), BankSet):
             del module._modules[ATTRIBUTE]
+    unguard_saving(dense)
     return dense

@@ -1,0 +1,67 @@
+"""Whether an optimizer that another library made trains a shared model as `parameter_groups` would."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from torch import nn
+
+from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sharing.optimizer_groups import parameter_groups
+
+
+def scales_with_uses(name: str) -> bool:
+    """True for Adam and its relatives, whose steps are about as large as the learning rate.
+
+    Args:
+        name: of the optimizer's class.
+    """
+    return "sgd" not in name.lower()
+
+
+def group_fault(model: nn.Module, optimizer: Any, lr: float | None = None) -> str | None:
+    """How an optimizer's groups differ from those of `parameter_groups`, as a clause; None if they don't.
+
+    Args:
+        model: shared or dense, wrapped or not.
+        optimizer: with `param_groups`; parameters that the model doesn't have are passed over.
+        lr: the dense model's learning rate. If None, only the ratios of learning rates are compared.
+    """
+    if not banks_of(model):
+        return None
+    wanted = {
+        id(parameter): (group["lr"], group["weight_decay"] > 0)
+        for group in parameter_groups(model, weight_decay=1.0, lr=1.0)
+        for parameter in group["params"]
+    }
+    adam_like = scales_with_uses(type(getattr(optimizer, "optimizer", optimizer)).__name__)  # Accelerate wraps it
+    is_dense = False
+    of_dense = []  # the dense model's learning rate that each parameter's own stands for
+    for group in optimizer.param_groups:
+        own = group.get("initial_lr", group["lr"])
+        for parameter in group["params"]:
+            if id(parameter) not in wanted:
+                continue
+            factor, decays = wanted[id(parameter)]
+            if group.get("weight_decay", 0) and not decays:
+                return "gains, coefficients, biases or norms decay"
+            is_dense |= lr is not None and factor > 1 and math.isclose(own, lr)
+            of_dense.append(own / factor)
+    if adam_like and (is_dense or not all(math.isclose(x, of_dense[0], rel_tol=1e-6) for x in of_dense)):
+        return "banks have the learning rate of a dense weight"
+    return None
+
+
+def warn_of_groups(model: nn.Module, optimizer: Any, remedy: str, lr: float | None = None) -> None:
+    """Warns if the optimizer's groups cost quality.
+
+    Args:
+        model: see `group_fault`.
+        optimizer: see `group_fault`; None is passed over.
+        remedy: what would be right, as a clause.
+        lr: see `group_fault`.
+    """
+    if optimizer is not None and (fault := group_fault(model, optimizer, lr)):
+        warnings.warn(f"the optimizer was made as for a dense model, and {fault}: {remedy}", stacklevel=3)

@@ -1,0 +1,156 @@
+"""Lightning on shared models: checkpoints, exact resuming, the ledger, two processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dist_ssn import materialize, parameter_groups, share, shared_plan
+from testing.ranks import run_ranks
+
+lightning = pytest.importorskip("lightning.pytorch")
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+
+from dist_ssn.integrations.lightning import LedgerCallback  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.`"),
+    pytest.mark.filterwarnings("ignore:.*mid-epoch"),
+]
+
+
+class Classifier(lightning.LightningModule):
+    """A small network; `late` shares it where Lightning builds large models."""
+
+    def __init__(self, seed: int = 0, groups: bool = True, late: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+        self.groups = groups
+        if not late:
+            share(self.net, 0.3)
+
+    def configure_model(self) -> None:
+        if shared_plan(self.net) is None:
+            share(self.net, 0.3)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.groups:
+            return torch.optim.AdamW(parameter_groups(self, lr=3e-3))
+        return torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.1)
+
+
+def data() -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(32, 8, generator=generator)
+    return DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), batch_size=8)
+
+
+def trainer_of(folder: Path, **options: Any) -> Any:
+    usual = {
+        "max_steps": 8,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "default_root_dir": folder,
+        "plugins": [LightningEnvironment()],  # looks for no MPI
+        "enable_checkpointing": "callbacks" in options
+        and any(isinstance(c, ModelCheckpoint) for c in options["callbacks"]),
+    }
+    return lightning.Trainer(**usual | options)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_checkpoint_resumes_exactly(late: bool, tmp_path: Path) -> None:
+    """In a module built from another seed."""
+    options = {"dirpath": tmp_path, "every_n_train_steps": 4, "save_top_k": -1, "filename": "{step}"}
+    module = Classifier(late=late)
+    trainer = trainer_of(tmp_path, callbacks=[ModelCheckpoint(**options)])
+    trainer.fit(module, data())
+    assert float(trainer.callback_metrics["loss"]) < 1.4
+    again = Classifier(seed=5, late=late)
+    trainer_of(tmp_path, callbacks=[ModelCheckpoint(**options)]).fit(
+        again, data(), ckpt_path=str(tmp_path / "step=4.ckpt"), weights_only=False
+    )
+    wanted, got = module.state_dict(), again.state_dict()
+    assert wanted.keys() == got.keys()
+    assert not [name for name in wanted if not torch.equal(wanted[name], got[name])]
+    torch.testing.assert_close(materialize(again.net)(torch.ones(1, 8)), module.net(torch.ones(1, 8)))
+
+
+def test_accumulation_clipping_and_bf16(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path, accumulate_grad_batches=2, gradient_clip_val=1.0, precision="bf16-mixed", max_steps=20
+    )
+    trainer.fit(Classifier(), data())
+    assert float(trainer.callback_metrics["loss"]) < 1.3
+
+
+def test_the_ledger_of_one_process(tmp_path: Path) -> None:
+    """Nothing is sent; another training counts from zero; one that fails stops counting."""
+    ledger = LedgerCallback()
+    trainer = trainer_of(tmp_path, callbacks=[ledger])
+    trainer.fit(Classifier(), data())
+    assert trainer.callback_metrics["ring_bytes"] == 0
+
+    class Fails(Classifier):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        trainer_of(tmp_path, callbacks=[ledger]).fit(Fails(), data())
+    with ledger.bytes.meter:  # an active meter would refuse
+        pass
+
+
+def test_a_plain_optimizer_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"gains, coefficients, biases or norms decay: make it from dist_ssn.parameter_gr"
+    ):
+        trainer_of(tmp_path, callbacks=[LedgerCallback()], max_steps=1).fit(Classifier(groups=False), data())
+
+
+def train_on_ranks(rank: int, world_size: int, folder: str, port: int) -> tuple[dict[str, float], int, bytes]:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="1", GROUP_RANK="0")
+    strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+    module = Classifier()
+    trainer = trainer_of(Path(folder), callbacks=[LedgerCallback()], strategy=strategy, devices=world_size, plugins=[])
+    trainer.fit(module, data())
+    state = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return (
+        {name: float(value) for name, value in trainer.callback_metrics.items()},
+        state.numel(),
+        state.numpy().tobytes(),
+    )
+
+
+@pytest.mark.distributed
+def test_two_processes_and_the_ledger(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (logs, trained, state), other = run_ranks(train_on_ranks, 2, str(tmp_path), port, group=False)
+    assert other[2] == state
+    assert logs["bytes_per_step_logical"] == logs["bytes_per_step_ring"] == 4 * trained
