@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from dist_ssn.integrations.step_bytes import StepBytes
-from dist_ssn.sharing.optimizer_check import warn_of_groups
+from dist_ssn.sharing.group_check import warn_of_groups
 
 
 class LedgerCallback(Callback):

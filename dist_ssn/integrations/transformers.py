@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dist_ssn.errors import UserError
 from dist_ssn.integrations.step_bytes import StepBytes
-from dist_ssn.sharing.optimizer_check import scales_with_uses, warn_of_groups
+from dist_ssn.sharing.group_check import scales_with_uses, warn_of_groups
 from dist_ssn.sharing.optimizer_groups import parameter_groups
 
 _OWN_GROUPS = ("params", "model", "optimizer_dict")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_ssn import parameter_groups, share
-from dist_ssn.sharing.optimizer_check import group_fault, warn_of_groups
+from dist_ssn.sharing.group_check import group_fault, warn_of_groups
 
 DECAY, DENSE_LR = "gains, coefficients, biases or norms decay", "banks have the learning rate of a dense weight"
 
