@@ -50,7 +50,9 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [] if resume_step is None or not path.exists() else _lines_until(path.read_text(), resume_step)
+            kept = []
+            if resume_step is not None and path.exists():
+                kept = _lines_until(path.read_text(encoding="utf-8", errors="replace"), resume_step)
             replace_text(path, "".join(kept))
         except OSError as error:
             raise UserError(f"cannot write the metrics to {path}: {error}; give another folder as output") from error
@@ -69,7 +71,7 @@ class JsonLines:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         try:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
@@ -84,7 +86,8 @@ def _lines_until(text: str, step: int) -> list[str]:
             record = json.loads(line)
         except ValueError:
             continue  # an incomplete line of a killed run
-        if line.endswith("\n") and record.get("step", step + 1) <= step:
+        at = record.get("step") if isinstance(record, dict) else None
+        if line.endswith("\n") and isinstance(at, int) and at <= step:
             kept.append(line)
     return kept
 
