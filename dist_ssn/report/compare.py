@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class _Summary:
 
 
 def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
-    """The rows of runs, from their `summary.json`.
+    """The rows of runs, from their `summary.json`; warns of those that are left out.
 
     Args:
         paths: summaries, folders of runs, or folders of folders of runs.
@@ -51,14 +52,19 @@ def read_rows(paths: Sequence[str | os.PathLike[str]]) -> list[dict[str, Any]]:
     Raises:
         UserError: a path has no summary, or no summary can be read; the message names the missing field.
     """
-    return [row for summary in _read([Path(path) for path in paths])[0] for row in summary.rows]
+    summaries, left_out = _read([Path(path) for path in paths])
+    if not summaries:
+        raise UserError(_nothing(left_out))
+    for sentence in left_out:
+        warnings.warn(f"left out: {sentence}", stacklevel=2)
+    return [row for summary in summaries for row in summary.rows]
 
 
 def _read(paths: Sequence[Path]) -> tuple[list[_Summary], list[str]]:
     """The whole summaries, and a sentence on each that is left out.
 
     Raises:
-        UserError: a path does not exist, or there is no whole summary.
+        UserError: a path does not exist.
     """
     found: dict[Path, _Summary] = {}
     left_out: list[str] = []
@@ -77,12 +83,31 @@ def _read(paths: Sequence[Path]) -> tuple[list[_Summary], list[str]]:
                     found[file] = _Summary(file, _rows_of(file))
                 except UserError as error:
                     left_out.append(str(error))
-    if not found:
-        raise UserError(
-            "; ".join(left_out)
-            or "there are no runs to report: give the folders that dist-ssn train wrote, such as runs/quickstart"
-        )
     return list(found.values()), left_out
+
+
+def _nothing(left_out: Sequence[str]) -> str:
+    """Message for paths of which nothing can be reported."""
+    advice = "there are no runs to report: give the folders that dist-ssn train wrote, such as runs/quickstart"
+    return "; ".join(left_out) or advice
+
+
+def _tables(paths: Sequence[Path]) -> tuple[dict[Path, Grid], list[str]]:
+    """Tables of benchmarks' results, and a sentence on each path that is left out.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    tables: dict[Path, Grid] = {}
+    left_out: list[str] = []
+    for path in paths:
+        try:
+            tables[path] = results_grid(path)
+        except UserError as error:
+            if not path.exists():
+                raise
+            left_out.append(str(error))
+    return tables, left_out
 
 
 def _rows_of(file: Path) -> list[dict[str, Any]]:
@@ -210,15 +235,20 @@ def report(
         The files written. There is no plot against bytes if every run was a single process, which sends nothing.
 
     Raises:
-        UserError: see `read_rows` and `results_grid`; or a file cannot be written.
+        UserError: a path does not exist, nothing can be reported (see `read_rows` and `results_grid`), or a file cannot be written.
     """
     console = console or Console()
-    results = [Path(path) for path in paths if result_files(Path(path))]
-    runs = [path for path in paths if Path(path) not in results]
-    summaries, left_out = _read([Path(path) for path in runs]) if runs or not results else ([], [])
+    given = [Path(path) for path in paths]
+    of_results = [path for path in given if result_files(path)]
+    of_runs = [path for path in given if path not in of_results or any(path.glob("*/summary.json"))]
+    summaries, left_out = _read(of_runs)
+    tables, odd = _tables(of_results)
+    left_out += odd
+    if not summaries and not tables:
+        raise UserError(_nothing(left_out))
     rows = [row for summary in summaries for row in summary.rows]
     coefficients, damaged = _coefficients(summaries)
-    grids = [results_grid(path) for path in results]
+    results, grids = list(tables), list(tables.values())
     for sentence in (*left_out, *damaged):
         console.print(f"left out: {sentence}", highlight=False, markup=False, soft_wrap=True)
     if rows:

@@ -136,7 +136,7 @@ class Console:
         """Moves the bar, on a terminal."""
         if not self.live:
             return
-        figures = f"loss {loss:.4f} · {samples_per_second:,.0f} samples/s · {mb_per_step:.3g} MB sent/step"
+        figures = self._shown(f"loss {loss:.4f} · {samples_per_second:,.0f} samples/s · {mb_per_step:.3g} MB sent/step")
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -146,7 +146,7 @@ class Console:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._progress.add_task(self._name, total=self._steps, completed=step, figures=figures)
+            self._progress.add_task(self._shown(self._name), total=self._steps, completed=step, figures=figures)
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=step, figures=figures)
 
@@ -165,7 +165,12 @@ class Console:
 
     def note(self, sentence: str) -> None:
         """Prints a line of text, above the bar if there is one."""
-        self._console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(self._shown(sentence), highlight=False, markup=False, soft_wrap=True)
+
+    def _shown(self, text: str) -> str:
+        """The text with a question mark for each character that the console lacks: a script's may be ASCII."""
+        encoding = self._console.encoding
+        return text.encode(encoding, "replace").decode(encoding)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Does nothing: tables go to the files."""

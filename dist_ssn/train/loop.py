@@ -33,7 +33,6 @@ from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jso
 from dist_ssn.tracking.wandb_settings import Draw
 from dist_ssn.train.build import build
 from dist_ssn.train.checkpoint.saver import Saver, last_checkpoint
-from dist_ssn.train.data import Task
 from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.metrics.account import Account
@@ -148,9 +147,9 @@ class _Run:
         """Checks and builds everything; a mistake on one rank stops all ranks."""
         recipe = self.recipe
         engine = self._agree(lambda: engine_class(recipe.engine.name))
-        self.task, model = self._agree(self._build)
+        self.task, model = self._begin(lambda: build(recipe, self.world))
         if recipe.distill.teacher is not None:
-            self.teacher = self._agree(lambda: load_teacher(recipe, self.task, model))
+            self.teacher = self._begin(lambda: load_teacher(recipe, self.task, model))
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)  # before an engine shards them
         self.model = engine.prepare(with_thresholds(model, recipe.prune))
         self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
@@ -172,9 +171,14 @@ class _Run:
             self.pruner = Pruner(recipe.prune, recipe.share, self.engine.module, step, steps)
         self._agree(lambda: self._open_folder(resumes))
 
-    def _build(self) -> tuple[Task, nn.Module]:
-        with self.saver.stop.at_once():  # data may be on a slow drive
-            return build(self.recipe, self.world)
+    def _begin(self, action: Callable[[], T]) -> T:
+        """Runs `action`, which may read from a slow drive; a signal ends it."""
+
+        def run() -> T:
+            with self.saver.stop.at_once():
+                return action()
+
+        return self._agree(run)
 
     def _open_folder(self, resumes: bool) -> None:
         if self.world.rank != 0:
@@ -220,6 +224,7 @@ class _Run:
             counters.step += 1
             self.heartbeat.step = counters.step
             if counters.step == first + 1:
+                self.saver.stop.begun = True
                 self.account.first_step_is_over()
             self._show(loss, counters.step - first)
             wants = self.saver.after_step(counters.step)

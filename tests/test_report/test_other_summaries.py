@@ -129,8 +129,15 @@ def test_whole_runs_are_reported_beside_cut_and_foreign_ones(tmp_path: Path) -> 
     report([runs / "wandb", runs / "cut", runs / "whole"], None, console)  # as a shell makes it of runs/*
     said = console.export_text()
     assert "left out" in said and "W&B's log of a run" in said and "whole" in said
+    (runs / "trials.jsonl").write_text("no measurement")  # beside whole runs, in their folder
+    console = Console(file=io.StringIO(), width=250, record=True)
+    report([runs], None, console)
+    said = console.export_text()
+    assert f"left out: {runs}/trials.jsonl, line 1 is not a measurement" in said and "whole" in said
     with pytest.raises(UserError, match=r"there is no summary\.json in .*nowhere"):
         report([runs / "whole", runs / "nowhere"])
+    with pytest.warns(UserWarning, match=r"left out: .*cut/summary\.json is not a summary of runs"):
+        assert [found["name"] for found in read_rows([runs / "cut", runs / "whole"])] == ["whole"]
     with pytest.raises(UserError, match=r"cut/summary\.json is not a summary of runs"):
         report([runs / "cut"])
 

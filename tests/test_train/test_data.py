@@ -289,7 +289,7 @@ def test_wrong_texts(tmp_path: Path) -> None:
         (tmp_path / "*.txt", r"there is no text in '.*\*.txt': give a text file, a folder of them, or a glob"),
         (tmp_path / "empty", "empty cannot be trained on, for it is empty: give a text file"),
         (tmp_path / "folder", "there is no text in"),
-        (tmp_path / "binary", r"for it is binary, or text in UTF-16 .it has NUL bytes.: convert it to UTF-8 first"),
+        (tmp_path / "binary", r"for it is binary, or text in UTF-16 .it has NUL bytes.: give a text file in UTF-8"),
         (tmp_path / "short", "the validation part of .* has 1 bytes, but a context of 4 needs at least 5"),
     ):
         with pytest.raises(DataError, match=wanted) as caught:

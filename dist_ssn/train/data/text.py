@@ -97,9 +97,9 @@ def read_text_bytes(path: str | None, limit: int | None) -> Text:
 
 
 def _remedy(reason: str) -> str:
-    if "UTF" in reason:
+    if reason in _MARKS.values():
         return "convert it to UTF-8 first (iconv -t UTF-8)"
-    return "give a text file, a folder of them, or a glob"
+    return "give a text file in UTF-8, a folder of them, or a glob"
 
 
 def _append(text: Text, name: str, file: Path, limit: int | None) -> str | None:

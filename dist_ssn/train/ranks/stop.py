@@ -41,6 +41,8 @@ class Stop:
     def __init__(self, timeout_seconds: float, last_words: Callable[[str], str]) -> None:
         self.number = 0
         """Number of the received signal, 0 for none."""
+        self.begun = False
+        """The first step is done: from now on a signal makes a checkpoint."""
         self._starting = False
         self._limit = 2 * timeout_seconds + SPARE_SECONDS
         self._last_words = last_words
@@ -114,7 +116,7 @@ class Stop:
                     self.number, self._since = number, time.monotonic()
             operation, now = in_flight.oldest(), time.monotonic()
             if operation is None:
-                if self._starting and self.number and now - self._since > GRACE_SECONDS:
+                if self.number and not self.begun and now - self._since > GRACE_SECONDS:
                     print(f"dist-ssn: {self._before_start()}", file=sys.stderr, flush=True)
                     os._exit(EXIT_REQUEUE)  # a read in the kernel, or other code that returns to no handler
                 continue
