@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,24 @@ MOST_HEADER = 16 * MIB
 """Bytes of the largest header of a safetensors file; 100 bytes name a tensor."""
 
 
+def open_regular(path: Path) -> io.BufferedReader:
+    """A regular file, opened to be read.
+
+    Raises:
+        ValueError: it is a pipe, a device or another thing whose end may never come.
+        OSError: it cannot be opened.
+    """
+    # Trap: opening a pipe waits until a process writes to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise ValueError("it is not a regular file")
+    return open(descriptor, "rb")
+
+
 def read_text(path: Path, most: int = MOST_JSON) -> str:
     """The text of a regular file.
 
@@ -32,15 +53,12 @@ def read_text(path: Path, most: int = MOST_JSON) -> str:
         ValueError: it is no regular file, has more than `most` bytes, or is not UTF-8.
         OSError: it cannot be read.
     """
-    # Trap: opening a pipe waits until a process writes to it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not path.is_file():
-            raise ValueError("it is not a regular file")
+    with open_regular(path) as file:
         # Trap: reading N bytes allocates N bytes, even if the file is small.
         content = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)
     if len(content) > most:
         raise ValueError(f"it has more than {most} bytes, the most that is read")
-    return content.decode()
+    return content.decode("utf-8")
 
 
 def read_json(path: Path, most: int = MOST_JSON) -> Any:
@@ -57,12 +75,20 @@ def parse_json(text: str) -> Any:
     """The JSON value of a text.
 
     Raises:
-        ValueError: it is not JSON, or nests too deep.
+        ValueError: it is not JSON, nests too deep, or has a key twice in an object, of which one would be lost.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("it nests too deep") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r:.80} is there twice")
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -72,7 +98,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: the file is malformed.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(8)
         size = os.fstat(file.fileno()).st_size
     header = struct.unpack("<Q", start)[0] if len(start) == 8 else 0

@@ -111,7 +111,9 @@ def rendered(text: str, path: Path) -> str:
         path: the page's file, in whose folder its relative links begin.
     """
     text = _MARK.sub(lambda found: GENERATED[found["name"]](), text)
-    text = _DRAWING.sub(lambda found: drawing((path.parent / found["path"]).read_text(), found["alt"]), text)
+    text = _DRAWING.sub(
+        lambda found: drawing((path.parent / found["path"]).read_text(encoding="utf-8"), found["alt"]), text
+    )
     return outside_fences(text, lambda part: _LINK.sub(lambda link: link_of(link, path), _COMMENT.sub("", part)))
 
 
@@ -160,7 +162,7 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     source = ROOT / "CONTRIBUTING.md"
-    text = source.read_text() if source.exists() else "# Contributing"
+    text = source.read_text(encoding="utf-8") if source.exists() else "# Contributing"
     files.append(File.generated(config, "contributing.md", content=rendered(text, source)))
     return files
 

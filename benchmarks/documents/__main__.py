@@ -54,11 +54,11 @@ def stale(write: bool) -> list[Path]:
     """
     found = []
     for path in documents():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if (made := filled(text, TABLES)) != text:
             found.append(path)
             if write:
-                path.write_text(made)
+                path.write_text(made, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         for name, draw in FIGURES.items():
             path, made = ROOT / "docs" / name, Path(folder) / name

@@ -117,9 +117,9 @@ def _wrapped(text: str, indent: int) -> str:
 
 
 def _tolerate_narrow_consoles() -> None:
-    """Replaces characters that a console cannot show, such as × in ASCII, by a question mark."""
+    """Replaces characters that a console cannot show by a question mark: × in ASCII, and in UTF-8 a file's name that is not."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 

@@ -81,13 +81,18 @@ def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:
     from dist_ssn.train.models import build_model
 
     share = recipe.share
-    if share.plan is not None:
-        return plan_of_file(share.plan), ()
-    if share.budget is None:
+    followed = None if share.plan is None else plan_of_file(share.plan)
+    if followed is None and share.budget is None:
         raise RecipeError("share.budget is null, which leaves the model dense: give one, such as --share.budget=10%")
     hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
     torch.manual_seed(recipe.seed)  # as in training: a scale that is measured depends on it
-    specs = find_specs(build_model(recipe.model, recipe.model_args, hints), share.include, share.exclude)
+    model = build_model(recipe.model, recipe.model_args, hints)
+    if followed is not None:
+        names = [slot.name for _, slot in followed.slots()]
+        of_this_model = set(names) <= {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        return followed, find_specs(model, include=names).left_out if of_this_model else ()
+    assert share.budget is not None
+    specs = find_specs(model, share.include, share.exclude)
     made = make_plan(specs, share.budget, mapping=share.mapping, morph=share.morph, seed=share.seed)
     return made, specs.left_out
 

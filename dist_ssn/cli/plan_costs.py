@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -13,6 +15,7 @@ from dist_ssn.cluster import load_cluster
 from dist_ssn.cost import alternatives
 from dist_ssn.cost.advice import advise, sentences
 from dist_ssn.cost.fabric import fabric_of
+from dist_ssn.cost.measured import Side
 from dist_ssn.train.recipe.schema import Recipe
 
 
@@ -37,8 +40,13 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
     workers = alternatives.workers_of(measured, cluster, given.workers or [])
     engines = alternatives.engines_of(measured, fabric, moments=2 if recipe.optimizer.name == "adamw" else 1)
     advice = advise(measured, fabric)
-    compute = {"dense_ms": 1000 * measured.dense.compute, "shared_ms": 1000 * measured.shared.compute}
+    sides = {"dense": measured.dense, "shared": measured.shared}
+    compute: dict[str, Any] = {f"{name}_ms": 1000 * side.compute for name, side in sides.items()}
+    compute |= {f"{name}_ms_spread": [1000 * seconds for seconds in side.spread] for name, side in sides.items()}
+    doubts = _doubts(sides, known)
     if given.json:
+        if doubts:
+            print(f"dist-ssn: {doubts}", file=sys.stderr)
         crossover = advice.crossover_mbit if math.isfinite(advice.crossover_mbit) else None
         advised = {**vars(advice), "crossover_mbit": crossover}
         said = {"compute": compute, "ways": costs, "workers": workers, "engines": engines, "advice": advised}
@@ -50,11 +58,30 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
         console.print(alternatives.workers_table(workers))
     console.print(alternatives.engines_table(engines, fabric.processes))
     whence = "measured here" if known is None else f"from {known}"
-    first = f"Compute of a step, {whence}: {compute['dense_ms']:,.1f} ms dense, {compute['shared_ms']:,.1f} ms shared."
+    times = ", ".join(f"{1000 * side.compute:,.1f} ms {name} ({_range(side)})" for name, side in sides.items())
+    first = f"Compute of a step, {whence}: {times}; in brackets, quick and slow steps."
     dense, shared = (recipe.steps * side.step(fabric).step for side in (measured.dense, measured.shared))
     last = f"{recipe.steps:,} steps take {_duration(dense)} dense, {_duration(shared)} shared."
-    for sentence in (first, *sentences(advice, fabric), last):
+    for sentence in (first, *([doubts] if doubts else []), *sentences(advice, fabric), last):
         console.print(sentence, markup=False, highlight=False)
+
+
+def _range(side: Side) -> str:
+    low, high = side.spread
+    return f"{1000 * low:,.1f} to {1000 * high:,.1f}"
+
+
+def _doubts(sides: dict[str, Side], known: Path | None) -> str | None:
+    """A warning if the measured repetitions disagree; None if they agree."""
+    worst = {name: _range(side) for name, side in sides.items() if side.disagrees}
+    if not worst:
+        return None
+    where = "this machine was busy" if known is None else f"the machine of {known} was busy"
+    found = ", ".join(f"{name} {text} ms" for name, text in worst.items())
+    return (
+        f"Warning: the repetitions of a step disagree ({found}), probably because {where}, so every time and bandwidth here may "
+        "be far off: measure again while nothing else runs."
+    )
 
 
 def _duration(seconds: float) -> str:

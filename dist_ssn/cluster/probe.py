@@ -98,7 +98,10 @@ def _neighbours(ranks: int) -> list[tuple[int, int]]:
 def _node_id() -> str:
     """Name of this machine and network namespace: equal for two processes that reach each other without a network."""
     parts = [platform.node()]
-    for read in (lambda: Path("/proc/sys/kernel/random/boot_id").read_text(), lambda: os.readlink("/proc/self/ns/net")):
+    for read in (
+        lambda: Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"),
+        lambda: os.readlink("/proc/self/ns/net"),
+    ):
         try:
             parts.append(read())
         except OSError:  # not Linux: the name has to do

@@ -28,6 +28,8 @@ from dist_ssn.train.optim import build_optimizer
 from dist_ssn.train.recipe.schema import Recipe
 
 FORMAT = 1
+MOST_SPREAD = 1.5
+"""Duration of a slow step over that of a quick one, from which on the repetitions are said to disagree."""
 _MODEL = ("model", "model_args", "batch_size", "accumulation", "precision")  # what compute depends on, beside the bank
 
 
@@ -54,6 +56,18 @@ class Side:
     def compute(self) -> float:
         """Seconds of a step in which nothing is sent."""
         return float(self.timeline.end.mean())
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Seconds of a quick and of a slow step: nine of ten of the repetitions are slower, or quicker; of the slowest process."""
+        low, high = np.quantile(self.timeline.end.max(axis=1), (0.1, 0.9))
+        return float(low), float(high)
+
+    @property
+    def disagrees(self) -> bool:
+        """True if repetitions differ by more than MOST_SPREAD: another program used the machine, so that its times mean little."""
+        low, high = self.spread
+        return high > MOST_SPREAD * low
 
     def step(self, fabric: Fabric, overlap: Overlap | None = None, plan: Plan | None = None) -> Exposure:
         """Predicted cost of a step.

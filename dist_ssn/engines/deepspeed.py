@@ -278,7 +278,7 @@ def _read(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> dict[str
     if config is None or isinstance(config, Mapping):
         return dict(config or {})
     try:
-        found = json.loads(Path(config).read_text())
+        found = json.loads(Path(config).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"DeepSpeed's configuration {os.fspath(config)} cannot be read: {error}") from None
     if not isinstance(found, dict):

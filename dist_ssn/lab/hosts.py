@@ -202,7 +202,7 @@ def _is_alive(owner: str) -> bool:
 def _start_time(pid: int) -> str:
     """Start time of a process in clock ticks since boot; with the number, it identifies the process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:
         return ""
 

@@ -116,7 +116,7 @@ def run(
     commands = host_commands(cluster, network, arguments, logs)  # its mistakes come before the lab is built
     logs.mkdir(parents=True, exist_ok=True)
     for name, content in files(cluster, network).items():
-        (logs / name).write_text(content)
+        (logs / name).write_text(content, encoding="utf-8")
         (logs / name).chmod(0o755)
     with _signals() as stopped, ExitStack() as stack:
         lab = stack.enter_context(Lab(network))
@@ -133,7 +133,9 @@ def run(
         code = _wait(processes, logs, stopped)
         counters = tuple(after - then for after, then in zip(lab.counters(), before, strict=True))
     result = LabResult(code, logs, counters)
-    (logs / "counters.json").write_text(json.dumps([dataclasses.asdict(count) for count in counters], indent=2) + "\n")
+    (logs / "counters.json").write_text(
+        json.dumps([dataclasses.asdict(count) for count in counters], indent=2) + "\n", encoding="utf-8"
+    )
     return result
 
 
@@ -183,7 +185,7 @@ def _tell_failure(host: int, code: int, logs: Path) -> None:
     if host == 0:  # its output was shown
         print(f"dist-ssn: host 0 ended with {how}; its log is {log}", file=sys.stderr)
     else:
-        last = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
         print(f"dist-ssn: host {host} ended with {how}; the end of {log}:", *last, sep="\n", file=sys.stderr)
 
 

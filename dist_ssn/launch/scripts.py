@@ -280,7 +280,7 @@ def main(folder: str) -> int:
     """Writes the files into a folder, the scripts as executable ones."""
     for name, text in scripts().items():
         path = Path(folder, name)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         if name.endswith(".sh"):
             path.chmod(0o755)
     return 0

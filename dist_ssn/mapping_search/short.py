@@ -45,7 +45,7 @@ class ShortRun:
         self.world, self.recipe = world, shortened(recipe, steps)
         self.task, self.model = build(dataclasses.replace(self.recipe, share=ShareConfig()), world)
         if plan is not None:
-            share(self.model, plan=plan)
+            share(self.model, plan=plan, include=recipe.share.include, exclude=recipe.share.exclude)
         self.model.train()
         self.optimizer = build_optimizer(self.model, self.recipe.optimizer)
         schedule = build_schedule(self.optimizer, self.recipe.schedule, steps)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dist_ssn.errors import PlanError
+from dist_ssn.files import parse_json
 from dist_ssn.plan.read import FORMAT, fields_of_plan
 from dist_ssn.plan.slots import Group, Slot
 
@@ -60,8 +61,8 @@ class Plan:
             PlanError: the text is no JSON, or is not a plan of this format; the message names the wrong field.
         """
         try:
-            data = json.loads(text)
-        except (TypeError, ValueError, RecursionError) as error:  # malformed, or an integer of thousands of digits
+            data = parse_json(text)
+        except (TypeError, ValueError) as error:  # malformed, or an integer of thousands of digits
             raise PlanError(f"the plan is not valid JSON ({error}): give the output of Plan.to_json()") from error
         return Plan(**fields_of_plan(data))
 

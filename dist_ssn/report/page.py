@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from dist_ssn.report.table import Column, human_bytes
+from dist_ssn.report.table import Column, human_bytes, is_number
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #767676; --soft: #f2f2f2; }
@@ -143,9 +143,7 @@ def prediction_grid(rows: Sequence[Mapping[str, Any]]) -> Grid | None:
     lines = []
     for row in rows:
         for line in row.get("prediction", ()):
-            if isinstance(line, dict) and all(
-                isinstance(line.get(key), int | float) for key in ("predicted", "measured", "off")
-            ):
+            if isinstance(line, dict) and all(is_number(line.get(key)) for key in ("predicted", "measured", "off")):
                 shown = (f"{line['predicted']:,.1f}", f"{line['measured']:,.1f}", f"{line['off']:+.1%}")
                 lines.append([str(row["name"]), str(line.get("figure")), *shown])
     return Grid("Predicted and measured", ["run", "figure", "predicted", "measured", "off"], lines) if lines else None

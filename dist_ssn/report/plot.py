@@ -55,7 +55,7 @@ def _plot(runs: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], x: st
             if point["validation_loss"] is not None and (point[x] > 0 or not logarithmic)
         ]
         if points:
-            lines.append((index, str(run["name"]), points))
+            lines.append((index, str(run["name"]).replace("$", r"\$"), points))  # no formula
     if not lines:
         names = ", ".join(str(run["name"]) for run in runs) or "no runs"
         why = " with several processes, and a single process sends nothing" if logarithmic else ""

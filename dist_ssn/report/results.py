@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ssn.errors import UserError
+from dist_ssn.files import parse_json, read_text
 from dist_ssn.report.page import Grid
 
 MOST = 64 << 20
@@ -51,13 +52,13 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     try:
         if (size := file.stat().st_size) > MOST:
             raise UserError(f"{file} has {size} bytes, and at most {MOST} are read")
-        texts = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        texts = read_text(file, MOST).splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             line = None
         if not isinstance(line, dict):
             raise UserError(f"{file}, line {number} is not a measurement: expected a JSON object, got {text!r:.60}")

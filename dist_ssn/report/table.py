@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
+
+_LARGEST = 1e300
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for a finite int or float that can be drawn; JSON's true, NaN and integers of hundreds of digits are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def describe_value(value: Any) -> str:
+    """A value of a file for a sentence: lists and objects by their kind, others by their first characters."""
+    return {list: "a list", dict: "an object", type(None): "null"}.get(type(value), f"{value!r:.60}")
 
 
 def human_number(count: float) -> str:
@@ -84,7 +97,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -
     for column in columns:
         table.add_column(column.short, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(str(row["name"]), *(column.cell(row) for column in columns))
+        table.add_row(escape(str(row["name"])), *(column.cell(row) for column in columns))
     return table
 
 

@@ -52,7 +52,8 @@ def share(
         morph: see `make_plan`.
         include: see `make_plan`.
         exclude: see `make_plan`.
-        plan: follow exactly this plan; given instead of `budget`.
+        plan: follow exactly this plan; given instead of `budget`. A weight without a slot stays dense, with a warning unless
+            `include` or `exclude` leave it out.
         seed: see `make_plan`.
 
     Returns:
@@ -80,6 +81,7 @@ def share(
             )
         specs = find_specs(model, include=names)
         require_plan_fits(plan, specs)
+        _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
     _warn_of_seeds(specs)
     warn_of_pretrained(model, specs)
@@ -127,6 +129,24 @@ def _warn_of_seeds(specs: Specs) -> None:
         warnings.warn(
             f"the initial scale of {measured[0]} ({len(measured)} weights in all) was measured on its random values: if the "
             "ranks have different seeds, they now follow different plans; give them one plan, share(model, plan=...)",
+            stacklevel=3,
+        )
+
+
+def _warn_of_missing_slots(
+    model: nn.Module,
+    specs: Specs,
+    include: Selector | Iterable[Selector] | None,
+    exclude: Selector | Iterable[Selector] | None,
+) -> None:
+    dense = [name for name, reason in specs.left_out if reason == "not included"]
+    if dense:  # among them are weights that no plan would share, such as those that start constant
+        wanted = {weight.name for weight in find_specs(model, include, exclude).weights}
+        dense = [name for name in dense if name in wanted]
+    if dense:
+        warnings.warn(
+            f"the plan has no slot for {dense[0]} ({len(dense)} weights in all), which stays dense: if that is meant, say so "
+            "by exclude=..., as when the plan was made",
             stacklevel=3,
         )
 

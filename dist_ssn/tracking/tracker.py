@@ -50,7 +50,9 @@ class JsonLines:
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [] if resume_step is None or not path.exists() else _lines_until(path.read_text(), resume_step)
+            kept = []
+            if resume_step is not None and path.exists():
+                kept = _lines_until(path.read_text(encoding="utf-8", errors="replace"), resume_step)
             replace_text(path, "".join(kept))
         except OSError as error:
             raise UserError(f"cannot write the metrics to {path}: {error}; give another folder as output") from error
@@ -69,7 +71,7 @@ class JsonLines:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         try:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(jsonable(record), allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(
@@ -84,7 +86,8 @@ def _lines_until(text: str, step: int) -> list[str]:
             record = json.loads(line)
         except ValueError:
             continue  # an incomplete line of a killed run
-        if line.endswith("\n") and record.get("step", step + 1) <= step:
+        at = record.get("step") if isinstance(record, dict) else None
+        if line.endswith("\n") and isinstance(at, int) and at <= step:
             kept.append(line)
     return kept
 
@@ -133,7 +136,7 @@ class Console:
         """Moves the bar, on a terminal."""
         if not self.live:
             return
-        figures = f"loss {loss:.4f} · {samples_per_second:,.0f} samples/s · {mb_per_step:.3g} MB sent/step"
+        figures = self._shown(f"loss {loss:.4f} · {samples_per_second:,.0f} samples/s · {mb_per_step:.3g} MB sent/step")
         if self._progress is None:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -143,7 +146,7 @@ class Console:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._progress.add_task(self._name, total=self._steps, completed=step, figures=figures)
+            self._progress.add_task(self._shown(self._name), total=self._steps, completed=step, figures=figures)
             self._progress.start()
         self._progress.update(self._progress.task_ids[0], completed=step, figures=figures)
 
@@ -162,7 +165,12 @@ class Console:
 
     def note(self, sentence: str) -> None:
         """Prints a line of text, above the bar if there is one."""
-        self._console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(self._shown(sentence), highlight=False, markup=False, soft_wrap=True)
+
+    def _shown(self, text: str) -> str:
+        """The text with a question mark for each character that the console lacks: a script's may be ASCII."""
+        encoding = self._console.encoding
+        return text.encode(encoding, "replace").decode(encoding)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Does nothing: tables go to the files."""

@@ -45,7 +45,9 @@ class WandbTracker:
         import wandb
 
         remembered = folder / "wandb_id"
-        run_id = os.environ.get("WANDB_RUN_ID") or (remembered.read_text() if resume and remembered.exists() else None)
+        run_id = os.environ.get("WANDB_RUN_ID") or (
+            remembered.read_text(encoding="utf-8") if resume and remembered.exists() else None
+        )
         try:
             self._run = wandb.init(
                 mode="offline" if mode == "offline" else "online",
@@ -62,7 +64,7 @@ class WandbTracker:
             raise UserError(
                 f"W&B did not start in mode {mode!r} ({error}): correct that, or set wandb.mode to offline or disabled"
             ) from error
-        remembered.write_text(self._run.id)
+        remembered.write_text(self._run.id, encoding="utf-8")
         self._table, self._image, self._draw_rows = wandb.Table, wandb.Image, draw
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

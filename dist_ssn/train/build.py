@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ def build(recipe: Recipe, world: World) -> tuple[Task, nn.Module]:
     """
     validate(recipe, world.world_size)
     task = load_task(recipe.data, context=recipe.model_args.get("context"), seed=recipe.seed)
+    for note in task.notes if world.rank == 0 else ():
+        warnings.warn(note, stacklevel=2)
     # Both raise now, and not in the middle of a run, if there is too little data for these ranks and this batch.
     batch = task.batch(0, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
     task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches)
@@ -65,7 +68,8 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
         PlanError: the plan's file cannot be read.
     """
     if config.plan is not None:
-        return share(model, None, plan=plan_of_file(config.plan))
+        plan = plan_of_file(config.plan)
+        return share(model, None, plan=plan, include=config.include, exclude=config.exclude)
     if config.budget is None:
         return model
     if config.control is not None:

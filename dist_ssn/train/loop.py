@@ -83,7 +83,8 @@ def train(recipe: Recipe, *, progress: bool = True, draw: Draw | None = None) ->
     Raises:
         UserError: the recipe, the data, a checkpoint or the model is not usable, or the loss is no longer finite.
             Every rank raises it.
-        Preempted: SIGTERM or SIGUSR1 preempted the run, and a checkpoint of its last step is written. Every rank raises it.
+        Preempted: SIGTERM or SIGUSR1 preempted the run, before its first step or with a checkpoint of its last step. Every rank
+            raises it.
         RanksLost: a collective failed, because another rank is gone.
     """
     with init_world(recipe.engine.timeout_seconds) as world:
@@ -146,9 +147,9 @@ class _Run:
         """Checks and builds everything; a mistake on one rank stops all ranks."""
         recipe = self.recipe
         engine = self._agree(lambda: engine_class(recipe.engine.name))
-        self.task, model = self._agree(lambda: build(recipe, self.world))
+        self.task, model = self._begin(lambda: build(recipe, self.world))
         if recipe.distill.teacher is not None:
-            self.teacher = self._agree(lambda: load_teacher(recipe, self.task, model))
+            self.teacher = self._begin(lambda: load_teacher(recipe, self.task, model))
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)  # before an engine shards them
         self.model = engine.prepare(with_thresholds(model, recipe.prune))
         self.optimizer = self._agree(lambda: build_optimizer(self.model, recipe.optimizer))
@@ -170,6 +171,15 @@ class _Run:
             self.pruner = Pruner(recipe.prune, recipe.share, self.engine.module, step, steps)
         self._agree(lambda: self._open_folder(resumes))
 
+    def _begin(self, action: Callable[[], T]) -> T:
+        """Runs `action`, which may read from a slow drive; a signal ends it."""
+
+        def run() -> T:
+            with self.saver.stop.at_once():
+                return action()
+
+        return self._agree(run)
+
     def _open_folder(self, resumes: bool) -> None:
         if self.world.rank != 0:
             return
@@ -179,9 +189,9 @@ class _Run:
             if not resumes and (aside := set_aside(self.folder)) is not None:
                 self.notes.append(f"{self.folder} held another run, which is in {aside} now")
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.json").write_text(self.recipe.to_json() + "\n")
+            (self.folder / "recipe.json").write_text(self.recipe.to_json() + "\n", encoding="utf-8")
             if plan is not None:
-                (self.folder / "plan.json").write_text(plan.to_json() + "\n")
+                (self.folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write to the run's folder {self.folder}: {error}; give another output") from error
         if self.progress:
@@ -214,6 +224,7 @@ class _Run:
             counters.step += 1
             self.heartbeat.step = counters.step
             if counters.step == first + 1:
+                self.saver.stop.begun = True
                 self.account.first_step_is_over()
             self._show(loss, counters.step - first)
             wants = self.saver.after_step(counters.step)

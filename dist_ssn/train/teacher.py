@@ -60,7 +60,7 @@ def load_teacher(recipe: Recipe, task: Task, student: nn.Module) -> Teacher:
         )
     share, plan = theirs.share, folder / "plan.json"
     if plan.exists():  # the plan that the teacher was trained with
-        share = ShareConfig(plan=str(plan))
+        share = ShareConfig(plan=str(plan), include=share.include, exclude=share.exclude)
     model = with_thresholds(share_as(build_model(theirs.model, theirs.model_args, task), share), theirs.prune)
     load_model(folder / "checkpoints", model, shared_plan(model))
     device = next(student.parameters()).device

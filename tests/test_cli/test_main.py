@@ -90,6 +90,15 @@ def test_plan_needs_no_data_and_reads_a_plan_back(tmp_path: Path, capsys: pytest
     assert again == (0, text, "")
 
 
+def test_plan_says_which_weight_a_plan_file_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--model_args={layers: 1, width: 32, heads: 2, context: 16}"
+    plan = json.loads(run("plan", small, "--share.budget=20%", "--json", capsys=capsys)[1])
+    lost = plan["groups"][0]["slots"].pop()["name"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    code, out, err = run("plan", small, f"--share.plan={tmp_path / 'plan.json'}", capsys=capsys)
+    assert (code, err) == (0, "") and f"{lost} (not included)" in " ".join(out.split())
+
+
 def test_report_is_called_with_the_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
     monkeypatch.setattr("dist_ssn.report.report", lambda *given: calls.append(given))

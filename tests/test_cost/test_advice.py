@@ -173,3 +173,35 @@ def test_wrong_numbers_of_workers(wrong: str, capsys: pytest.CaptureFixture[str]
     assert "--workers must be numbers" in capsys.readouterr().err
     assert main([*SMALL, "--workers=2"]) == 2
     assert "--workers goes with --cluster" in capsys.readouterr().err
+
+
+def test_repetitions_that_disagree_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of measured times whose shared side was measured beside another program."""
+    sizes = '--model_args={"layers": 1, "width": 16, "heads": 2, "context": 8}'
+    command = ["plan", sizes, "--share.budget=20%", "--batch_size=8", "--cluster=ethernet-1g"]
+    file = tmp_path / "compute.json"
+    assert main([*command, f"--calibrate={file}"]) == 0
+    assert "in brackets, quick and slow steps" in " ".join(capsys.readouterr().out.split())
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for side, slow in (("dense", 0.011), ("shared", 0.08)):
+        steps = [0.01, slow] * 10
+        content[side] = {
+            "ready": {name: [[0.0]] * 20 for name in content[side]["ready"]},
+            "end": [[s] for s in steps],
+            "drag": 0,
+        }
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert main([*command, f"--compute={file}"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "10.5 ms dense (10.0 to 11.0), 45.0 ms shared (10.0 to 80.0)" in said
+    assert (
+        "Warning: the repetitions of a step disagree (shared 10.0 to 80.0 ms), probably because the machine of" in said
+    )
+    assert main([*command, f"--compute={file}", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["compute"]["shared_ms_spread"] == pytest.approx([10, 80])
+    assert err.startswith("dist-ssn: Warning: the repetitions")
+    content["shared"]["end"] = content["dense"]["end"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert main([*command, f"--compute={file}"]) == 0
+    assert "Warning" not in capsys.readouterr().out

@@ -283,3 +283,14 @@ def test_rows_and_table(plan: Plan) -> None:
     ):
         assert text in printed
     assert str(plan).startswith(f"5 weights with {plan.numel:,} elements from {plan.parameters:,} parameters (")
+
+
+@by_plan
+def test_a_key_twice_is_refused(plan: Plan) -> None:
+    """Of two values JSON would keep the last, without a word."""
+    text = plan.to_json(None)
+    for key in ("seed", "budget", "groups", "name", "scale", "shape"):
+        place = text.index(f'"{key}": ')
+        twice = f'{text[:place]}"{key}": 5, {text[place:]}'
+        with pytest.raises(PlanError, match=f"not valid JSON .the key '{key}' is there twice"):
+            Plan.from_json(twice)

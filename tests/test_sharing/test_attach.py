@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import io
 from collections.abc import Callable
@@ -372,6 +373,24 @@ def test_the_state_of_a_dense_model_is_refused(strict: bool) -> None:
     state = Net().state_dict()
     with pytest.raises(RuntimeError, match="is generated from a bank"):
         share(Net(), 0.2).load_state_dict(state, strict=strict)
+
+
+def test_a_slot_that_a_plan_lacks_is_named() -> None:
+    plan = make_plan(Net(), 0.3)
+    (name, *_) = (slot.name for _, slot in plan.slots() if slot.name != "table.weight")
+    groups = [
+        dataclasses.replace(group, slots=tuple(slot for slot in group.slots if slot.name != name))
+        for group in plan.groups
+    ]
+    cut = dataclasses.replace(plan, groups=tuple(group for group in groups if group.slots))
+    with pytest.warns(UserWarning, match=rf"the plan has no slot for {name} \(1 weights in all\), which stays dense"):
+        model = share(Net(), plan=cut)
+    assert name in dict(model.named_parameters())
+    share(Net(), plan=cut, exclude=name)  # it is meant: no warning, which would be an error here
+    share(Net(), plan=plan)
+    zero = Net()
+    nn.init.zeros_(zero.hidden.weight)  # no plan would share it
+    share(zero, plan=make_plan(zero, 0.3))
 
 
 def test_a_plan_is_a_plan() -> None:

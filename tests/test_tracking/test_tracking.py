@@ -51,7 +51,10 @@ def test_lines_are_json_even_for_what_json_lacks(tmp_path: Path) -> None:
 
 def test_going_on_keeps_what_was_before_the_checkpoint_only(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"table": "plan", "rows": []}\n{"step": 2}\n{"step": 3}\n{"step": 2, "cut')
+    odd = b'[1]\n7\n{"step": "2"}\n\xff\xfe\n'
+    path.write_bytes(
+        b'{"step": 1}\n{"table": "plan", "rows": []}\n{"step": 2}\n' + odd + b'{"step": 3}\n{"step": 2, "cut'
+    )
     tracker = JsonLines(path, resume_step=2)
     tracker.log(3, {})
     tracker.close(None)
@@ -91,15 +94,16 @@ def test_former_runs_are_set_aside_one_by_one(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the console
 
 
-def printed(terminal: bool) -> str:
-    stream = io.StringIO()
+def printed(terminal: bool, encoding: str = "utf-8") -> str:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)  # refuses what it cannot show
     console = Console("small", 10, Path("runs/small"), RichConsole(file=stream, force_terminal=terminal, width=140))
     assert console.live == terminal
     console.advance(3, 1.75, 640.0, 0.25)
     console.log(4, {"train_loss": 1.7})
     console.log(5, EVALUATION | {"validation_accuracy": 0.875})
     console.close(ROW)
-    return stream.getvalue()
+    stream.seek(0)
+    return stream.read()
 
 
 def test_without_a_terminal_a_line_per_evaluation_and_no_bar() -> None:
@@ -114,6 +118,13 @@ def test_on_a_terminal_a_bar_with_loss_speed_and_bytes() -> None:
     text = printed(terminal=True)
     for part in ("3/10", "loss 1.7500", "640 samples/s", "0.25 MB sent/step", "validation loss 1.5000"):
         assert part in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_console_of_any_encoding_shows_the_figures(encoding: str, terminal: bool) -> None:
+    text = printed(terminal, encoding)
+    assert "validation loss 1.5000" in text and "640 samples/s" in text
 
 
 # ---------------------------------------------------------------- Weights & Biases

@@ -287,9 +287,9 @@ def test_wrong_texts(tmp_path: Path) -> None:
     for path, wanted in (
         (tmp_path / "no.txt", "no.txt' does not exist in "),
         (tmp_path / "*.txt", r"there is no text in '.*\*.txt': give a text file, a folder of them, or a glob"),
-        (tmp_path / "empty", "there is no text in"),
+        (tmp_path / "empty", "empty cannot be trained on, for it is empty: give a text file"),
         (tmp_path / "folder", "there is no text in"),
-        (tmp_path / "binary", "is not a text file, for it has NUL bytes"),
+        (tmp_path / "binary", r"for it is binary, or text in UTF-16 .it has NUL bytes.: give a text file in UTF-8"),
         (tmp_path / "short", "the validation part of .* has 1 bytes, but a context of 4 needs at least 5"),
     ):
         with pytest.raises(DataError, match=wanted) as caught:
@@ -552,6 +552,45 @@ def test_wrong_cifar(tmp_path: Path) -> None:
     (tmp_path / "x.tar.gz").write_bytes(b"no archive")
     fails("x.tar.gz cannot be read .* get the archive again", tmp_path / "x.tar.gz")
     fails("no data_batch_1.bin", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz"])
+def test_a_damaged_archive_is_refused_or_holds_the_same(tmp_path: Path, packing: str) -> None:
+    """Any flipped byte, and any missing end: the checksum is behind the last file, and behind the archive's own end."""
+    path = tmp_path / "archive"
+    with tarfile.open(path, f"w:{packing}") as archive:
+        for file, content in cifar_files("cifar100", True).items():
+            member = tarfile.TarInfo(f"cifar-100-binary/{file}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    whole = path.read_bytes()
+    config = DataConfig(name="cifar100", path=str(path))
+    task = load_task(config)
+    assert isinstance(task, ClassificationTask)
+    places = [*range(12), *np.random.default_rng(0).integers(0, len(whole), 60).tolist(), *range(-9, 0)]
+    damaged = [
+        whole[: place % len(whole)] + bytes([whole[place] ^ 16]) + whole[place % len(whole) + 1 :] for place in places
+    ]
+    damaged += [whole[:size] for size in (len(whole) - 1, len(whole) - 8, len(whole) // 2, 5)]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            other = load_task(config)
+        except DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        else:  # a time or a name in the header
+            assert isinstance(other, ClassificationTask) and np.array_equal(other.images, task.images)
+            assert np.array_equal(other.labels, task.labels)
+    assert refused >= len(damaged) - 10
+
+
+def test_a_pipe_among_the_files_does_not_hang(fashion: Path) -> None:
+    (fashion / "train-images-idx3-ubyte.gz").unlink()
+    os.mkfifo(fashion / "train-images-idx3-ubyte.gz")
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte.gz cannot be read \(it is not a regular file\)"):
+        load_task(DataConfig(name="fashion_mnist", path=str(fashion)))
 
 
 def test_hints_need_no_files_and_are_what_tasks_have() -> None:

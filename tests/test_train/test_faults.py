@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dist_ssn.engines import init_world
 from dist_ssn.errors import CheckpointError, DistSSNError, Preempted, RanksLost, UserError
 from dist_ssn.train.checkpoint import writer as writers
 from dist_ssn.train.checkpoint.folder import checkpoints, latest
@@ -27,7 +28,8 @@ from dist_ssn.train.checkpoint.writer import Writer
 from dist_ssn.train.loop import train
 from dist_ssn.train.ranks import agreement as agreements
 from dist_ssn.train.ranks.agreement import Agreement, Wants
-from dist_ssn.train.ranks.stop import EXIT_REQUEUE
+from dist_ssn.train.ranks.raise_together import raise_together
+from dist_ssn.train.ranks.stop import EXIT_REQUEUE, Stop
 from dist_ssn.train.recipe.schema import CheckpointConfig, EngineConfig, Recipe
 from testing.ranks import RanksFailed, run_ranks
 from tests.test_train.test_loop import recipe
@@ -241,6 +243,86 @@ def test_the_command_line_ends_with_the_code_for_another_try(tmp_path: Path, num
             process.kill()
             process.wait()
     assert f"was preempted by signal {number}: it is saved after step" in (tmp_path / "said").read_text()
+
+
+SLOW = """
+import time
+from pathlib import Path
+
+def build(vocabulary, context, how="sleep"):
+    Path("started").touch()
+    if how == "swallow":
+        try:
+            time.sleep(100)
+        except Exception as error:
+            raise ValueError("the model could not be built") from error
+    time.sleep(100)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("how", ["sleep", "swallow"])
+def test_a_signal_ends_a_slow_start_at_once(tmp_path: Path, number: int, how: str) -> None:
+    """Data on a slow drive, or a model that takes minutes: nothing is there to be saved."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "recipe.yaml").write_text(f"name: slow\nmodel: slow.build\nmodel_args: {{how: {how}}}\n")
+    command = [sys.executable, "-m", "dist_ssn.cli", "train", "--config", "recipe.yaml"]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=said, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": path}
+        )
+        try:
+            assert until((tmp_path / "started").exists, 100), (tmp_path / "said").read_text()
+            process.send_signal(number)
+            assert process.wait(20) == EXIT_REQUEUE, (tmp_path / "said").read_text()
+        finally:
+            process.kill()
+            process.wait()
+    said_in_all = (tmp_path / "said").read_text()
+    assert f"was preempted by signal {number} before its first step: nothing is lost, start it again" in said_in_all
+    assert "Traceback" not in said_in_all and not (tmp_path / "runs").exists()
+
+
+def _stopped_while_it_starts(rank: int, world_size: int) -> str:
+    with init_world(30) as world, Stop(30, str) as stop:
+
+        def build() -> None:
+            with stop.at_once():
+                if rank == 1:
+                    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                    threading.Event().wait(60)
+
+        with pytest.raises(Preempted) as caught:
+            raise_together(build, world.device)
+        return str(caught.value)
+
+
+@pytest.mark.distributed
+def test_a_signal_to_one_rank_that_starts_ends_all() -> None:
+    first, second = run_ranks(_stopped_while_it_starts, 2)
+    assert first == second and "signal 15 before its first step" in first
+
+
+@pytest.mark.processes
+def test_a_start_that_returns_to_no_handler_ends_too() -> None:
+    """A read in the kernel holds the main thread: it is ended some seconds after the signal."""
+    script = """
+import ctypes, os, signal, threading
+from dist_ssn.train.ranks import stop as stops
+stops.GRACE_SECONDS = 0.5
+stops.LOOK_SECONDS = 0.1
+sleep = ctypes.CDLL(None).sleep
+with stops.Stop(60, str) as stop, stop.at_once():
+    threading.Timer(0.2, stop._theirs.send, (bytes([signal.SIGTERM]),)).start()
+    sleep(30)
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert process.returncode == EXIT_REQUEUE, process.stderr
+    assert "was preempted by signal 15 before its first step" in process.stderr
 
 
 def until(condition: Callable[[], object], seconds: float) -> bool:

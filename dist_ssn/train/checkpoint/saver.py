@@ -35,7 +35,7 @@ class Saver:
     """Saves and resumes a run; all ranks call each method in the same order."""
 
     def __init__(self, recipe: Recipe, world: World, stop: Stop) -> None:
-        self._recipe, self._world, self._stop = recipe, world, stop
+        self._recipe, self._world, self.stop = recipe, world, stop
         self._folder = folder_of(recipe)
         self._writer = Writer(self._folder, recipe.checkpoint.keep)
         self._agreement = Agreement(world.world_size, world.device)
@@ -114,7 +114,7 @@ class Saver:
         """
         config = self._recipe.checkpoint
         due = config.every_seconds is not None and time.monotonic() - self._saved_at >= config.every_seconds
-        mine = Wants(self._stop.number, due and self._world.rank == 0, self._writer.failure is not None)
+        mine = Wants(self.stop.number, due and self._world.rank == 0, self._writer.failure is not None)
         with purpose("checkpoint"):
             wants = self._agreement.after_step(step, mine)
         if wants.failed:

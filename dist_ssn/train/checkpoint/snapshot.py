@@ -109,7 +109,7 @@ def write(snapshot: Snapshot, folder: str | os.PathLike[str], keep: int) -> Path
         save_file(snapshot.model, temporary / "model.safetensors")
         save_file(snapshot.optimizer, temporary / "optimizer.safetensors")
         for name, text in snapshot.texts.items():
-            (temporary / name).write_text(text)
+            (temporary / name).write_text(text, encoding="utf-8")
         state = {
             "format": FORMAT,
             "step": snapshot.step,
@@ -117,7 +117,7 @@ def write(snapshot: Snapshot, folder: str | os.PathLike[str], keep: int) -> Path
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "files": {file.name: folders.fingerprint(file) for file in sorted(temporary.iterdir())},
         }
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             folders.sync(path)
         if target.exists():

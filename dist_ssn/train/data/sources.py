@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import gzip
-import importlib.util
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_ssn.errors import DataError
+from dist_ssn.files import open_regular
 from dist_ssn.train.data.captions import CAPTIONS, caption_indices
 from dist_ssn.train.data.cifar import read_cifar
 from dist_ssn.train.data.tasks import ClassificationTask, Hints, Images, LanguageTask, Task
+from dist_ssn.train.data.text import read_text_bytes
 
 if TYPE_CHECKING:
     from dist_ssn.train.recipe.schema import DataConfig
@@ -88,57 +87,22 @@ def _held_out(config: DataConfig, samples: int) -> slice:
 
 
 def _load_text(config: DataConfig, context: int, seed: int) -> Task:
-    content = _read_text(config.path, config.limit)
+    text = read_text_bytes(config.path, config.limit)
+    content = text.array
     part = _held_out(config, len(content))
-    train, held_out = np.concatenate((content[: part.start], content[part.stop :])), content[part]
+    # The usual fold is at the end: nothing is copied then.
+    train = content[: part.start] if part.stop == len(content) else np.delete(content, part)
     hints = data_hints(config, context=context).model_hints
     where = config.path or "pydoc_data.topics"
-    return LanguageTask(f"the text {where!r}", seed, hints, train=train, held_out=held_out, context=context)
-
-
-def _read_text(path: str | None, limit: int | None) -> np.ndarray:
-    content = bytearray()
-    for file in _text_files(path):
-        try:
-            piece = file.read_bytes()
-        except OSError as error:
-            raise DataError(f"data.path: {file} cannot be read ({error.strerror})") from None
-        if b"\0" in piece[:8192]:
-            if str(file) == path:
-                raise DataError(f"data.path: {file} is not a text file, for it has NUL bytes")
-            continue
-        content += piece
-        if limit is not None and len(content) >= limit:
-            break
-    if not content:
-        raise DataError(f"data.path: there is no text in {path!r}: give a text file, a folder of them, or a glob")
-    return np.frombuffer(bytes(content[:limit]), dtype=np.uint8)
-
-
-def _text_files(path: str | None) -> list[Path]:
-    """The files of a path in an order that is the same on every machine; folders are read without hidden files and links."""
-    if path is None:
-        module = importlib.util.find_spec("pydoc_data.topics")
-        if module is None or module.origin is None or not module.origin.endswith(".py"):
-            raise DataError("this Python comes without the text of pydoc_data.topics: set data.path to a text file")
-        return [Path(module.origin)]
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        found = {file.relative_to(folder): file for file in folder.rglob("*")}
-        return [
-            file
-            for name, file in sorted(found.items(), key=lambda pair: pair[0].as_posix())
-            if file.is_file() and not file.is_symlink() and not any(part.startswith(".") for part in name.parts)
-        ]
-    if folder.exists():
-        return [Path(path)]
-    if not glob.has_magic(path):
-        raise DataError(f"data.path: {path!r} does not exist in {Path.cwd()}")
-    matches = sorted(glob.glob(str(folder), recursive=True))
-    # A link to a folder can lead to the same file many times.
-    return list({os.path.realpath(name): Path(name) for name in reversed(matches) if os.path.isfile(name)}.values())[
-        ::-1
-    ]
+    return LanguageTask(
+        f"the text {where!r}",
+        seed,
+        hints,
+        train=train,
+        held_out=content[part],
+        context=context,
+        notes=text.notes(config.path),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- images
@@ -209,15 +173,17 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     Source: http://yann.lecun.com/exdb/mnist, "The IDX file format".
     """
     packed = path.with_name(f"{path.name}.gz")
+    file = packed if packed.exists() else path
     try:
-        content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+        with open_regular(file) as stream:
+            content = gzip.decompress(stream.read()) if file == packed else stream.read()
     except FileNotFoundError:
         raise DataError(
             f"fashion_mnist: there is no {packed.name} in {path.parent}: run {FASHION_MNIST_COMMAND}, or set data.path "
             "to the folder that has the four files"
         ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"fashion_mnist: {packed} cannot be read ({error}): get the file again") from None
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"fashion_mnist: {file} cannot be read ({error}): get the file again") from None
     header = 4 + 4 * dimensions
     shape = tuple(int(size) for size in np.frombuffer(content[4 : header - header % 4], dtype=">u4")[:dimensions])
     if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) != header + int(np.prod(shape)):

@@ -39,12 +39,14 @@ class Task(ABC):
         name: the data's name.
         seed: of order and augmentation.
         model_hints: arguments for a model's builder.
+        notes: sentences for the user before a run, such as which files were left out.
     """
 
     kind: ClassVar[str]
     name: str
     seed: int
     model_hints: dict[str, Any]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     @abstractmethod

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 
 from dist_ssn import errors
-from dist_ssn.errors import UserError
+from dist_ssn.errors import Preempted, UserError
 
 _SENTENCE_BYTES = 2048  # longest message that is sent to the other ranks
 T = TypeVar("T")
 
 
 def raise_together(action: Callable[[], T], device: torch.device) -> T:
-    """Runs `action` on every rank; if it raises a `UserError` on any of them, all raise it, and none waits for ever.
+    """Runs `action` on every rank; if it raises a `UserError` or `Preempted` on any of them, all raise it, and none waits for ever.
 
     It costs one all-reduce of 8 bytes, and a broadcast of the message if there is one.
 
@@ -29,12 +29,13 @@ def raise_together(action: Callable[[], T], device: torch.device) -> T:
 
     Raises:
         UserError: this rank's own error; on the other ranks, that of the highest rank that failed.
+        Preempted: likewise.
     """
-    failure: UserError | None = None
+    failure: UserError | Preempted | None = None
     result: Any = None
     try:
         result = action()
-    except UserError as error:
+    except (UserError, Preempted) as error:
         failure = error
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         if failure is not None:

@@ -9,11 +9,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from dist_ssn.comm import in_flight
+from dist_ssn.errors import Preempted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that Slurm, Kubernetes and torchrun send before they end a job."""
@@ -39,6 +41,9 @@ class Stop:
     def __init__(self, timeout_seconds: float, last_words: Callable[[str], str]) -> None:
         self.number = 0
         """Number of the received signal, 0 for none."""
+        self.begun = False
+        """The first step is done: from now on a signal makes a checkpoint."""
+        self._starting = False
         self._limit = 2 * timeout_seconds + SPARE_SECONDS
         self._last_words = last_words
         self._since = 0.0
@@ -69,8 +74,37 @@ class Stop:
         self._thread.join()
         self._ours.close()
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Ends the run at a signal, at once, while nothing is there to be saved: data are read, or the model is built.
+
+        Python goes on with a read that a signal interrupted, unless the handler raises; so it does.
+
+        Raises:
+            Preempted: a signal came.
+        """
+        self._starting = True
+        try:
+            self._end_start()
+            yield
+        except Exception:
+            if self.number:  # whoever was interrupted may have made an error of their own of it
+                raise Preempted(self._before_start()) from None
+            raise
+        finally:
+            self._starting = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        self._end_start()
+
+    def _end_start(self) -> None:
+        # In a collective, the other ranks wait for this one: the thread ends it if they wait for too long.
+        if self.number and self._starting and in_flight.oldest() is None:
+            raise Preempted(self._before_start())
+
+    def _before_start(self) -> str:
+        return f"the run was preempted by signal {self.number} before its first step: nothing is lost, start it again"
 
     def _look(self) -> None:
         while True:
@@ -80,10 +114,12 @@ class Stop:
                     return
                 for number in set(numbers) & set(SIGNALS):
                     self.number, self._since = number, time.monotonic()
-            operation = in_flight.oldest()
+            operation, now = in_flight.oldest(), time.monotonic()
             if operation is None:
+                if self.number and not self.begun and now - self._since > GRACE_SECONDS:
+                    print(f"dist-ssn: {self._before_start()}", file=sys.stderr, flush=True)
+                    os._exit(EXIT_REQUEUE)  # a read in the kernel, or other code that returns to no handler
                 continue
-            now = time.monotonic()
             after_signal = self.number == signal.SIGTERM and now - max(operation.began, self._since) > GRACE_SECONDS
             if after_signal or now - operation.began > self._limit:
                 why = f"{GRACE_SECONDS:g} s after {self.name}" if after_signal else "its time is up"
