@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx import _symbolic_trace
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
@@ -25,8 +26,10 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 
 def is_tracing() -> bool:
-    """True while torch.compile or a transform of torch.func traces; then only plain operations may run."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+    """True while torch.compile, a transform of torch.func or torch.fx traces; then only plain operations may run."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+        return True
+    return _symbolic_trace._is_fx_tracing_flag
 
 
 def saved_tensor_hooks() -> Hooks | None:

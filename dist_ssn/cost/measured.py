@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.overlap import Exposure, messages_of, predict
@@ -109,13 +108,16 @@ def measure(recipe: Recipe, world: World, steps: int = 20, known: Path | None = 
         )
     timelines = (None, None) if known is None else _load(known, recipe)
     dense = dataclasses.replace(recipe, share=dataclasses.replace(recipe.share, budget=None, plan=None))
-    model, first = _side(dense, world, steps, timelines[0])
-    specs = find_specs(model, recipe.share.include, recipe.share.exclude)
+    specs, first = _side(dense, world, steps, timelines[0])
+    assert specs is not None
     return Measured(first, _side(recipe, world, steps, timelines[1])[1], specs)
 
 
-def _side(recipe: Recipe, world: World, steps: int, timeline: Timeline | None) -> tuple[nn.Module, Side]:
+def _side(recipe: Recipe, world: World, steps: int, timeline: Timeline | None) -> tuple[Specs | None, Side]:
     task, model = build(recipe, world)
+    plan, specs = shared_plan(model), None
+    if plan is None:  # before it is trained, because initial values say what is left out
+        specs = find_specs(model, recipe.share.include, recipe.share.exclude)
     if timeline is None:
         optimizer = build_optimizer(model, recipe.optimizer)
         model.train()
@@ -128,7 +130,7 @@ def _side(recipe: Recipe, world: World, steps: int, timeline: Timeline | None) -
 
         timeline = measure_timeline(model, optimizer, loss_of, steps)
     own = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and "dist_ssn." not in name}
-    return model, Side(shared_plan(model), own, timeline)
+    return specs, Side(plan, own, timeline)
 
 
 def save(measured: Measured, recipe: Recipe, path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from dist_ssn.errors import ShareError
 from dist_ssn.model.init_scale import EMBEDDINGS, fans_of, init_std_of
 from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
+from dist_ssn.model.structure import structure_of
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
@@ -96,13 +97,16 @@ def find_specs(
     model: nn.Module,
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
+    structure: bool = True,
 ) -> Specs:
     """Lists every weight of `model` once; tied weights are recognized by identity.
 
     Args:
         model: any module, on any device but "meta", initialized as it would be for dense training.
-        include: if given, only weights that one of these selectors matches are shared.
+        include: if given, only weights that one of these selectors matches are shared. A weight with its full name here is shared
+            even if its initial values have a structure.
         exclude: weights that one of these selectors matches stay own parameters.
+        structure: whether weights whose values have a structure are left out; False for a model that was trained or pruned.
 
     Raises:
         ShareError: no weight is left; a selector matches nothing; a parameter is lazy, on "meta", or holds NaN; the weights
@@ -130,6 +134,8 @@ def find_specs(
             reason = "excluded"
         if reason is None and _is_constant(parameter):  # checked last, because it reads the values
             reason = "starts constant"
+        if reason is None and structure and not any(place.name in selected for place in places):
+            reason = structure_of(parameter, _zero_row(places))
         if reason is None:
             kinds.setdefault((parameter.dtype, parameter.device), places[0].name)
             weights.append(_spec(parameter, places))
@@ -248,6 +254,11 @@ def _is_weight_norm_magnitude(module: nn.Module, local: str) -> bool:
     return local.endswith("_g") and f"{local[:-1]}v" in module._parameters  # torch.nn.utils.weight_norm, the older one
 
 
+def _zero_row(places: Sequence[_Place]) -> int | None:
+    padding = [place.module.padding_idx for place in places if isinstance(place.module, EMBEDDINGS)]
+    return next((row for row in padding if row is not None), None)
+
+
 def _is_constant(parameter: nn.Parameter) -> bool:
     low, high = parameter.detach().aminmax()
     return bool(low == high)
@@ -257,8 +268,7 @@ def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
     name, module, _ = places[0]
     shape = tuple(parameter.shape)
     fans = fans_of(module, shape)
-    padding = [p.module.padding_idx for p in places if isinstance(p.module, EMBEDDINGS)]
-    zero_row = next((row for row in padding if row is not None), None)
+    zero_row = _zero_row(places)
     holders: dict[tuple[int, str], str] = {}  # a module that is used in two places holds its weight once
     for place in places:
         holders.setdefault((id(place.module), place.local), place.name)

@@ -43,7 +43,8 @@ def make_plan(
             "5MB/step".
         mapping: "auto", a key of `MAPPINGS` ("depth:3" with a number of groups), or {glob: group name}.
         morph: "auto", a name, a pair "down/up", with options as "offset:rank=4", or a `Morph`.
-        include: if given, only these names, globs or classes of modules are shared (with a model only).
+        include: if given, only these names, globs or classes of modules are shared (with a model only). A full name also shares a
+            weight whose initial values were not drawn at random, ["*", "block.A_log"].
         exclude: these are not shared (with a model only).
         seed: of everything pseudo-random in the plan and in the bank's initial values.
         demand: weight → importance of each of its elements in the split of the budget, relative to other weights, above 0;

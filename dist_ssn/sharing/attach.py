@@ -20,9 +20,12 @@ from dist_ssn.plan.budget import Budget
 from dist_ssn.plan.compare import require_plan_fits
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet
+from dist_ssn.sharing.decay_check import watch_decay
+from dist_ssn.sharing.holders import warn_of_holders
 from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.layers import share_layer
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
+from dist_ssn.sharing.ties import keep_ties
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -97,7 +100,8 @@ def check_order(model: nn.Module, specs: Specs) -> None:
         ShareError: an optimizer holds a weight, or the model is wrapped for training.
     """
     names = {id(model.get_parameter(weight.name)): weight.name for weight in specs.weights}
-    for thing in gc.get_objects() if _is_held(model, specs) else ():
+    held_weights = _held(model, specs)
+    for thing in gc.get_objects() if held_weights else ():
         kind = type(thing)
         if issubclass(kind, torch.optim.Optimizer):
             held = [p for param_group in thing.param_groups for p in param_group["params"] if id(p) in names]
@@ -110,16 +114,24 @@ def check_order(model: nn.Module, specs: Specs) -> None:
             id(p) in names for p in thing.module.parameters()
         ):
             raise ShareError(f"the model is wrapped in a {kind.__name__}: share it first and wrap it afterwards")
+    if held_weights:
+        warn_of_holders(held_weights, model)
 
 
-def _is_held(model: nn.Module, specs: Specs) -> bool:
-    """True if an object other than a module refers to one of the weights; a quick test, which is mostly False."""
+def _held(model: nn.Module, specs: Specs) -> dict[str, nn.Parameter]:
+    """The weights that an object other than a module refers to; a quick test, which mostly finds none."""
+    found: dict[str, nn.Parameter] = {}
     for weight in specs.weights:
-        path, _, local = weight.name.rpartition(".")
-        parameter = model.get_submodule(path)._parameters[local]
-        if sys.getrefcount(parameter) > 3 + len(weight.aliases):  # the module, our variable, and getrefcount's argument
-            return True
-    return False
+        own = 2  # our variable, and getrefcount's argument
+        for name in (weight.name, *weight.aliases):
+            path, _, local = name.rpartition(".")
+            module = model.get_submodule(path)
+            own += 2 if isinstance(module, nn.RNNBase) else 1  # which has a list of its weights
+        parameter = module._parameters[local]
+        assert parameter is not None
+        if sys.getrefcount(parameter) > own:
+            found[weight.name] = parameter
+    return found
 
 
 def _warn_of_seeds(specs: Specs) -> None:
@@ -156,6 +168,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = parameters[specs.weights[0].name]
     banks = BankSet(plan, specs.left_out, first.device, first.dtype)
+    watch_decay(banks.banks())
     for bank in banks.banks():
         initialize(bank)
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
@@ -186,6 +199,7 @@ def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[s
     for module, layer_slots in slots.items():
         share_layer(model.get_submodule(module), layer_slots)
     owner.add_module(attribute, maker)
+    keep_ties(model)
 
 
 def owner_of(model: nn.Module, first: str) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.weight_source import WeightSource
 from dist_ssn.torch_private import graph_task_id
 
@@ -91,6 +92,11 @@ class Sums:
         source = self.source()
         return None if source is None else source.watcher
 
+    def weight_name(self) -> str:
+        """Name of the source's first weight, for messages."""
+        source = self.source()
+        return "a model that is gone" if source is None else source.weight_name(0)
+
     def collect(self) -> tuple[Tensor | None, ...]:
         """Ends the running pass; returns the gradient of each parameter."""
         sums = self.passes.pop(graph_task_id(), {})
@@ -125,7 +131,7 @@ class _AnchorFunction(torch.autograd.Function):
         return parameters[0].new_empty(0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once(lambda ctx: (ctx.sums.weight_name(), tuple(p for _, p in ctx.sums.parameters)))
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.sums.collect()
 
@@ -149,7 +155,7 @@ class Generate(torch.autograd.Function):
         return source.fast(index, rows, dtype, ctx.values.tensors)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once(lambda ctx: (ctx.source.weight_name(ctx.index), ()))
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Adds the weight's gradient to the sums of this pass."""
         (rows,) = ctx.saved_tensors

@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from dist_ssn.errors import ShareError
 from dist_ssn.plan.rules import EMBEDDING_SIZE
 from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
+from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
@@ -119,13 +121,21 @@ class Bank(nn.Module):
         """
         if values is not None:
             return self.fast(index, rows, dtype, values.checked(self.weight_name(index)))
-        if hasattr(self.bank, "device_mesh"):
+        bank: Any = self.bank
+        if isinstance(bank, Proxy):  # torch.fx records the call, so that the traced module has the bank
+            tracer: Any = bank.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (index,), {})
+        if hasattr(bank, "device_mesh"):
             raise ShareError(
                 f"the bank of {self.weight_name(index)} is sharded by FSDP2 where it is read: let the root hold it, "
                 "fully_shard(model, reshard_after_forward=False), and make the root a module of your own if it is an nn.Sequential"
             )
         if self.pure or is_tracing():
             return self._make(index, rows, self._parameters, dtype)
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise ShareError(
+                f"torch.jit.trace cannot record how {self.weight_name(index)} is generated: trace materialize(model)"
+            )
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
             return self.fast(index, rows, dtype, self._parameters)
         anchor = self._current_anchor()
@@ -303,6 +313,10 @@ class Bank(nn.Module):
             "anchor": None,
             "watcher": None,
         }  # neither a graph nor an engine is copied or pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        watch_decay([self])
 
     def extra_repr(self) -> str:
         """Sizes of the bank and its weights."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.read_only import guarded, no_write
+from dist_ssn.sharing.registrations import watch_registrations
 from dist_ssn.sharing.weight_source import Values, WeightSource
 from dist_ssn.torch_private import Hooks, assert_soon, is_tracing, saved_tensor_hooks
 
@@ -122,6 +123,11 @@ def _autocast_dtype(layer: nn.Module, source: WeightSource) -> torch.dtype | Non
     return torch.get_autocast_dtype(device)
 
 
+_NORM = "a norm cannot replace it: register the norm before share(), or on"
+_MADE_OF_A_WEIGHT = {"orig": "torch cannot prune it: prune", "g": _NORM, "v": _NORM}
+"""End of the name under which torch registers what it makes of a weight → why it cannot, for the message."""
+
+
 class SharedLayer:
     """Additions of a shared layer's subclass to its base class."""
 
@@ -136,20 +142,37 @@ class SharedLayer:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._dist_ssn_names:
-            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
+        _check_write(self, name)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name in self._dist_ssn_names:
-            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
+        _check_write(self, name)
+        # Torch's older norms, and its pruning, keep beside a weight what they compute it from.
+        computed = any(hasattr(self, name + end) for end in ("_g", "_u", "_mask"))
+        for original in (f"{name}_v", f"{name}_orig") if computed else ():
+            if original in self._dist_ssn_names:
+                reason = "what computes from it cannot be removed: remove it before share(), or from"
+                raise ShareError(_no_tool(self, original, reason))
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Registers a parameter; raises `ShareError` for a generated one."""
-        if name in self._dist_ssn_names:
-            raise ShareError(no_write(f"{type(self).__name__}.{name}"))
+        """Registers a parameter; raises `ShareError` for a generated one, and for what pruning or a norm makes of it."""
+        _check_write(self, name)
+        weight, end = name.rpartition("_")[::2]
+        if weight in self._dist_ssn_names and end in _MADE_OF_A_WEIGHT:
+            parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]
+            if (
+                weight not in parameters
+            ):  # the older weight norm has taken its place away: it comes first, as in most layers
+                others = dict(parameters)
+                parameters.clear()
+                parameters.update({weight: None, **others})
+            raise ShareError(_no_tool(self, weight, _MADE_OF_A_WEIGHT[end]))
         super().register_parameter(name, param)  # type: ignore[misc]
+
+    def __prepare_scriptable__(self) -> Any:
+        """Is called by `torch.jit.script`; always raises `ShareError`."""
+        raise ShareError(_no_tool(self, self._dist_ssn_names[0], "TorchScript cannot compile that: script"))
 
     def _load_from_state_dict(
         self,
@@ -169,11 +192,34 @@ class SharedLayer:
 
     def reset_parameters(self) -> None:
         """Always raises `ShareError`, because the parameters of a bank belong to many layers."""
-        raise ShareError(no_write(f"{type(self).__name__}.{self._dist_ssn_names[0]}"))
+        raise ShareError(no_write(_full_name(self, self._dist_ssn_names[0])))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = getattr(self, "__getstate__", self.__dict__.copy)()
         return _new_layer, (self._dist_ssn_base, self._dist_ssn_names), state
+
+
+def _full_name(layer: Any, name: str) -> str:
+    """Name of a generated parameter in the model."""
+    source, index = layer.__dict__["_dist_ssn_slots"][name]
+    return source.weight_name(index)
+
+
+def _no_tool(layer: Any, name: str, reason: str) -> str:
+    """The error message for a tool of torch that needs stored weights."""
+    return f"{_full_name(layer, name)} is generated from a bank, and {reason} materialize(model)"
+
+
+def _check_write(layer: Any, name: str) -> None:
+    """Refuses to set or delete an attribute of a shared layer that is a generated weight, or a configuration of quantization.
+
+    Raises:
+        ShareError: it is one.
+    """
+    if name in layer._dist_ssn_names:
+        raise ShareError(no_write(_full_name(layer, name)))
+    if name == "qconfig":  # torch.ao.quantization sets it in every layer, and then leaves out those of unknown classes
+        raise ShareError(_no_tool(layer, layer._dist_ssn_names[0], "quantization needs stored weights: quantize"))
 
 
 class _SharedRNN(SharedLayer):
@@ -182,17 +228,15 @@ class _SharedRNN(SharedLayer):
     @property
     def _flat_weights(self) -> list[Tensor | None]:
         layer: nn.RNNBase = self  # type: ignore[assignment]
-        known = {*self._dist_ssn_names, *layer._parameters}
-        return [getattr(self, name) if name in known else None for name in layer._flat_weights_names]
+        return [getattr(self, name, None) for name in layer._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, value: Any) -> None:
         """Ignores the list that the base class stores, because ours is derived."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._dist_ssn_names:
-            super().__setattr__(name, value)  # raises
-        elif name != "_flat_weights":
+        _check_write(self, name)
+        if name != "_flat_weights":
             nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]  # the base class's reads its list of weights
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,8 +265,10 @@ class _SharedEmbedding(SharedLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table: indices (…) → (…, embedding_dim)."""
         layer: nn.Embedding = self  # type: ignore[assignment]
+        if is_tracing():
+            return super().forward(input)
         few = input.numel() * _ROW_COST < layer.num_embeddings and not layer.scale_grad_by_freq
-        if not few or is_tracing():
+        if not few:
             return super().forward(input)
         source, index = layer.__dict__["_dist_ssn_slots"]["weight"]
         rows = input.reshape(-1).long()
@@ -268,11 +314,17 @@ def _weight_property(name: str) -> property:
             return guarded(source(index), source.weight_name(index))
         except AttributeError as error:  # nn.Module.__getattr__ would turn it into "no attribute 'weight'"
             raise RuntimeError(f"generating {name} failed: {error}") from error
+        except NameError as error:  # torch.fx does not find the bank
+            raise ShareError(
+                f"torch.fx traces a part of the model without the bank of {source.weight_name(index)} ({error}): trace the whole "
+                "model, or materialize(model)"
+            ) from error
 
     return property(read)
 
 
 def _new_layer(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    watch_registrations()
     cls = shared_class(base, names)
     return cls.__new__(cls)
 
@@ -286,6 +338,7 @@ def share_layer(layer: nn.Module, slots: dict[str, tuple[WeightSource, int]]) ->
         layer: is changed.
         slots: name of a parameter → (its source, its index there).
     """
+    watch_registrations()
     for name in slots:
         layer._parameters[name] = None  # keeps its place in the order of parameters; the property comes first
     for name in ("_flat_weights", "_flat_weight_refs"):  # a recurrent layer's second list of its weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet, bank_sets
 from dist_ssn.sharing.layers import unshare_layer
 from dist_ssn.sharing.pretrained import unguard_saving
+from dist_ssn.sharing.ties import release_ties
 
 
 def materialize(model: nn.Module) -> nn.Module:
@@ -22,7 +24,13 @@ def materialize(model: nn.Module) -> nn.Module:
     """
     if not bank_sets(model):
         raise ShareError(f"{type(model).__name__} is not shared: there is nothing to materialize")
-    dense = copy.deepcopy(model)
+    computed: dict[int, Any] = {  # by a weight norm, for example: torch refuses to copy a result of an operation
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+    dense = copy.deepcopy(model, computed)
     made: dict[tuple[int, int], nn.Parameter] = {}
     for module in list(dense.modules()):
         slots: dict[str, tuple[Bank, int]] = module.__dict__.get("_dist_ssn_slots", {})
@@ -36,4 +44,5 @@ def materialize(model: nn.Module) -> nn.Module:
         if isinstance(module._modules.get(ATTRIBUTE), BankSet):
             del module._modules[ATTRIBUTE]
     unguard_saving(dense)
+    release_ties(dense)
     return dense

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +33,21 @@ class GeneratedWeight(Tensor):
             for target in written if isinstance(written, (list, tuple)) else [written]:
                 if isinstance(target, GeneratedWeight) and name not in _HARMLESS:
                     raise ShareError(no_write(target._dist_ssn_name))
+            if name in _EXPORTS and mine is not None:
+                raise ShareError(
+                    f"{mine._dist_ssn_name} is generated from a bank, so what is written through DLPack would be lost: export a "
+                    "copy, weight.detach().clone()"
+                )
             result = func(*args, **kwargs)
+            if isinstance(result, np.ndarray):
+                result.flags.writeable = False  # it may share the weight's memory
             return result if mine is None or foreach else _guard_views(result, mine)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """A copy of the values, without a graph: torch refuses to copy a tensor that is the result of an operation."""
+        with torch._C.DisableTorchFunctionSubclass():
+            memo[id(self)] = copied = guarded(self.detach().as_subclass(Tensor).clone(), self._dist_ssn_name)
+        return copied
 
 
 def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
@@ -47,6 +61,7 @@ def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
 
 
 _IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
+_EXPORTS = {"__dlpack__", "to_dlpack"}
 _HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
 
 

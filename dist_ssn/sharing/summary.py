@@ -37,7 +37,8 @@ class Summary:
             return f"dense model, {self.parameters:,} trainable parameters"
         plans = ", and ".join(map(str, self.plans))
         text = f"{self.parameters:,} trainable parameters: {plans}, and {self.own_parameters:,} of the model's own"
-        return f"{text}; left as they are: {left_out_text(self.left_out)}" if self.left_out else text
+        text += f"; left as they are: {left_out_text(self.left_out)}" if self.left_out else ""
+        return f"{text}; optimizer: dist_ssn.parameter_groups(model, lr=...)"
 
 
 def summary(model: nn.Module) -> Summary:

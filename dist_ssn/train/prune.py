@@ -61,7 +61,7 @@ class Pruner:
         if config.what == "bank":
             self._held = [(bank.bank, bank.group.init_std) for bank in self._banks]
         elif not self._banks:
-            weights = find_specs(model, share.include, share.exclude).weights
+            weights = find_specs(model, share.include, share.exclude, structure=False).weights
             self._held = [(model.get_parameter(weight.name), 1.0) for weight in weights]
         began = sparsity(config, step, steps) > 0
         self._masks = [

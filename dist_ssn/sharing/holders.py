@@ -1,0 +1,69 @@
+"""Who else holds a weight's tensor when a model is shared: a list, a closure, a partial. Reading it there would read old values."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import types
+import warnings
+from typing import Any
+
+from torch import nn
+
+_MOST = 8
+"""Number of held weights whose holders are looked for, since each search passes over all objects."""
+_PASSING = (types.FrameType, types.GeneratorType)
+
+
+def warn_of_holders(weights: dict[str, nn.Parameter], model: nn.Module) -> None:
+    """Warns of the first object, other than the model's modules, that keeps the tensor of a weight.
+
+    Local and global variables are not reported, because a loop over `named_parameters()` leaves one behind.
+
+    Args:
+        weights: the weights with more references than the model's own, by name.
+        model: is about to be shared.
+    """
+    names = {id(tensor): name for name, tensor in list(weights.items())[:_MOST]}
+    found = list(weights.values())[:_MOST]
+    known = {id(weights), id(found)}
+    for module in model.modules():
+        known |= {id(module._parameters), id(module.__dict__.get("_flat_weights"))}
+    for holder in gc.get_referrers(*found):
+        is_globals = type(holder) is dict and "__builtins__" in holder
+        if id(holder) in known or is_globals or isinstance(holder, _PASSING):
+            continue
+        things = {id(thing) for thing in gc.get_referents(holder)}
+        held = next((name for thing, name in names.items() if thing in things), None)
+        if held is not None:
+            warnings.warn(
+                f"{held} is also kept by {_kind(holder)}: what reads it there reads the values of before sharing, which do not "
+                f"train; read it from its layer at each use, or keep it dense, exclude={held!r}",
+                stacklevel=4,
+            )
+            return
+
+
+def _kind(holder: Any) -> str:
+    """What keeps a tensor, in words."""
+    if isinstance(holder, types.CellType):
+        return "the closure of a function"
+    if isinstance(holder, (dict, tuple)):
+        around = gc.get_referrers(holder)
+        around += [owner for part in around if type(part) is dict for owner in gc.get_referrers(part)]
+        for owner in around:
+            if isinstance(owner, functools.partial):
+                return "a functools.partial"
+            if isinstance(owner, types.FunctionType) and (
+                owner.__defaults__ is holder or owner.__kwdefaults__ is holder
+            ):
+                return f"a default argument of {owner.__qualname__}()"
+            if isinstance(owner, nn.Module):
+                kind = type(owner).__name__
+                return (
+                    f"an attribute of a {kind}"
+                    if owner.__dict__ is holder
+                    else f"a {kind} that is no part of the model"
+                )
+    name = type(holder).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
