@@ -45,6 +45,7 @@ class Outer(nn.Module):
         self.body, self.head = body, nn.Linear(40, 40)
 
 
+@pytest.mark.filterwarnings("ignore:.*is also kept by a Linear that is no part")  # the head, tied to the part's embedding
 def test_a_pretrained_model_is_warned_of(tmp_path: Path) -> None:
     build().save_pretrained(tmp_path)
     for outer in (lambda body: body, Outer, copy.deepcopy, lambda body: body.transformer):
