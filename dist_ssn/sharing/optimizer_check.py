@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from dist_ssn.errors import ShareError
+from dist_ssn.sharing.bank_set import ATTRIBUTE
 from dist_ssn.sharing.parts import frozen_by_torch, listed, reads, slots_of
 
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all shared layers of this process
@@ -79,6 +80,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """
     held = _held_by(optimizer)
     training = _training()
+    _warn_of_a_frozen_owner(held)
     if not training:
         return
     _require_sharding(held)
@@ -170,6 +172,32 @@ def _warn_of_an_empty_group(optimizer: Optimizer, held: dict[int, Tensor], missi
                 f"{listed(lacks)}: the parameters of a part are dist_ssn.parameters_of(part)",
                 stacklevel=2,
             )
+
+
+def _warn_of_a_frozen_owner(held: dict[int, Tensor]) -> None:
+    """Warns of `model[0].requires_grad_(False)` in an `nn.Sequential`, whose first layer holds the banks of all layers."""
+    for root in list(_roots):
+        if not any(id(p) in held for p in root.parameters()):
+            continue
+        for path, owner in root.named_modules():
+            maker = owner._modules.get(ATTRIBUTE)
+            if not path or maker is None or any(p.requires_grad for p in owner.parameters()):
+                continue
+            banks = {id(bank) for bank in maker.modules()}
+            inside = {id(module) for module in owner.modules()}
+            others = [
+                source.weight_name(index)
+                for module in root.modules()
+                for source, index in slots_of(module).values()
+                if id(module) not in inside and index not in getattr(source, "frozen", ())
+                if id(source) in banks
+            ]
+            if others:
+                warnings.warn(
+                    f"the parameters of {path} are frozen, and with them the banks that it holds for the whole model, so "
+                    f'{listed(others)} do not train: call requires_grad_(True) of it and dist_ssn.freeze(model, "{path}") instead',
+                    stacklevel=2,
+                )
 
 
 def _warn_of_half_frozen(training: dict[Any, set[int]], held: dict[int, Tensor]) -> None:

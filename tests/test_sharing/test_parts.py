@@ -418,6 +418,22 @@ def test_freeze_works_on_dense_models_and_names_a_pattern_without_a_match() -> N
         freeze(shared(), "decoder")
 
 
+def test_freezing_the_first_layer_of_a_sequential_freezes_no_other() -> None:
+    """The first layer holds the banks of all, since a container calls all of its children."""
+    for freeze_first, said in (
+        (lambda m: m[:2].requires_grad_(False), True),
+        (lambda m: freeze(m, "0"), False),
+        (lambda m: m[0].bias.requires_grad_(False), False),
+    ):
+        model = share(nn.Sequential(nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 8)).double(), 0.5)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            freeze_first(model)
+            step_of(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1), model)
+        found = [str(w.message) for w in seen if "2.weight do not train" in str(w.message)]
+        assert bool(found) == said, found
+
+
 def test_requires_grad_of_one_layer_freezes_its_weight() -> None:
     model = shared()
     model.head.requires_grad_(False)
