@@ -18,19 +18,23 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.bank_set import shared_plan
     from dist_ssn.sharing.materialize import materialize
     from dist_ssn.sharing.optimizer_groups import parameter_groups
+    from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
     from dist_ssn.sharing.summary import summary
 
 __all__ = [
     "CommMeter",
     "Morph",
     "Plan",
+    "freeze",
     "make_plan",
     "materialize",
     "parameter_groups",
+    "parameters_of",
     "search",
     "share",
     "shared_plan",
     "summary",
+    "unfreeze",
 ]
 __version__ = "0.1.0"
 
@@ -39,13 +43,16 @@ _PLACES = {
     "CommMeter": "dist_ssn.comm.meter",
     "Morph": "dist_ssn.plan",
     "Plan": "dist_ssn.plan",
+    "freeze": "dist_ssn.sharing.parts",
     "make_plan": "dist_ssn.plan",
     "materialize": "dist_ssn.sharing.materialize",
     "parameter_groups": "dist_ssn.sharing.optimizer_groups",
+    "parameters_of": "dist_ssn.sharing.parts",
     "search": "dist_ssn.mapping_search",
     "share": "dist_ssn.sharing.attach",
     "shared_plan": "dist_ssn.sharing.bank_set",
     "summary": "dist_ssn.sharing.summary",
+    "unfreeze": "dist_ssn.sharing.parts",
 }
 
 

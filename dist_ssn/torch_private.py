@@ -6,6 +6,7 @@ FSDP2 `at_end_of_backward`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,17 @@ def is_tracing() -> bool:
 def saved_tensor_hooks() -> Hooks | None:
     """The innermost (pack, unpack) hooks for saved tensors that are active on this thread; None without any."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore
+
+
+def active_ddp() -> torch.nn.Module | None:
+    """The DistributedDataParallel whose forward runs; None outside of one."""
+    return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def inside_compiled(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside `torch.compile(module)`; any other module itself."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # there is no compiled module before it is imported
+    return model._orig_mod if dynamo and isinstance(model, dynamo.OptimizedModule) else model  # pyright: ignore
 
 
 def assert_soon(condition: torch.Tensor, message: str) -> None:

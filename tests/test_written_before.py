@@ -104,7 +104,8 @@ def _holds(name: str, found: dict[str, Any]) -> None:
     saved = load_file(WRITTEN / "runs" / name / "checkpoints" / "step-00000008" / "model.safetensors")
     assert set(saved) <= set(found["tensors"])
     for key, tensor in saved.items():
-        torch.testing.assert_close(found["tensors"][key], tensor, rtol=1e-5, atol=1e-6)
+        same = not key.endswith("_extra_state")  # version 0.1.0 kept the plan's bytes as integers
+        torch.testing.assert_close(found["tensors"][key], tensor, rtol=1e-5, atol=1e-6, check_dtype=same)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -84,7 +84,9 @@ class Generator(nn.Module):
         Raises:
             PlanError: it does not.
         """
-        found = bytes(state.cpu().tolist()).decode(errors="replace")
+        found = bytes(state.cpu().round().to(torch.uint8).tolist()).decode(
+            errors="replace"
+        )  # a mean of states is a float
         if found != self._identity():
             raise PlanError(f"the state dict belongs to the control {found:.100}, this model's is {self._identity()}")
 

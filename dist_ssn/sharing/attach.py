@@ -24,8 +24,10 @@ from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.holders import warn_of_holders
 from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.layers import share_layer
+from dist_ssn.sharing.part_check import register_model
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
 from dist_ssn.sharing.ties import keep_ties
+from dist_ssn.torch_private import inside_compiled
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -48,7 +50,8 @@ def share(
     wrapped for training.
 
     Args:
-        model: any module with floating-point weights, initialized as for dense training.
+        model: any module with floating-point weights, initialized as for dense training. Of a compiled one,
+            `torch.compile(model)`, the module inside is shared.
         budget: largest number of trainable parameters that replace the weights: 0.1, "10%", 5_000_000, "5M", "5MB",
             "5MB/step".
         mapping: see `make_plan`.
@@ -69,6 +72,8 @@ def share(
     """
     if (plan is None) == (budget is None):
         raise ShareError("share() needs either a budget, share(model, 0.1), or a plan, share(model, plan=plan)")
+    given, model = model, inside_compiled(model)
+    _require_plain(model)
     if plan is None:
         assert budget is not None
         specs = find_specs(model, include, exclude)
@@ -90,7 +95,16 @@ def share(
     warn_of_pretrained(model, specs)
     _attach(model, plan, specs)
     guard_saving(model)
-    return model
+    return given
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Checks that no form of FSDP holds the parameters already."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh") or getattr(parameter, "_is_flat_param", False):
+            raise ShareError(
+                f"{name} is sharded already, by FSDP or as a DTensor: share the model first and shard it afterwards"
+            )
 
 
 def check_order(model: nn.Module, specs: Specs) -> None:
@@ -198,8 +212,18 @@ def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[s
         raise ShareError(f"{type(owner).__name__} has an attribute {attribute!r} already: rename it")
     for module, layer_slots in slots.items():
         share_layer(model.get_submodule(module), layer_slots)
-    owner.add_module(attribute, maker)
+    _add_second(owner, attribute, maker)
+    register_model(model)
     keep_ties(model)
+
+
+def _add_second(owner: nn.Module, attribute: str, maker: nn.Module) -> None:
+    """Adds a child after the first one, so that `children()[0]`, `children()[-1]` and `children()[:-1]` are the dense model's."""
+    owner.add_module(attribute, maker)
+    children = list(owner._modules.items())
+    for name, child in children[1:-1]:
+        del owner._modules[name]
+        owner._modules[name] = child
 
 
 def owner_of(model: nn.Module, first: str) -> nn.Module:

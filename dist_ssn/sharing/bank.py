@@ -12,7 +12,8 @@ The pure path is `mix` and `finish` under plain autograd. Tests compare the fast
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,12 +29,15 @@ from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import graph_task_id, is_tracing
+from dist_ssn.torch_private import active_ddp, graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
 """Names of a bank's flat parameters; those without elements in the plan are None."""
 _OWN = ("coefficients", "gains", "differences")
 """The parameters in which each slot has a stretch of its own; `Slot` gives the stretch's length under the same name."""
+
+
+_inside: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # DDP → its modules' ids
 
 
 class Bank(nn.Module):
@@ -56,6 +60,12 @@ class Bank(nn.Module):
     differences: nn.Parameter | None
     thresholds: Tensor | None
     """For each slot, the magnitude up to which an element of its weight is set to zero; None if weights are not pruned."""
+    frozen: frozenset[int] = frozenset()
+    """Indices of the slots that send no gradient into the bank (`parts.freeze`)."""
+    stopped: bool = False
+    """True if the parameters require no gradient because all slots are frozen."""
+    check_plan: Callable[[], None] | None = None
+    """Checks that nobody wrote another plan into the state dict of this bank; None before there is one."""
 
     def __init__(self, group: Group, seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
@@ -97,6 +107,18 @@ class Bank(nn.Module):
         """Full name of the weight of slot `index` in the model."""
         return self.group.slots[index].name
 
+    def set_frozen(self, indices: Iterable[int]) -> None:
+        """Stops the gradient of exactly these slots; if these are all, the parameters don't require a gradient.
+
+        Args:
+            indices: of the frozen slots.
+        """
+        self.frozen = frozenset(indices)
+        whole = len(self.frozen) == len(self.group.slots)
+        if whole != self.stopped:
+            self.requires_grad_(not whole)
+        self.stopped = whole
+
     def values(self) -> Values:
         """The current parameters, from which a weight can be generated again."""
         return Values.of(self._parameters)
@@ -117,10 +139,16 @@ class Bank(nn.Module):
             values: the parameters of an earlier read, from which the weight is generated again, without a graph.
 
         Raises:
-            ShareError: FSDP2 has sharded the bank outside of the root.
+            ShareError: FSDP1 has flattened the bank, FSDP2 has sharded it outside of the root, DDP wraps a part without it, or
+                a state dict with another plan was loaded in place.
         """
         if values is not None:
             return self.fast(index, rows, dtype, values.checked(self.weight_name(index)))
+        if "bank" not in self._parameters:
+            raise ShareError(
+                f"the bank of {self.weight_name(index)} is no parameter any more, because FullyShardedDataParallel has flattened "
+                "it: give it use_orig_params=True, or use fully_shard(model, reshard_after_forward=False) of FSDP2"
+            )
         bank: Any = self.bank
         if isinstance(bank, Proxy):  # torch.fx records the call, so that the traced module has the bank
             tracer: Any = bank.tracer
@@ -130,13 +158,19 @@ class Bank(nn.Module):
                 f"the bank of {self.weight_name(index)} is sharded by FSDP2 where it is read: let the root hold it, "
                 "fully_shard(model, reshard_after_forward=False), and make the root a module of your own if it is an nn.Sequential"
             )
+        if self.stopped and self.bank.requires_grad:  # `model.requires_grad_(True)` has started it again
+            self.set_frozen(())
+        frozen = index in self.frozen
         if self.pure or is_tracing():
-            return self._make(index, rows, self._parameters, dtype)
+            weight = self._make(index, rows, self._parameters, dtype)
+            return weight.detach() if frozen else weight
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ShareError(
                 f"torch.jit.trace cannot record how {self.weight_name(index)} is generated: trace materialize(model)"
             )
-        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
+        if self.check_plan is not None:
+            self.check_plan()
+        if frozen or not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
             return self.fast(index, rows, dtype, self._parameters)
         anchor = self._current_anchor()
         if self.watcher is not None and graph_task_id() == -1:
@@ -298,8 +332,22 @@ class Bank(nn.Module):
                 stacklevel=2,
             )
         if anchor is None or not anchor.depends_on(parameters):
+            self._require_reduction()
             anchor = self.anchor = Anchor(self, parameters)
         return anchor
+
+    def _require_reduction(self) -> None:
+        """Checks that the DDP whose forward runs holds this bank, whose gradient nobody would reduce otherwise."""
+        wrapper = active_ddp()
+        if wrapper is None:
+            return
+        if wrapper not in _inside:
+            _inside[wrapper] = {id(module) for module in wrapper.modules()}
+        if id(self) not in _inside[wrapper]:
+            raise ShareError(
+                f"{type(wrapper).__name__} wraps a part of the model and not the bank that generates {self.weight_name(0)}, whose "
+                "gradient it would not average: wrap the whole model, or share the part by itself, share(part, …), before"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self.anchor = None  # its node has the parameters' former dtype and device
@@ -312,6 +360,7 @@ class Bank(nn.Module):
             **self.__dict__,
             "anchor": None,
             "watcher": None,
+            "check_plan": None,
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from dist_ssn.sharing.bank import Bank
 
 ATTRIBUTE = "dist_ssn"
 """Name of the bank set in the module that owns it."""
+_ROUNDING = 0.25
+"""Largest distance of an averaged byte from an integer."""
 
 
 class BankSet(nn.Module):
@@ -38,22 +41,60 @@ class BankSet(nn.Module):
         return input
 
     def get_extra_state(self) -> Tensor:
-        """The plan as bytes, so that a state dict contains its plan."""
-        return torch.frombuffer(bytearray(self.plan.to_json(indent=None).encode()), dtype=torch.uint8)
+        """The plan as bytes, so that a state dict contains its plan.
+
+        The bytes are floating-point numbers, so that a mean of state dicts, or one in half precision, still contains the plan.
+        Loading in place (`torch.distributed.checkpoint.load`) writes into this tensor, so that the next read of a weight checks it.
+        """
+        with torch.inference_mode(False):  # inference tensors don't count their versions
+            state = torch.frombuffer(bytearray(self.plan.to_json(indent=None).encode()), dtype=torch.uint8).float()
+        written, me = state._version, weakref.ref(self)
+
+        def check() -> None:
+            nonlocal written
+            if state._version != written and (banks := me()) is not None:
+                banks.set_extra_state(state)
+                written = state._version
+
+        for bank in self.banks():
+            bank.check_plan = check
+        return state
 
     def set_extra_state(self, state: Tensor) -> None:
         """Checks that a state dict belongs to this plan.
 
+        Args:
+            state: the plan's bytes, as integers or as floating-point numbers.
+
         Raises:
             PlanError: it belongs to another plan; the message has the first difference.
         """
-        if not isinstance(state, Tensor) or state.dtype != torch.uint8:
-            raise PlanError("the state dict has no plan: it was not written by dist_ssn")
-        difference = plan_difference(self.plan, Plan.from_json(bytes(state.cpu().tolist()).decode(errors="replace")))
+        difference = plan_difference(self.plan, plan_in(state))
         if difference:
             raise PlanError(
                 f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)"
             )
+
+
+def plan_in(state: Any) -> Plan:
+    """The plan in a bank set's extra state.
+
+    Args:
+        state: the plan's bytes [n]: uint8 as older versions wrote them, or floating-point numbers, which may have been averaged.
+
+    Raises:
+        PlanError: there is no plan in it, or it was computed from several plans.
+    """
+    if not isinstance(state, Tensor) or state.ndim != 1:
+        raise PlanError("the state dict has no plan: it was not written by dist_ssn")
+    values = state.detach().cpu().double()
+    whole = values.round()
+    if not ((values - whole).abs() <= _ROUNDING).all() or not ((whole >= 0) & (whole <= 255)).all():
+        raise PlanError(
+            "the plan in the state dict is no text: the entry was computed from models of different plans, or by a sum instead of "
+            "a mean; average only models that were built with the same share(model, plan=…)"
+        )
+    return Plan.from_json(bytes(whole.to(torch.uint8).tolist()).decode(errors="replace"))
 
 
 def bank_sets(model: nn.Module) -> list[BankSet]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssn.errors import ShareError
+from dist_ssn.sharing import part_check, walks
+from dist_ssn.sharing.parts import set_trained
 from dist_ssn.sharing.read_only import guarded, no_write
 from dist_ssn.sharing.registrations import watch_registrations
 from dist_ssn.sharing.weight_source import Values, WeightSource
@@ -184,17 +186,35 @@ class SharedLayer:
         unexpected: Any,
         errors: list[str],
     ) -> None:
-        """Rejects a weight of a dense model, even if `strict` is False."""
+        """Rejects a weight of a dense model, even if `strict` is False; names the weights whose bank is not loaded."""
+        walks.check_loaded(self, missing, prefix)  # type: ignore[arg-type]
         for name in self._dist_ssn_names:
             if state_dict.pop(prefix + name, None) is not None:
                 errors.append(no_write(prefix + name))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        walks.check_saved(self, destination)  # type: ignore[arg-type]
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        walks.check_converted(self, fn)  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise ShareError(walks.NO_REPLICAS)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freezes the generated weights, or trains them again, with the other parameters."""
+        set_trained(self, requires_grad)  # type: ignore[arg-type]
+        return super().requires_grad_(requires_grad)  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
         """Always raises `ShareError`, because the parameters of a bank belong to many layers."""
         raise ShareError(no_write(_full_name(self, self._dist_ssn_names[0])))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        walks.check_copied(self)  # type: ignore[arg-type]
         state = getattr(self, "__getstate__", self.__dict__.copy)()
         return _new_layer, (self._dist_ssn_base, self._dist_ssn_names), state
 
@@ -326,7 +346,9 @@ def _weight_property(name: str) -> property:
 def _new_layer(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     watch_registrations()
     cls = shared_class(base, names)
-    return cls.__new__(cls)
+    layer = cls.__new__(cls)
+    part_check.register(layer)
+    return layer
 
 
 def share_layer(layer: nn.Module, slots: dict[str, tuple[WeightSource, int]]) -> None:
@@ -345,10 +367,12 @@ def share_layer(layer: nn.Module, slots: dict[str, tuple[WeightSource, int]]) ->
         layer.__dict__.pop(name, None)
     layer.__dict__["_dist_ssn_slots"] = dict(slots)
     layer.__class__ = shared_class(type(layer), tuple(slots))
+    part_check.register(layer)
 
 
 def unshare_layer(layer: nn.Module, weights: dict[str, nn.Parameter]) -> None:
     """Restores the layer's class and gives it ordinary parameters, in place."""
+    part_check.forget(layer)
     layer.__class__ = type(layer)._dist_ssn_base  # type: ignore[attr-defined]
     del layer.__dict__["_dist_ssn_slots"]
     for name, weight in weights.items():

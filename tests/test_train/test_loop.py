@@ -341,9 +341,7 @@ def sentence_of(recipe: Recipe) -> str:
 
 def test_parameters_that_are_no_numbers_are_not_saved(tmp_path: Path) -> None:
     """The loss of the last step was still finite: only its update was not."""
-    with pytest.raises(
-        UserError, match=r"after step \d+ layers.0.bias is not finite.*no checkpoint was written before"
-    ):
+    with pytest.raises(UserError, match=r"after step \d+ \S+ is not finite.*no checkpoint was written before"):
         train(recipe(tmp_path, steps=3, model_args={"accident": "infinite gradient", "at": 3}), progress=False)
     assert not (tmp_path / "small" / "checkpoints").exists()
 
