@@ -27,13 +27,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives as fsdp_source
 from torch.nn.parallel import distributed as ddp_source
 
 from dist_ssn.comm import in_flight
 from dist_ssn.comm.ledger import Ledger, Row, Totals, check_purpose
 from dist_ssn.errors import UserError
 from dist_ssn.torch_private import at_end_of_backward, graph_task_id
+
+_FSDP_COLLECTIVES = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
+"""FSDP2's module, by name: importing it takes a second, and without FSDP2 nothing runs in it."""
 
 # operator -> (the collective's name in the ledger, the argument that holds this rank's input)
 OPERATORS: dict[str, tuple[str, str | None]] = {
@@ -332,7 +334,7 @@ def _caller_purpose() -> str:
     while frame is not None:
         if frame.f_code.co_filename == ddp_source.__file__ and frame.f_code.co_name in _DDP_METHODS:
             return _DDP_METHODS[frame.f_code.co_name]
-        if frame.f_code.co_filename == fsdp_source.__file__:
+        if frame.f_globals.get("__name__") == _FSDP_COLLECTIVES:
             return "parameters"
         frame = frame.f_back
     return "other"
