@@ -236,21 +236,7 @@ def settings_of(
     zero["stage"] = zero.get("stage", 1 if stage is None else stage)
     if zero["stage"] not in range(4):
         raise UserError(f"ZeRO's stage must be 0, 1, 2 or 3, got {zero['stage']!r}")
-    for refused, found in ((_REFUSED, settings), (_REFUSED_ZERO, zero)):
-        for name in sorted(refused.keys() & found.keys()):
-            if found[name] is not True and found[name] in (
-                None,
-                False,
-                1,
-                {},
-            ):  # switched off; 1 is a partition of one process
-                continue
-            raise UserError(f"DeepSpeed's configuration has {name!r}, which does not work with a bank: {refused[name]}")
-    if settings.get("gradient_accumulation_steps", 1) not in (1, "auto"):
-        raise UserError(
-            f"DeepSpeed's configuration says gradient_accumulation_steps: {settings['gradient_accumulation_steps']}: "
-            "leave it out, because the training loop marks a step's last micro-batch (accumulation, in a recipe)"
-        )
+    _refuse(settings, zero)
     clipping = settings.get("gradient_clipping", clip_norm or 0.0)
     if clipping == "auto":
         clipping = clip_norm or 0.0
@@ -272,6 +258,21 @@ def settings_of(
         "gradient_clipping": clipping,
         "zero_optimization": zero,
     }
+
+
+def _refuse(settings: Mapping[str, Any], zero: Mapping[str, Any]) -> None:
+    """Refuses settings that do not work with a bank or that the training loop makes itself."""
+    for refused, found in ((_REFUSED, settings), (_REFUSED_ZERO, zero)):
+        for name in sorted(refused.keys() & found.keys()):
+            off = (None, False, 1, {})  # 1 is a partition of one process
+            if found[name] is not True and found[name] in off:
+                continue
+            raise UserError(f"DeepSpeed's configuration has {name!r}, which does not work with a bank: {refused[name]}")
+    if settings.get("gradient_accumulation_steps", 1) not in (1, "auto"):
+        raise UserError(
+            f"DeepSpeed's configuration says gradient_accumulation_steps: {settings['gradient_accumulation_steps']}: "
+            "leave it out, because the training loop marks a step's last micro-batch (accumulation, in a recipe)"
+        )
 
 
 def _read(config: str | os.PathLike[str] | Mapping[str, Any] | None) -> dict[str, Any]:

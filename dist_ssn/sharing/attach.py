@@ -81,14 +81,7 @@ def share(
     elif not isinstance(plan, Plan):
         raise PlanError(f"plan is of type {type(plan).__name__}: read it first, Plan.from_json(Path(...).read_text())")
     else:
-        names = [slot.name for _, slot in plan.slots()]
-        missing = sorted(set(names) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
-        if missing:
-            raise PlanError(
-                f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model"
-            )
-        specs = find_specs(model, include=names)
-        require_plan_fits(plan, specs)
+        specs = _specs_of_plan(model, plan)
         _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
     _warn_of_seeds(specs)
@@ -96,6 +89,19 @@ def share(
     _attach(model, plan, specs)
     guard_saving(model)
     return given
+
+
+def _specs_of_plan(model: nn.Module, plan: Plan) -> Specs:
+    """Specs of the weights that a plan has slots for; the plan must belong to the model."""
+    names = [slot.name for _, slot in plan.slots()]
+    missing = sorted(set(names) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    if missing:
+        raise PlanError(
+            f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model"
+        )
+    specs = find_specs(model, include=names)
+    require_plan_fits(plan, specs)
+    return specs
 
 
 def _require_plain(model: nn.Module) -> None:

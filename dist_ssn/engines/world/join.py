@@ -119,18 +119,7 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
 
     address, port = _text("MASTER_ADDR"), _integer("MASTER_PORT", low=1, high=65535)
     try:
-        # Not tcp://: under torchrun the launcher itself holds the store at this port, and only env:// takes that into account.
-        timeout = timedelta(seconds=timeout_seconds)
-        met, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-        met.set_timeout(timeout)
-        rendezvous_id = agree_on_id(met, rank, world_size, timeout)
-        dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo",
-            store=PrefixStore(f"dist_ssn/{rendezvous_id}", met),
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
+        rendezvous_id = _start_process_group("nccl" if kind == "cuda" else "gloo", rank, world_size, timeout_seconds)
     except (dist.DistError, RuntimeError) as error:
         raise UserError(
             f"rank {rank} could not meet the other {world_size - 1} processes at {address}:{port} within "
@@ -138,6 +127,18 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
         ) from error
     store = (address, port)
     return World(rank, world_size, local_rank, where, owns_process_group=True, store=store, rendezvous_id=rendezvous_id)
+
+
+def _start_process_group(backend: str, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """Meets the other processes and starts torch's process group; returns the name under which they have met."""
+    timeout = timedelta(seconds=timeout_seconds)
+    # Not tcp://: under torchrun the launcher itself holds the store at this port, and only env:// takes that into account.
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    rendezvous_id = agree_on_id(store, rank, world_size, timeout)
+    named = PrefixStore(f"dist_ssn/{rendezvous_id}", store)
+    dist.init_process_group(backend, store=named, rank=rank, world_size=world_size, timeout=timeout)
+    return rendezvous_id
 
 
 def _device(kind: str, local_rank: int) -> torch.device:
