@@ -234,7 +234,7 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def is_equal(cell: dict[str, Any]) -> bool:
-    """Whether a cell passes: within its tolerance, or impossible on this processor."""
+    """True if a cell passes: within its tolerance, or impossible on this processor."""
     return "why_not" in cell or max(cell["difference"], cell["loss_difference"]) <= cell["tolerance"]
 
 

@@ -1,4 +1,4 @@
-"""Whether an optimizer that another library made trains a shared model as `parameter_groups` would."""
+"""Check of an optimizer that another library made: does it train a shared model as `parameter_groups` would?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scales_with_uses(name: str) -> bool:
 
 
 def group_fault(model: nn.Module, optimizer: Any, lr: float | None = None) -> str | None:
-    """How an optimizer's groups differ from those of `parameter_groups`, as a clause; None if they don't.
+    """The difference between an optimizer's groups and those of `parameter_groups`, as a clause; None if there is none.
 
     Args:
         model: shared or dense, wrapped or not.

@@ -1,4 +1,4 @@
-"""Who else holds a weight's tensor when a model is shared: a list, a closure, a partial. Reading it there would read old values."""
+"""Search for other holders of a weight's tensor when a model is shared, such as a list or a closure: they would read old values."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def warn_of_holders(weights: dict[str, nn.Parameter], model: nn.Module) -> None:
 
 
 def _kind(holder: Any) -> str:
-    """What keeps a tensor, in words."""
+    """The kind of object that keeps a tensor, in words."""
     if isinstance(holder, types.CellType):
         return "the closure of a function"
     if isinstance(holder, (dict, tuple)):

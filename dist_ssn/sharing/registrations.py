@@ -1,4 +1,4 @@
-"""What torch's tools register in modules: shared layers in the module of a symbolic trace, generated weights as buffers.
+"""Registrations of torch's tools in modules: shared layers in the module of a symbolic trace, generated weights as buffers.
 
 torch calls these hooks when a module or a buffer is registered, and at no other time.
 """

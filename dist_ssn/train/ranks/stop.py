@@ -88,7 +88,7 @@ class Stop:
             self._end_start()
             yield
         except Exception:
-            if self.number:  # whoever was interrupted may have made an error of their own of it
+            if self.number:  # the interrupted code may have turned it into an error of its own
                 raise Preempted(self._before_start()) from None
             raise
         finally:
