@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.attach import share
     from dist_ssn.sharing.bank_set import shared_plan
     from dist_ssn.sharing.materialize import materialize
+    from dist_ssn.sharing.generation import set_generation
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
     from dist_ssn.sharing.summary import summary
@@ -31,6 +32,7 @@ __all__ = [
     "parameter_groups",
     "parameters_of",
     "search",
+    "set_generation",
     "share",
     "shared_plan",
     "summary",
@@ -49,6 +51,7 @@ _PLACES = {
     "parameter_groups": "dist_ssn.sharing.optimizer_groups",
     "parameters_of": "dist_ssn.sharing.parts",
     "search": "dist_ssn.mapping_search",
+    "set_generation": "dist_ssn.sharing.generation",
     "share": "dist_ssn.sharing.attach",
     "shared_plan": "dist_ssn.sharing.bank_set",
     "summary": "dist_ssn.sharing.summary",

@@ -52,3 +52,8 @@ def inside_compiled(model: torch.nn.Module) -> torch.nn.Module:
 def assert_soon(condition: torch.Tensor, message: str) -> None:
     """Asserts a condition that is on a device, without waiting for it."""
     torch._assert_async(condition, message)  # pyright: ignore
+
+
+def storage_uses(tensor: torch.Tensor) -> int:
+    """Number of tensors, of Python or of a graph, that hold the storage of `tensor`."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # pyright: ignore

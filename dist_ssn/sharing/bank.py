@@ -27,6 +27,7 @@ from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
+from dist_ssn.sharing.per_step import PerStep, Placed, fits
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
 from dist_ssn.torch_private import active_ddp, graph_task_id, is_tracing
@@ -37,6 +38,8 @@ _OWN = ("coefficients", "gains", "differences")
 """The parameters in which each slot has a stretch of its own; `Slot` gives the stretch's length under the same name."""
 
 
+_ALL = -1
+"""Index with which a forward generates the weights of all slots."""
 _inside: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # DDP → its modules' ids
 
 
@@ -86,6 +89,8 @@ class Bank(nn.Module):
         self._fast_paths = [fast_path(slot, seed, group.size) for slot in group.slots]
         self.watcher: Watcher | None = None
         self.anchor: Anchor | None = None
+        self.per_step: PerStep | None = None
+        """The weights that are generated at once for a forward; None if weights are generated on demand."""
         self._warned = False  # of ZeRO-3, which would partition the bank again after each use
         self._prepare()
 
@@ -122,6 +127,45 @@ class Bank(nn.Module):
     def values(self) -> Values:
         """The current parameters, from which a weight can be generated again."""
         return Values.of(self._parameters)
+
+    def generate_per_step(self, on: bool) -> None:
+        """Generates the weights once per forward of the model, all together; or each on demand.
+
+        Args:
+            on: True for once per forward.
+        """
+        slots = [
+            Placed(index, slot, self._ranges[index]["gains"][0])
+            for index, slot in enumerate(self.group.slots if on else ())
+            if fits(slot)
+        ]
+        self.per_step = PerStep(slots, self.seed, self.group.size) if slots else None
+
+    def at_hand(self, index: int) -> Tensor | None:
+        """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
+        per_step = self.per_step
+        if per_step is None or index not in per_step.indices:
+            return None
+        graph = torch.is_grad_enabled() and not self.stopped
+        made = per_step.current(self._parameters, graph)
+        if made is None:
+            inside = per_step.forwards or (per_step.made is not None and graph_task_id() != -1)
+            alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(self.bank, "ds_id")
+            if not inside or alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore
+                return None
+            made = self(_ALL)
+        return made.get(index)
+
+    def _make_all(self) -> dict[int, Tensor]:
+        assert self.per_step is not None
+        if self.check_plan is not None:
+            self.check_plan()
+        graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
+        if graph:
+            self._require_reduction()
+        self.per_step.make(self._parameters, self.weight_name(0), graph, self.frozen)
+        assert self.per_step.made is not None
+        return self.per_step.made
 
     def forward(
         self,
@@ -160,6 +204,8 @@ class Bank(nn.Module):
             )
         if self.stopped and self.bank.requires_grad:  # `model.requires_grad_(True)` has started it again
             self.set_frozen(())
+        if index == _ALL:
+            return self._make_all()
         frozen = index in self.frozen
         if self.pure or is_tracing():
             weight = self._make(index, rows, self._parameters, dtype)
@@ -361,10 +407,12 @@ class Bank(nn.Module):
             "anchor": None,
             "watcher": None,
             "check_plan": None,
+            "per_step": self.per_step is not None,
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.generate_per_step(bool(self.per_step))
         watch_decay([self])
 
     def extra_repr(self) -> str:

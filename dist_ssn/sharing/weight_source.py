@@ -24,6 +24,11 @@ class Values(NamedTuple):
         """The current values of `parameters`."""
         return Values(dict(parameters), _versions(parameters))
 
+    def are(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        """True if `parameters` are the same tensors, with the same values."""
+        same = all(tensor is parameters[name] for name, tensor in self.tensors.items())
+        return same and _versions(self.tensors) == self.versions
+
     def checked(self, weight: str) -> Mapping[str, Tensor | None]:
         """The tensors.
 
@@ -78,4 +83,8 @@ class WeightSource(Protocol):
 
     def weight_name(self, index: int) -> str:
         """Full name of weight `index` in the model, for messages."""
+        ...
+
+    def at_hand(self, index: int) -> Tensor | None:
+        """Weight `index`, if it has been generated with all others for this forward; None if it is generated on demand."""
         ...
