@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.generation import set_generation
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
+    from dist_ssn.sharing.plan_of import plan_of
     from dist_ssn.sharing.summary import summary
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "materialize",
     "parameter_groups",
     "parameters_of",
+    "plan_of",
     "search",
     "set_generation",
     "share",
@@ -50,6 +52,7 @@ _PLACES = {
     "materialize": "dist_ssn.sharing.materialize",
     "parameter_groups": "dist_ssn.sharing.optimizer_groups",
     "parameters_of": "dist_ssn.sharing.parts",
+    "plan_of": "dist_ssn.sharing.plan_of",
     "search": "dist_ssn.mapping_search",
     "set_generation": "dist_ssn.sharing.generation",
     "share": "dist_ssn.sharing.attach",

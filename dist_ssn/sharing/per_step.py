@@ -67,7 +67,7 @@ class Block:
         self.parts: list[_Part] = []
         start = 0
         for placed in slots:
-            self.parts.append(_Part(placed.slot, start, placed.gains, sign_start(seed, placed.slot.name, 0)))
+            self.parts.append(_Part(placed, start, sign_start(seed, placed.slot.name, 0)))
             start += placed.slot.numel
         self.with_gains = [part for part in self.parts if part.slot.row_gains]
 
@@ -76,16 +76,17 @@ class Block:
         table = sign_table(self.seed, max(part.chunks for part in self.parts) + 1, like.device, like.dtype)
         return torch.cat([table[part.sign : part.sign + part.chunks] for part in self.parts]).unsqueeze(1)
 
-    def factor(self, signs: Tensor, gains: Tensor | None) -> Tensor:
+    def factor(self, signs: Tensor, scales: Sequence[Tensor], gains: Tensor | None) -> Tensor:
         """Factor of each chunk [q, 1]: sign, scale, and the row gain where a row is a whole number of chunks.
 
         Args:
             signs: see `signs`.
+            scales: of the bank's slots.
             gains: all gains of the bank.
         """
         factor = signs.clone()
         views = [part.per_row(factor) for part in self.parts]
-        torch._foreach_mul_(views, [part.slot.scale for part in self.parts])
+        torch._foreach_mul_(views, [scales[part.index] for part in self.parts])
         if gains is not None and (rows := [p for p in self.with_gains if p.rows_are_chunks]):
             torch._foreach_mul_([part.per_row(factor) for part in rows], [part.row_gains(gains) for part in rows])
         return factor
@@ -100,9 +101,9 @@ class Block:
         if rows := [part for part in self.with_gains if not part.rows_are_chunks]:
             torch._foreach_mul_([part.matrix(values) for part in rows], [part.row_gains(gains) for part in rows])
 
-    def generate(self, bank: Tensor, gains: Tensor | None, out: Tensor) -> None:
+    def generate(self, bank: Tensor, scales: Sequence[Tensor], gains: Tensor | None, out: Tensor) -> None:
         """Writes the block's weights to `out` [n]."""
-        factor = self.factor(self.signs(bank), gains)
+        factor = self.factor(self.signs(bank), scales, gains)
         for run in self.runs:
             torch.mul(run.of(bank), run.of_chunks(factor), out=run.at(out))
         self.apply_gains(out, gains)
@@ -111,6 +112,7 @@ class Block:
         self,
         gradient: Tensor,
         bank: Tensor,
+        scales: Sequence[Tensor],
         gains: Tensor | None,
         bank_sum: Tensor | None,
         gains_sum: Tensor | None,
@@ -120,9 +122,10 @@ class Block:
         Args:
             gradient: of the block's weights [n]; is overwritten.
             bank: [B].
+            scales: of the bank's slots.
             gains: all gains of the bank.
             bank_sum: gradient of the bank; None if it needs none.
-            gains_sum: gradient of all gains, not yet times the scale; None if they need none.
+            gains_sum: gradient of all gains; None if they need none.
         """
         signs = self.signs(bank)
         if gains is not None and gains_sum is not None and self.with_gains:
@@ -131,13 +134,13 @@ class Block:
                 torch.mul(run.of(bank), run.of_chunks(signs), out=run.at(product))
             product.mul_(gradient)
             for part in self.with_gains:
-                matrix = part.matrix(product)
-                part.row_gains(gains_sum).view(-1).addmv_(matrix, part.column_gains(gains), alpha=part.slot.scale)
-                part.column_gains(gains_sum).addmv_(matrix.T, part.row_gains(gains).view(-1), alpha=part.slot.scale)
+                matrix, scale = part.matrix(product), scales[part.index]
+                part.row_gains(gains_sum).view(-1).addmv_(matrix, part.column_gains(gains) * scale)
+                part.column_gains(gains_sum).addmv_(matrix.T, part.row_gains(gains).view(-1) * scale)
         if bank_sum is None:
             return
         self.apply_gains(gradient, gains)
-        factor = self.factor(signs, gains)
+        factor = self.factor(signs, scales, gains)
         for run in self.runs:
             run.of(bank_sum).addcmul_(run.at(gradient), run.of_chunks(factor))
 
@@ -145,8 +148,10 @@ class Block:
 class _Part:
     """Place of one slot in its block: views of the block's arrays."""
 
-    def __init__(self, slot: Slot, start: int, gains: int, sign: int):
-        self.slot, self.start, self.gains, self.sign = slot, start, gains, sign
+    def __init__(self, placed: Placed, start: int, sign: int):
+        self.index, self.slot, self.gains = placed
+        self.start, self.sign = start, sign
+        slot = self.slot
         self.chunks = -(-slot.numel // slot.chunk)
         self.rows_are_chunks = slot.columns % slot.chunk == 0
 
@@ -219,27 +224,27 @@ class Sheet:
         """True if somebody holds a weight of the last forward, such as a graph whose backward is to come."""
         return storage_uses(self.values) > self._idle
 
-    def fill(self, bank: Tensor, gains: Tensor | None) -> tuple[Tensor, ...]:
-        """The weights, as new views of the buffer."""
+    def fill(self, tensors: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
+        """The weights, as new views of the buffer, from a bank's tensors by name."""
+        bank, scales, gains = _of_bank(tensors)
         for block, part in zip(self.blocks, self.parts, strict=True):
-            block.generate(bank, gains, part)
+            block.generate(bank, scales, gains, part)
         return tuple(weight.detach() for weight in self.weights)
 
     def pull_back(
         self,
         gradients: Sequence[Tensor | None],
-        bank: Tensor,
-        gains: Tensor | None,
+        tensors: Mapping[str, Tensor | None],
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of the bank and of the gains.
 
         Args:
             gradients: of the weights; None for those without one.
-            bank: [B].
-            gains: all gains of the bank.
+            tensors: the bank's, by name.
             needs: whether the bank and the gains need a gradient.
         """
+        bank, scales, gains = _of_bank(tensors)
         bank_sum = torch.zeros_like(bank) if needs[0] else None
         gains_sum = torch.zeros_like(gains) if needs[1] and gains is not None else None
         first = 0
@@ -252,8 +257,15 @@ class Sheet:
                 bank.new_zeros(placed.slot.numel) if gradient is None else gradient.reshape(-1)
                 for gradient, placed in zip(given, block.slots, strict=True)
             ]
-            block.pull_back(torch.cat(flat).to(bank.dtype), bank, gains, bank_sum, gains_sum)
+            block.pull_back(torch.cat(flat).to(bank.dtype), bank, scales, gains, bank_sum, gains_sum)
         return bank_sum, gains_sum
+
+
+def _of_bank(tensors: Mapping[str, Tensor | None]) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
+    """The bank [B], the scale of each slot, and all gains."""
+    bank, scales = tensors["bank"], tensors["scales"]
+    assert bank is not None and scales is not None
+    return bank, scales[1:].unbind(), tensors["gains"]
 
 
 class PerStep:
@@ -289,7 +301,7 @@ class PerStep:
         """The weights that were made from these parameters in this forward, or in the one whose backward recomputes; else None.
 
         Args:
-            parameters: of the bank.
+            parameters: of the bank, and its scales.
             graph: whether the weights must depend on them.
         """
         if self.made is None or (graph and not self.has_graph):
@@ -300,29 +312,26 @@ class PerStep:
                 return None
         return self.made
 
-    def make(self, parameters: Mapping[str, Tensor | None], name: str, graph: bool, frozen: Collection[int]) -> None:
+    def make(self, values: Values, name: str, graph: bool, frozen: Collection[int]) -> None:
         """Generates the weights.
 
         Args:
-            parameters: of the bank.
+            values: of the bank.
             name: of the bank's first weight, for messages.
             graph: whether the weights depend on the parameters in the graph.
             frozen: indices of the slots that send no gradient.
         """
-        bank, gains = parameters["bank"], parameters["gains"]
+        bank, gains = values.tensors["bank"], values.tensors["gains"]
         assert bank is not None
         self.made = None
         if self.sheet is None or not self.sheet.suits(bank) or self.sheet.in_use():
             blocks = make_blocks(self.slots, self.seed, self.bank) if self.sheet is None else self.sheet.blocks
             self.sheet = Sheet(blocks, bank.detach())
-        self.values, self.has_graph = Values.of(parameters), graph
-        if graph:
-            weights = _AllAtOnce.apply(self.sheet, self.values, name, bank, gains)
-        else:
-            weights = self.sheet.fill(bank, gains)
+        self.values, self.has_graph = values, graph
+        weights = _AllAtOnce.apply(self.sheet, values, name, bank, gains) if graph else self.sheet.fill(values.tensors)
         self.made = {
             index: weight.detach() if index in frozen else weight
-            for index, weight in zip(self.sheet.indices, weights, strict=True)
+            for index, weight in zip(self.sheet.indices, weights, strict=True)  # type: ignore[arg-type]
         }
 
 
@@ -335,11 +344,11 @@ class _AllAtOnce(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.sheet, ctx.values, ctx.name = sheet, values, name
-        return sheet.fill(bank, gains)
+        return sheet.fill(values.tensors)
 
     @staticmethod
     @differentiable_once(lambda ctx: (ctx.name, tuple(p for p in ctx.values.tensors.values() if p is not None)))
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         values = ctx.values.checked(ctx.name)
         needs = ctx.needs_input_grad[3:]
-        return None, None, None, *ctx.sheet.pull_back(gradients, values["bank"], values["gains"], needs)
+        return None, None, None, *ctx.sheet.pull_back(gradients, values, needs)
