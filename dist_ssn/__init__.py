@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dist_ssn.plan import Morph, Plan, make_plan
     from dist_ssn.sharing.attach import share
     from dist_ssn.sharing.bank_set import shared_plan
-    from dist_ssn.sharing.materialize import materialize
     from dist_ssn.sharing.generation import set_generation
+    from dist_ssn.sharing.materialize import materialize
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
     from dist_ssn.sharing.plan_of import plan_of

@@ -33,7 +33,9 @@ def step_time() -> str:
         both = ("{:{d}} ({:{d}}-{:{d}})".format(*line[side], d=digits) for side in ("dense_ms", "shared_ms"))
         ratios = (f"{line['ratio']:.3f}", f"{line['ratio_of_minima']:.3f}")
         mode = line.get("generate", "on_demand") + (", compiled" if line.get("compiled") else "")
-        rows.append([MODELS[line["model"]], mode, device, f"{line['budget']:.0%}", str(line["repetitions"]), *both, *ratios])
+        rows.append(
+            [MODELS[line["model"]], mode, device, f"{line['budget']:.0%}", str(line["repetitions"]), *both, *ratios]
+        )
     headings = (
         "model",
         "generate",

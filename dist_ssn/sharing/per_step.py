@@ -26,8 +26,10 @@ from dist_ssn.sharing.signed_path import Run, cut_runs
 from dist_ssn.sharing.weight_source import Values
 from dist_ssn.torch_private import graph_task_id, storage_uses
 
-_BLOCK = 2**18
-"""Elements of a block that holds more than one weight: the block and its bank stay in a processor's cache."""
+_BLOCK = {"cpu": 2**18}
+"""Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
+_LARGE_BLOCK = 2**24
+"""On other devices, few launches count more; it bounds what backward needs beside the gradients."""
 
 
 def fits(slot: Slot) -> bool:
@@ -174,20 +176,21 @@ class _Part:
         return gains.as_strided((self.slot.columns,), (1,), gains.storage_offset() + self.gains + self.slot.rows)
 
 
-def make_blocks(slots: Sequence[Placed], seed: int, bank: int) -> list[Block]:
+def make_blocks(slots: Sequence[Placed], seed: int, bank: int, device: str) -> list[Block]:
     """Cuts slots into blocks.
 
     Args:
         slots: in the plan's order; all of them `fits`.
         seed: of the plan.
         bank: number of elements in the bank.
+        device: type of the bank's device.
     """
     blocks: list[list[Placed]] = []
-    size, end = 0, -1
+    size, end, most = 0, -1, _BLOCK.get(device, _LARGE_BLOCK)
     for placed in slots:
         slot = placed.slot
         follows = slot.start == end and slot.chunk == blocks[-1][0].slot.chunk and size % slot.chunk == 0
-        if not follows or size + slot.numel > _BLOCK:
+        if not follows or size + slot.numel > most:
             blocks.append([])
             size = 0
         blocks[-1].append(placed)
@@ -325,8 +328,7 @@ class PerStep:
         assert bank is not None
         self.made = None
         if self.sheet is None or not self.sheet.suits(bank) or self.sheet.in_use():
-            blocks = make_blocks(self.slots, self.seed, self.bank) if self.sheet is None else self.sheet.blocks
-            self.sheet = Sheet(blocks, bank.detach())
+            self.sheet = Sheet(make_blocks(self.slots, self.seed, self.bank, bank.device.type), bank.detach())
         self.values, self.has_graph = values, graph
         weights = _AllAtOnce.apply(self.sheet, values, name, bank, gains) if graph else self.sheet.fill(values.tensors)
         self.made = {

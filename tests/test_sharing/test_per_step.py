@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_ssn import freeze, materialize, set_generation, share
 from dist_ssn.errors import ShareError
-from dist_ssn.sharing.bank import Bank
-from testing.layer_kinds import KINDS, Inputs, Twins, banks_of, loss_of, relative_error, shake
+from testing.layer_kinds import KINDS, Twins, banks_of, loss_of, relative_error, shake
 
 TOLERANCE = 1e-10
 
@@ -120,7 +119,9 @@ def _checkpoint(reentrant: bool) -> Callable[[Net], None]:
             self.inner = inner
 
         def forward(self, x: Tensor) -> Tensor:
-            hidden = checkpoint(lambda x: torch.tanh(self.inner.middle(self.inner.first(x))), x, use_reentrant=reentrant)
+            hidden = checkpoint(
+                lambda x: torch.tanh(self.inner.middle(self.inner.first(x))), x, use_reentrant=reentrant
+            )
             assert isinstance(hidden, Tensor)
             return self.inner.last(self.inner.odd(hidden))
 
@@ -360,5 +361,3 @@ def test_a_step_runs_fewer_operations() -> None:
             loss_of(model(batch())).backward()
         counts[name] = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
     assert counts["per_step"] - counts["dense"] < (counts["on_demand"] - counts["dense"]) / 2, counts
-
-
