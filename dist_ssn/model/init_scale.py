@@ -1,13 +1,11 @@
 """The standard deviation a weight was initialized with: usual formulas, recognized by the values' root mean square.
 
-It is data, and may depend on the random seed. What decides on a plan is `settled_stds`, which does not.
+It is data, and may depend on the random seed. What decides on a plan is `settled_scale.settled_stds`, which does not.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,13 +13,6 @@ from torch import nn
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _USUAL_STD = (1.0, 0.02, 0.01)
-_LARGE = 2**14
-"""Elements from which on a measured deviation decides by itself: five of its standard errors are 2.8 %."""
-_POOLED = 2**12
-"""Elements of all weights of a kind from which on their common factor is measured."""
-_APART = 3.08
-"""Factor by which a small weight must differ from what its kind of layer suggests, for its own values to decide. Formulas differ
-by the square roots of whole numbers mostly: 3.08² is between 9 and 10."""
 
 
 def fans_of(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -78,42 +69,6 @@ def init_std_of(
     if abs(nearest / measured - 1) < tolerance:
         return nearest, False
     return float(f"{measured:.3g}"), True
-
-
-class Measured(NamedTuple):
-    """What is known of a weight's initial scale."""
-
-    kind: str
-    """Class of the layer."""
-    numel: int
-    init_std: float
-    default: float | None
-    """Standard deviation of the layer's own `reset_parameters`."""
-
-
-def settled_stds(weights: Sequence[Measured]) -> list[float]:
-    """Initial scales that are the same for every random seed, for decisions: a plan's groups.
-
-    A large weight's own is. A small one's is too noisy: it is the default of its layer, times the factor by which the weights of
-    its kind differ from theirs together, unless its own is far from that.
-
-    Args:
-        weights: all weights of a model.
-    """
-    sums: dict[str, tuple[int, float]] = {}
-    for weight in weights:
-        count, logarithms = sums.get(weight.kind, (0, 0.0))
-        relative = math.log(weight.init_std / (weight.default or 1.0)) if 0 < weight.init_std < math.inf else 0.0
-        sums[weight.kind] = count + weight.numel, logarithms + weight.numel * relative
-    return [_settled(weight, *sums[weight.kind]) for weight in weights]
-
-
-def _settled(weight: Measured, count: int, logarithms: float) -> float:
-    if weight.numel >= _LARGE or not math.isfinite(weight.init_std) or (weight.default is None and count < _POOLED):
-        return weight.init_std
-    expected = (weight.default or 1.0) * (math.exp(logarithms / count) if count >= _POOLED else 1.0)
-    is_apart = not expected / _APART < weight.init_std < expected * _APART
-    return weight.init_std if is_apart else expected
 
 
 def default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:

@@ -17,8 +17,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dist_ssn.errors import ShareError
-from dist_ssn.model.init_scale import EMBEDDINGS, Measured, default_std, fans_of, init_std_of, settled_stds
+from dist_ssn.model.init_scale import EMBEDDINGS, default_std, fans_of, init_std_of
 from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
+from dist_ssn.model.settled_scale import Measured, rules_for, settled_stds
 from dist_ssn.model.structure import structure_of
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -49,7 +50,7 @@ class LayerSpec:
     is_table: bool = False
     """True if an embedding holds it, whose rows are looked up."""
     settled_std: float | None = None
-    """`init_std` as far as it is the same for every random seed, see `init_scale.settled_stds`; None: `init_std` is."""
+    """`init_std` as far as it is the same for every random seed, see `settled_scale.settled_stds`; None: `init_std` is."""
 
     @property
     def numel(self) -> int:
@@ -311,8 +312,11 @@ def _settled(weights: Sequence[LayerSpec], model: nn.Module) -> Iterator[LayerSp
     """Gives each weight its `settled_std`."""
     measured = []
     for weight in weights:
-        default = default_std(model.get_submodule(weight.name.rpartition(".")[0]), weight.shape)
+        module = model.get_submodule(weight.name.rpartition(".")[0])
+        default = default_std(module, weight.shape)
         kind = weight.kind if default else ""  # all that no layer of torch holds
-        measured.append(Measured(kind, weight.numel, weight.init_std, default and default[0]))
+        groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+        rules = rules_for(default and default[0], fans_of(module, weight.shape), groups)
+        measured.append(Measured(kind, weight.numel, weight.init_std, rules))
     for weight, std in zip(weights, settled_stds(measured), strict=True):
         yield weight if std == weight.init_std else replace(weight, settled_std=std)

@@ -341,6 +341,25 @@ def test_a_read_weight_goes_to_numpy_and_is_copied() -> None:
         copied.zero_()
 
 
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook", "retain_grad"])
+def test_a_hook_on_a_read_weight_is_told(hook: str) -> None:
+    model: Any = share(small(), 0.5)
+    seen: list[Any] = []
+    weight = model[0].weight
+    with pytest.warns(UserWarning, match=rf"{hook} on 0\.weight is for the tensor of this one read"):
+        if hook == "register_hook":
+            weight.register_hook(seen.append)
+        elif hook == "retain_grad":
+            weight.retain_grad()
+        else:
+            weight.detach().requires_grad_().register_post_accumulate_grad_hook(seen.append)
+    model(torch.randn(3, 8)).sum().backward()
+    assert not seen
+    if hook == "register_hook":
+        weight.square().sum().backward()  # of this one read it is a hook
+        assert torch.equal(seen[0], 2 * weight)
+
+
 # --- recurrent layers whose weights somebody sets
 
 
