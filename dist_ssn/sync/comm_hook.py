@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.sync.codecs import SLICE, find_codec
@@ -50,12 +51,12 @@ class CommHookState:
         self._moved: dict[int, Tensor] = {}  # what was not sent of parameters whose bucket is no more
         self._loaded: list[tuple[Key, dict[str, Any]]] = []  # not in use yet
 
-    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Averages a bucket's gradients over the ranks, beside backward."""
         buffer = bucket.buffer()
         if self.codec.is_exact:
             mean = buffer.div_(dist.get_world_size(self.group))
-            work = dist.all_reduce(mean, group=self.group, async_op=True)
+            work: Any = dist.all_reduce(mean, group=self.group, async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
         parameters = bucket.parameters()
         sizes = [parameter.numel() for parameter in parameters]
@@ -138,7 +139,7 @@ class CommHookState:
 
 def comm_hook(
     codec: str = "int8", *, group: dist.ProcessGroup | None = None, route: str = "auto"
-) -> tuple[CommHookState, Callable[[CommHookState, dist.GradBucket], torch.futures.Future[Tensor]]]:
+) -> tuple[CommHookState, Callable[[CommHookState, GradBucket], torch.futures.Future[Tensor]]]:
     """A communication hook that sends gradients in a codec, with error feedback: `model.register_comm_hook(*comm_hook("int8"))`.
 
     Parameters of fewer than 4,096 values travel in 16 bits, if the codec has fewer. Gradients of any floating-point type are coded

@@ -23,9 +23,7 @@ def draw(rank: int) -> Tensor:
 
 
 def measure(transport: MPITransport, name: str, route: str) -> dict[str, Any]:
-    exchange, started = (
-        Exchange(SIZE, name, group=transport, route=route, plain=[slice(7, 90)]) for _ in range(2)
-    )
+    exchange, started = (Exchange(SIZE, name, group=transport, route=route, plain=[slice(7, 90)]) for _ in range(2))
     wanted = torch.stack([draw(rank) for rank in range(transport.ranks)]).mean(0)
     with CommMeter() as meter:
         mean = exchange.average(draw(transport.rank))

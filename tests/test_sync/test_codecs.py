@@ -48,15 +48,22 @@ def draw(n: int, seed: int, scale: float = 1.0, kind: str = "normal") -> Tensor:
     return values * scale
 
 
-sizes = st.sampled_from([1, 2, 3, 5, 63, 64, 65, 127, 128, 4095, 4096, 4097, 8192, 33 * 4096 + 17]) | st.integers(1, 9000)
+sizes = st.sampled_from([1, 2, 3, 5, 63, 64, 65, 127, 128, 4095, 4096, 4097, 8192, 33 * 4096 + 17]) | st.integers(
+    1, 9000
+)
 
 
 @each_codec
 @settings(max_examples=25)
-@given(n=sizes, seed=st.integers(0, 99), power=st.integers(-9, 9), kind=st.sampled_from(("normal", "heavy", "rare", "shifted")))
+@given(
+    n=sizes,
+    seed=st.integers(0, 99),
+    power=st.integers(-9, 9),
+    kind=st.sampled_from(("normal", "heavy", "rare", "shifted")),
+)
 def test_round_trip(name: str, n: int, seed: int, power: int, kind: str) -> None:
     codec = CODECS[name]
-    power = max(-3, min(3, power)) if name == "fp16" else power  # its range
+    power = max(-3, min(2, power)) if name == "fp16" else power  # its range
     values = draw(n, seed, 10.0**power, kind)
     before = values.clone()
     packed = codec.encode(values)
@@ -76,9 +83,10 @@ def test_round_trip(name: str, n: int, seed: int, power: int, kind: str) -> None
         elif name in ("fp16", "bf16"):
             ulp = 2.0 ** (-11 if name == "fp16" else -8)
             assert (error[at] <= values[at].abs() * ulp + 3e-8 * (name == "fp16")).all()
-        elif name in ("int8", "int4"):
-            # Half a step; the scale itself is off by at most 2^-8.
-            assert (error[at] <= largest / {"int8": 127, "int4": 7}[name] * (0.5 * (1 + 2**-7))).all()
+        elif name == "int8":  # half a step; the scale itself is off by at most 2^-8
+            assert (error[at] <= largest / 127 * (0.5 * (1 + 2**-7))).all()
+        elif name == "int4":  # it may cut off the largest, if the others gain more than that
+            assert error[at].norm() <= largest / 7 * (0.5 * (1 + 2**-7)) * len(error[at]) ** 0.5
         else:  # no vector comes out longer than it was, nor further away than zero, but for the means' 8 bits
             assert error[at].double().norm() <= values[at].double().norm() * (1 + 2**-8)
 
@@ -94,8 +102,11 @@ def oracle(name: str, values: list[float]) -> np.ndarray:
 
     if name in ("int8", "int4"):
         top = {"int8": 127, "int4": 7}[name]
-        scale = rounded(max(map(abs, values)) / top)
-        return np.array([round(x / scale) * scale for x in values])
+        found = []
+        for share in (1.0, 0.7, 0.5, 0.35) if name == "int4" else (1.0,):
+            scale = rounded(share * max(map(abs, values)) / top)
+            found.append(np.array([max(-top, min(top, round(x / scale))) * scale for x in values]))
+        return min(found, key=lambda decoded: float(np.sum((decoded - np.array(values)) ** 2)))
     if name == "bins2":
         mean = sum(values) / len(values)
         step = (sum((x - mean) ** 2 for x in values) / len(values)) ** 0.5
@@ -104,7 +115,9 @@ def oracle(name: str, values: list[float]) -> np.ndarray:
         return np.array([table[at] for at in places])
     kept = sorted(range(len(values)), key=lambda at: -abs(values[at]))[: max(1, len(values) // DENSITY)]
     middle = sum(abs(values[at]) for at in kept) / len(kept)
-    small, large = means([[abs(values[at]) for at in kept if (abs(values[at]) > middle) == big] for big in (False, True)])
+    small, large = means(
+        [[abs(values[at]) for at in kept if (abs(values[at]) > middle) == big] for big in (False, True)]
+    )
     found = np.zeros(len(values))
     for at in kept:
         found[at] = math.copysign(large if abs(values[at]) > middle else small, values[at])

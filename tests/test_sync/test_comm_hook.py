@@ -1,4 +1,4 @@
-"""The hook on torch's DistributedDataParallel: what it sends, that nothing is lost between buckets, and its state in checkpoints."""
+"""The hook on torch's DDP: what it sends, that nothing is lost between buckets, and its state in checkpoints."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 class Run:
     """A model under DDP, with a hook or none."""
 
-    def __init__(self, codec: str | None, *, start: nn.Module | None = None, bucket: float = 0.04, **options: Any) -> None:
+    def __init__(
+        self, codec: str | None, *, start: nn.Module | None = None, bucket: float = 0.04, **options: Any
+    ) -> None:
         route, dtype = options.pop("route", "auto"), options.pop("dtype", torch.float32)
         model = Net(unused="find_unused_parameters" in options) if start is None else copy.deepcopy(start)
         self.model = model.to(dtype)
@@ -117,6 +119,7 @@ def _nothing_is_lost(rank: int, n: int) -> None:
             loss_of(run.ddp, batch).backward()
             for model, sums in ((alone, wanted), (run.model, total)):
                 for parameter, so_far in zip(model.parameters(), sums, strict=True):
+                    assert parameter.grad is not None
                     so_far += parameter.grad.double()
                     parameter.grad = None
         state = run.state

@@ -139,6 +139,7 @@ def _wrong_use(rank: int, n: int) -> dict[str, str]:
     torch.testing.assert_close(exchange.average(torch.ones(100)), torch.ones(100), rtol=0.02, atol=0)
     pending = exchange.start(torch.ones(2**7)[:100])
     pending.wait()
+    assert exchange._worker is not None
     assert timeout_of(exchange._worker[1].group) == timeout_of(dist.group.WORLD) == timedelta(seconds=120)
     return found
 
@@ -209,7 +210,9 @@ def test_one_rank_sends_nothing() -> None:
 
 @pytest.mark.parametrize("plain", [[slice(0, 3), slice(2, 4)], [slice(8, 11)], [slice(0, 4, 2)], [slice(5, 3)]])
 def test_wrong_stretches(plain: list[slice]) -> None:
-    with pytest.raises(UserError, match=r"plain slice\(.*\) overlaps another, leaves a vector of 10 values, or has a step"):
+    with pytest.raises(
+        UserError, match=r"plain slice\(.*\) overlaps another, leaves a vector of 10 values, or has a step"
+    ):
         Exchange(10, "int8", plain=plain)
 
 

@@ -44,7 +44,7 @@ def test_sent_and_kept_are_the_change_and_what_was_kept(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "none"])
 def test_what_was_sent_in_all_is_what_was_to_be_sent(name: str) -> None:
-    """Without decay, the mean of what was sent differs from the mean of the changes by what is kept over the rounds: it converges."""
+    """Without decay, the sums differ by what is kept, which does not grow: the mean of what was sent converges."""
     feedback = Feedback(replace(CODECS[name], feedback_decay=1.0))
     wanted, total = torch.zeros(N, dtype=torch.float64), torch.zeros(N, dtype=torch.float64)
     errors = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,7 @@ def test_pieces_are_whole_slices_and_lose_no_byte(name: str, size: int, ranks: i
     assert len(ends) == ranks + 1 and ends[0] == 0 and ends[-1] == size and ends == sorted(ends)
     unit = 1 if codec is PLAIN else SLICE
     assert all(end % unit == 0 for end in ends[:-1] if end < size)
-    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(ends)]
     assert max(lengths) - min(lengths) <= unit or size < ranks * unit
     assert sum(sum(sizes) for sizes in piece_bytes([(codec, size)], ranks)) == codec.packed_bytes(size)
 
