@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
     from dist_ssn.sharing.plan_of import plan_of
     from dist_ssn.sharing.summary import summary
+    from dist_ssn.sync.comm_hook import comm_hook
 
 __all__ = [
     "CommMeter",
     "Morph",
     "Plan",
+    "comm_hook",
     "freeze",
     "make_plan",
     "materialize",
@@ -47,6 +49,7 @@ _PLACES = {
     "CommMeter": "dist_ssn.comm.meter",
     "Morph": "dist_ssn.plan",
     "Plan": "dist_ssn.plan",
+    "comm_hook": "dist_ssn.sync.comm_hook",
     "freeze": "dist_ssn.sharing.parts",
     "make_plan": "dist_ssn.plan",
     "materialize": "dist_ssn.sharing.materialize",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.fx import _symbolic_trace
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
@@ -41,6 +43,11 @@ def saved_tensor_hooks() -> Hooks | None:
 def active_ddp() -> torch.nn.Module | None:
     """The DistributedDataParallel whose forward runs; None outside of one."""
     return getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long a collective of this process group may take."""
+    return group._get_backend(group._device_types[0]).options._timeout
 
 
 def inside_compiled(model: torch.nn.Module) -> torch.nn.Module:

@@ -12,7 +12,9 @@ from typing import Any
 
 from dist_ssn.errors import UserError, unknown_choice
 
-PURPOSES = ("gradients", "parameters", "initialization", "checkpoint", "metrics", "buffers", "other")
+PURPOSES = (
+    *("gradients", "synchronization", "parameters", "initialization", "checkpoint", "metrics", "buffers", "other"),
+)
 
 # Bytes that each rank must send under a bandwidth-optimal algorithm, as a function of S and n.
 # For all_gather, S is one rank's own part, so that the whole array has S * n bytes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dist_ssn.comm.meter import CommMeter
 
-_OF_STEPS = ("gradients", "parameters", "buffers")
+_OF_STEPS = ("gradients", "synchronization", "parameters", "buffers")
 
 
 class StepBytes:

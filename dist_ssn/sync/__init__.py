@@ -1,0 +1,1 @@
+"""Synchronization in few bits: codecs, exchanges with error feedback, and hooks for DistributedDataParallel."""

@@ -1,0 +1,111 @@
+"""How packed bytes travel: the routes of an exchange, their bytes, and the choice between them. Pure arithmetic.
+
+- all-reduce: float32, summed by the network's own all-reduce (codec "none" alone).
+- all-gather: every rank gets every rank's message. One round; the mean is not encoded again. Its bytes grow with the ranks.
+- two-phase: each rank owns a piece. It gets the others' parts of its piece, averages them, encodes the mean, and sends it to all.
+  Two rounds; the bytes hardly depend on the number of ranks.
+
+A vector has lanes, (codec, number of values) each: one in the exchange's codec, one in 16 bits.
+
+Letter: n = ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dist_ssn.comm.ledger import RING_BYTES
+from dist_ssn.errors import UserError, unknown_choice
+from dist_ssn.sync.codecs import CODECS, SLICE, Codec
+
+ROUTES = ("auto", "all-gather", "all-reduce", "two-phase")
+
+ROUND_BYTES = 65_536
+"""Bytes that take as long as one more round: 5 ms at 100 Mbit/s."""
+
+PLAIN = CODECS["bf16"]
+"""Codec of the stretches that a lossier codec leaves alone; its range is that of float32."""
+
+Lanes = Sequence[tuple[Codec, int]]
+
+
+def cuts(codec: Codec, size: int, ranks: int) -> list[int]:
+    """Where the pieces of a lane begin and end, as equal as whole slices allow: n + 1 places.
+
+    Args:
+        codec: the lane's.
+        size: values of the lane.
+        ranks: n.
+    """
+    unit = 1 if codec is PLAIN else SLICE
+    units = -(-size // unit)
+    return [min(size, unit * (rank * units // ranks)) for rank in range(ranks + 1)]
+
+
+def piece_bytes(lanes: Lanes, ranks: int) -> list[list[int]]:
+    """Packed bytes of the piece that each rank owns, by rank and lane."""
+    by_lane = []
+    for codec, size in lanes:
+        ends = cuts(codec, size, ranks)
+        by_lane.append([codec.packed_bytes(ends[rank + 1] - ends[rank]) for rank in range(ranks)])
+    return [list(sizes) for sizes in zip(*by_lane, strict=True)]
+
+
+def handed_bytes(route: str, lanes: Lanes, ranks: int) -> dict[str, int]:
+    """Collective → bytes that one rank hands to it in an exchange.
+
+    Args:
+        route: a route other than "auto".
+        lanes: (codec, number of values) each.
+        ranks: n.
+    """
+    if ranks == 1:
+        return {}
+    whole = sum(codec.packed_bytes(size) for codec, size in lanes)
+    if route == "two-phase":
+        return {"all_to_all": whole, "all_gather": max(map(sum, piece_bytes(lanes, ranks)))}
+    return {route.replace("-", "_"): whole}
+
+
+def sent_bytes(route: str, lanes: Lanes, ranks: int) -> float:
+    """Bytes that a rank must send, on average; arguments as in `handed_bytes`."""
+    handed = handed_bytes(route, lanes, ranks)
+    return sum(RING_BYTES[collective](payload, ranks) for collective, payload in handed.items())
+
+
+def check_route(route: str, codec: Codec) -> None:
+    """Checks a route before anything starts.
+
+    Raises:
+        UserError: the route is unknown, or all-reduce is asked for with a codec whose bytes cannot be summed.
+    """
+    if route not in ROUTES:
+        raise UserError(unknown_choice("route", str(route), ROUTES))
+    if route == "all-reduce" and not codec.is_exact:
+        raise UserError(f"route 'all-reduce' goes with codec 'none' only: bytes of {codec.name!r} cannot be summed")
+
+
+def choose_route(route: str, lanes: Lanes, ranks: int) -> str:
+    """The route that "auto" stands for; any other is checked.
+
+    "auto" is all-reduce for codec "none", and all-gather for sparse codecs, because a mean is less sparse than its summands. Else
+    it is two-phase where that sends less than all-gather by more than `ROUND_BYTES`, so never for two ranks.
+
+    Args:
+        route: one of `ROUTES`.
+        lanes: as in `handed_bytes`; the first one has the exchange's codec.
+        ranks: n.
+
+    Raises:
+        UserError: see `check_route`.
+    """
+    codec = lanes[0][0]
+    check_route(route, codec)
+    if route != "auto":
+        return route
+    if codec.is_exact:
+        return "all-reduce"
+    if codec.is_sparse:
+        return "all-gather"
+    gathered, phased = (sent_bytes(name, lanes, ranks) for name in ("all-gather", "two-phase"))
+    return "two-phase" if gathered - phased > ROUND_BYTES else "all-gather"
