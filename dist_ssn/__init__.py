@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dist_ssn.plan import Morph, Plan, make_plan
     from dist_ssn.sharing.attach import share
     from dist_ssn.sharing.bank_set import shared_plan
+    from dist_ssn.sharing.generation import set_generation
     from dist_ssn.sharing.materialize import materialize
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
@@ -35,6 +36,7 @@ __all__ = [
     "parameters_of",
     "plan_of",
     "search",
+    "set_generation",
     "share",
     "shared_plan",
     "summary",
@@ -55,6 +57,7 @@ _PLACES = {
     "parameters_of": "dist_ssn.sharing.parts",
     "plan_of": "dist_ssn.sharing.plan_of",
     "search": "dist_ssn.mapping_search",
+    "set_generation": "dist_ssn.sharing.generation",
     "share": "dist_ssn.sharing.attach",
     "shared_plan": "dist_ssn.sharing.bank_set",
     "summary": "dist_ssn.sharing.summary",

@@ -61,6 +61,11 @@ def assert_soon(condition: torch.Tensor, message: str) -> None:
     torch._assert_async(condition, message)  # pyright: ignore
 
 
+def storage_uses(tensor: torch.Tensor) -> int:
+    """Number of tensors, of Python or of a graph, that hold the storage of `tensor`."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # pyright: ignore
+
+
 def leave_out_buffers(wrapper: torch.nn.Module, buffers: Sequence[torch.Tensor]) -> bool:
     """Asks DDP not to broadcast some buffers before each forward; True if it has done so when it was made.
 

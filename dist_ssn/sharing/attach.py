@@ -21,6 +21,7 @@ from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.decay_check import watch_decay
+from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
 from dist_ssn.sharing.holders import warn_of_holders
 from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.layers import share_layer
@@ -43,6 +44,7 @@ def share(
     exclude: Selector | Iterable[Selector] | None = None,
     plan: Plan | None = None,
     seed: int = 0,
+    generate: str = "auto",
 ) -> nn.Module:
     """Replaces the stored weights of `model` by weights generated from a few small banks, in place.
 
@@ -62,6 +64,7 @@ def share(
         plan: follow exactly this plan; given instead of `budget`. A weight without a slot stays dense, with a warning unless
             `include` or `exclude` leave it out.
         seed: see `make_plan`.
+        generate: see `set_generation`.
 
     Returns:
         The model itself.
@@ -86,7 +89,9 @@ def share(
         _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
     warn_of_pretrained(model, specs)
+    check_mode(generate)
     _attach(model, plan, specs)
+    set_generation(model, generate)
     guard_saving(model)
     return given
 
@@ -189,6 +194,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
     install(model, ATTRIBUTE, banks, slots)
+    watch_forward(model, banks)
 
 
 def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[str, dict[str, Any]]) -> None:

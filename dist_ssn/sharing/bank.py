@@ -30,6 +30,7 @@ from dist_ssn.sharing.agreement import agree_under_fsdp2, structure_of_bank
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
+from dist_ssn.sharing.per_step import PerStep, Placed, fits
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
@@ -41,6 +42,8 @@ _OWN = ("coefficients", "gains", "differences")
 """The parameters in which each slot has a stretch of its own; `Slot` gives the stretch's length under the same name."""
 
 
+_ALL = -1
+"""Index with which a forward generates the weights of all slots."""
 _inside: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # DDP → its modules' ids
 
 
@@ -108,6 +111,8 @@ class Bank(nn.Module):
         self._fast_paths = [fast_path(slot, seed, group.size) for slot in group.slots]
         self.watcher: Watcher | None = None
         self.anchor: Anchor | None = None
+        self.per_step: PerStep | None = None
+        """The weights that are generated at once for a forward; None if weights are generated on demand."""
         self._warned = False  # of ZeRO-3, which would partition the bank again after each use
         self._prepare()
 
@@ -152,6 +157,46 @@ class Bank(nn.Module):
         """Everything that a weight is generated from, by name."""
         return {**self._parameters, **self._fixed()}
 
+    def generate_per_step(self, on: bool) -> None:
+        """Generates the weights once per forward of the model, all together; or each on demand.
+
+        Args:
+            on: True for once per forward.
+        """
+        slots = [
+            Placed(index, slot, self._ranges[index]["gains"][0])
+            for index, slot in enumerate(self.group.slots if on else ())
+            if fits(slot)
+        ]
+        self.per_step = PerStep(slots, self.seed, self.group.size) if slots else None
+
+    def at_hand(self, index: int) -> Tensor | None:
+        """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
+        per_step = self.per_step
+        if per_step is None or index not in per_step.indices:
+            return None
+        graph = torch.is_grad_enabled() and not self.stopped
+        made = per_step.current(self._tensors(), graph)
+        if made is None:
+            inside = per_step.forwards or (per_step.made is not None and graph_task_id() != -1)
+            alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(self.bank, "ds_id")
+            if not inside or alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore
+                return None
+            made = self(_ALL)
+        return made.get(index)
+
+    def _make_all(self) -> dict[int, Tensor]:
+        assert self.per_step is not None
+        if self.check_plan is not None:
+            self.check_plan()
+        graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
+        if graph:
+            self._require_agreement()
+            self._require_reduction()
+        self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen)
+        assert self.per_step.made is not None
+        return self.per_step.made
+
     def forward(
         self,
         index: int,
@@ -189,6 +234,8 @@ class Bank(nn.Module):
             )
         if self.stopped and self.bank.requires_grad:  # `model.requires_grad_(True)` has started it again
             self.set_frozen(())
+        if index == _ALL:
+            return self._make_all()
         frozen = index in self.frozen
         if self.pure or is_tracing():
             weight = self._make(index, rows, self._tensors(), dtype)
@@ -199,8 +246,7 @@ class Bank(nn.Module):
             )
         if self.check_plan is not None:
             self.check_plan()
-        if not self.agreed and dist.is_available() and dist.is_initialized():
-            agree_under_fsdp2(self)
+        self._require_agreement()
         if frozen or not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
             return self.fast(index, rows, dtype, self._tensors())
         anchor = self._current_anchor()
@@ -382,6 +428,10 @@ class Bank(nn.Module):
                 "the same model, budget, mapping, morph and seed, or one plan, share(model, plan=…)"
             )
 
+    def _require_agreement(self) -> None:
+        if not self.agreed and dist.is_available() and dist.is_initialized():
+            agree_under_fsdp2(self)
+
     def _require_reduction(self) -> None:
         """Checks that the DDP whose forward runs holds this bank, whose gradient nobody would reduce otherwise."""
         wrapper = active_ddp()
@@ -420,11 +470,13 @@ class Bank(nn.Module):
             "anchor": None,
             "watcher": None,
             "check_plan": None,
+            "per_step": self.per_step is not None,
             "agreed": False,
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.generate_per_step(bool(self.per_step))
         if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
             scales = self.group.init_std, *(slot.scale for slot in self.group.slots)  # type: ignore[attr-defined]
             self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=self.device))

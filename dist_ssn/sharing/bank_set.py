@@ -40,6 +40,22 @@ class BankSet(nn.Module):
         for group in self.plan.groups:
             yield self.get_submodule(group.name)  # type: ignore[misc]
 
+    def begin_forward(self) -> None:
+        """A forward of the model begins: weights that are generated once per forward are out of date.
+
+        A bank that some form of FSDP gathers for one layer only is not whole during the forward, so it generates on demand.
+        """
+        for bank in self.banks():
+            whole = bank._parameters.get("bank")
+            if bank.per_step is not None and whole is not None and not hasattr(whole, "device_mesh"):
+                bank.per_step.begin()
+
+    def end_forward(self) -> None:
+        """The forward has ended, perhaps by an exception."""
+        for bank in self.banks():
+            if bank.per_step is not None:
+                bank.per_step.end()
+
     def forward(self, input: Any = None) -> Any:
         """Returns its input."""
         return input

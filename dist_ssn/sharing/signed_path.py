@@ -40,7 +40,7 @@ class SignedPath:
         self.rows_are_chunks = slot.columns % slot.chunk == 0
         self.starts = [sign_start(seed, slot.name, k) for k in range(slot.templates)]
         self.runs = [
-            _cut((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank) for k in range(slot.templates)
+            cut_runs((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank) for k in range(slot.templates)
         ]
 
     def generate(self, bank: Tensor, own: Mapping[str, Tensor]) -> Tensor:
@@ -143,7 +143,7 @@ class SignedPath:
         return work
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """Elements of a template that are contiguous in the bank: some whole chunks, or a part of one."""
 
     bank_start: int
@@ -169,7 +169,7 @@ class _Run(NamedTuple):
         return factor.narrow(0, self.first, self.shape[0])
 
 
-def _cut(bank_start: int, numel: int, chunk: int, bank: int) -> list[_Run]:
+def cut_runs(bank_start: int, numel: int, chunk: int, bank: int) -> list[Run]:
     """Runs of the `numel` elements from `bank_start` on, split at the bank's end, and there also at the borders of the chunk."""
     runs, weight_start = [], 0
     while weight_start < numel:
@@ -180,6 +180,6 @@ def _cut(bank_start: int, numel: int, chunk: int, bank: int) -> list[_Run]:
         elif length > chunk:
             length -= length % chunk
         width = min(chunk, length)
-        runs.append(_Run(bank_start, weight_start, weight_start // chunk, (length // width, width), (width, 1)))
+        runs.append(Run(bank_start, weight_start, weight_start // chunk, (length // width, width), (width, 1)))
         bank_start, weight_start = (bank_start + length) % bank, weight_start + length
     return runs

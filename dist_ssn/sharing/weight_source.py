@@ -29,18 +29,26 @@ class Values(NamedTuple):
         """
         return Values({**parameters, **(fixed or {})}, _versions(parameters))
 
+    def are(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        """True if `parameters` are the same tensors, with the same values."""
+        same = all(tensor is parameters[name] for name, tensor in self.tensors.items())
+        return same and self._unchanged()
+
     def checked(self, weight: str) -> Mapping[str, Tensor | None]:
         """The tensors.
 
         Raises:
             RuntimeError: one of them was written to after the read.
         """
-        if _versions({name: self.tensors[name] for name in self.versions}) != self.versions:
+        if not self._unchanged():
             raise RuntimeError(
                 f"the bank of {weight} was modified in place between forward and backward, by an optimizer step perhaps: "
                 "its gradient would be wrong; call backward() first"
             )
         return self.tensors
+
+    def _unchanged(self) -> bool:
+        return _versions({name: self.tensors[name] for name in self.versions}) == self.versions
 
 
 def _versions(parameters: Mapping[str, Tensor | None]) -> dict[str, int]:
@@ -83,4 +91,8 @@ class WeightSource(Protocol):
 
     def weight_name(self, index: int) -> str:
         """Full name of weight `index` in the model, for messages."""
+        ...
+
+    def at_hand(self, index: int) -> Tensor | None:
+        """Weight `index`, if it has been generated with all others for this forward; None if it is generated on demand."""
         ...

@@ -6,6 +6,7 @@ embeddings with a row that stays zero. What a budget cannot hold must raise; not
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ssn import Morph, Plan, make_plan, materialize, share
+import dist_ssn
+from dist_ssn import Morph, Plan, make_plan, materialize
 from dist_ssn.errors import BudgetError, PlanError
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Group, Slot
@@ -47,6 +49,7 @@ CASES = covering([*CHOICES], least=2)
 TOLERANCE = 1e-10
 
 Gradients = dict[str, Tensor | None]
+share = functools.partial(dist_ssn.share, generate="on_demand")  # test_per_step.py compares the other mode with it
 
 
 def run(model: nn.Module, inputs: Inputs) -> tuple[Gradients, Gradients]:

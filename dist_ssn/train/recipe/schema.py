@@ -151,6 +151,8 @@ class ShareConfig:
     """Baseline method to train with this budget instead of sharing; null: none."""
     seed: Ordinal = 0
     """Seed of the plan's pseudo-random choices."""
+    generate: Literal["auto", "on_demand", "per_step"] = "auto"
+    """Weights are generated on demand (no copy in memory) or once per forward (quicker); auto: the latter for small models."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""
@@ -162,7 +164,9 @@ class ShareConfig:
                 f"is {self.control}, which needs a budget: set share.budget too, such as --share.budget=10%",
                 ("share.budget",),
             )
-        for name, unset, shown in (("plan", None, "null"), ("mapping", "auto", "auto"), ("morph", "auto", "auto")):
+        unset_values = {"plan": None, "mapping": "auto", "morph": "auto", "generate": "auto"}
+        for name, unset in unset_values.items():
+            shown = "null" if unset is None else unset
             if getattr(self, name) != unset:
                 yield Problem(
                     f"share.{name}",
