@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dist_ssn.plan import Morph, Plan, make_plan
     from dist_ssn.sharing.attach import share
     from dist_ssn.sharing.bank_set import shared_plan
+    from dist_ssn.sharing.initialize import initialize
     from dist_ssn.sharing.materialize import materialize
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
@@ -27,6 +28,7 @@ __all__ = [
     "Morph",
     "Plan",
     "freeze",
+    "initialize",
     "make_plan",
     "materialize",
     "parameter_groups",
@@ -46,6 +48,7 @@ _PLACES = {
     "Morph": "dist_ssn.plan",
     "Plan": "dist_ssn.plan",
     "freeze": "dist_ssn.sharing.parts",
+    "initialize": "dist_ssn.sharing.initialize",
     "make_plan": "dist_ssn.plan",
     "materialize": "dist_ssn.sharing.materialize",
     "parameter_groups": "dist_ssn.sharing.optimizer_groups",
