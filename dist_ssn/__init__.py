@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.attach import share
     from dist_ssn.sharing.bank_set import shared_plan
     from dist_ssn.sharing.generation import set_generation
+    from dist_ssn.sharing.initialize import initialize
     from dist_ssn.sharing.materialize import materialize
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
@@ -30,6 +31,7 @@ __all__ = [
     "Plan",
     "comm_hook",
     "freeze",
+    "initialize",
     "make_plan",
     "materialize",
     "parameter_groups",
@@ -51,6 +53,7 @@ _PLACES = {
     "Plan": "dist_ssn.plan",
     "comm_hook": "dist_ssn.sync.comm_hook",
     "freeze": "dist_ssn.sharing.parts",
+    "initialize": "dist_ssn.sharing.initialize",
     "make_plan": "dist_ssn.plan",
     "materialize": "dist_ssn.sharing.materialize",
     "parameter_groups": "dist_ssn.sharing.optimizer_groups",

@@ -93,3 +93,15 @@ def _is_sample(values: torch.Tensor, measured: float, count: int, std: float, un
         return False
     # A uniform sample never leaves its interval; one per cent is room for a weight that was rounded to bf16.
     return not uniform or max(abs(float(v)) for v in values.aminmax()) <= 1.01 * math.sqrt(3) * std
+
+
+def assumed_std(module: nn.Module, shape: tuple[int, ...], fans: tuple[int, int], model: nn.Module) -> float:
+    """Standard deviation of a weight that has no values yet, because it is on the meta device.
+
+    It is the model's `config.initializer_range`, which models of `transformers` have, else the layer's own default, else 1/√fan in.
+    """
+    named = getattr(getattr(model, "config", None), "initializer_range", None)
+    if isinstance(named, float) and 0 < named < math.inf:
+        return named
+    default = default_std(module, shape)
+    return default[0] if default is not None else fans[0] ** -0.5

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dist_ssn.errors import ShareError
-from dist_ssn.model.init_scale import EMBEDDINGS, default_std, fans_of, init_std_of
+from dist_ssn.model.init_scale import EMBEDDINGS, assumed_std, default_std, fans_of, init_std_of
 from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
 from dist_ssn.model.settled_scale import Measured, rules_for, settled_stds
 from dist_ssn.model.structure import structure_of
@@ -110,14 +110,15 @@ def find_specs(
     """Lists every weight of `model` once; tied weights are recognized by identity.
 
     Args:
-        model: any module, on any device but "meta", initialized as it would be for dense training.
+        model: any module, initialized as it would be for dense training. On "meta" there are no values: the initial scales are
+            then assumed (`init_scale.assumed_std`), and no structure is recognized.
         include: if given, only weights that one of these selectors matches are shared. A weight with its full name here is shared
             even if its initial values have a structure.
         exclude: weights that one of these selectors matches stay own parameters.
         structure: whether weights whose values have a structure are left out; False for a model that was trained or pruned.
 
     Raises:
-        ShareError: no weight is left; a selector matches nothing; a parameter is lazy, on "meta", or holds NaN; the weights
+        ShareError: no weight is left; a selector matches nothing; a parameter is lazy or holds NaN; the weights
             differ in dtype or device; the model is quantized, scripted, wrapped for training, or shared already.
     """
     _check_model(model)
@@ -146,7 +147,7 @@ def find_specs(
             reason = structure_of(parameter, _zero_row(places))
         if reason is None:
             kinds.setdefault((parameter.dtype, parameter.device), places[0].name)
-            weights.append(_spec(parameter, places))
+            weights.append(_spec(parameter, places, model))
             continue
         own += parameter.numel() if parameter.requires_grad else 0
         if parameter.ndim >= 2:
@@ -203,10 +204,6 @@ def _check_model(model: nn.Module) -> None:
             problems.append(
                 f"{name} is partitioned by DeepSpeed (zero.Init, or an engine made before): share the model first, outside of "
                 "zero.Init; its bank is small enough to be created whole on every process"
-            )
-        elif parameter.is_meta:
-            problems.append(
-                f"{name} is on 'meta' and has no values: use model.to_empty(device=...) and initialize it first"
             )
     _raise(model, problems)
 
@@ -268,11 +265,13 @@ def _zero_row(places: Sequence[_Place]) -> int | None:
 
 
 def _is_constant(parameter: nn.Parameter) -> bool:
+    if parameter.is_meta:
+        return False
     low, high = parameter.detach().aminmax()
     return bool(low == high)
 
 
-def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
+def _spec(parameter: nn.Parameter, places: Sequence[_Place], model: nn.Module) -> LayerSpec:
     name, module, _ = places[0]
     shape = tuple(parameter.shape)
     fans = fans_of(module, shape)
@@ -280,7 +279,10 @@ def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
     holders: dict[tuple[int, str], str] = {}  # a module that is used in two places holds its weight once
     for place in places:
         holders.setdefault((id(place.module), place.local), place.name)
-    init_std, is_measured = init_std_of(parameter, module, fans, zero_row)
+    if parameter.is_meta:
+        init_std, is_measured = assumed_std(module, shape, fans, model), False
+    else:
+        init_std, is_measured = init_std_of(parameter, module, fans, zero_row)
     return LayerSpec(
         name=name,
         shape=shape,

@@ -5,6 +5,7 @@ A plan is a function of the architecture and the options alone. The scales are o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -38,7 +39,21 @@ def scales_of(plan: Plan, weights: Iterable[LayerSpec]) -> Mapping[str, Scales]:
 def group_scales(group: Group, weights: Iterable[LayerSpec]) -> Scales:
     """Scales of one bank, for its weights in the order of the slots."""
     weights = list(weights)
-    std = float(
-        np.float32(group_std(weights))
-    )  # as the buffer has it, so that a bank can be initialized again from there
+    std = float(np.float32(group_std(weights)))  # as the buffer has it, from which a bank can start again
     return std, *(RULES[s.morph].gain(s) * w.init_std / std for s, w in zip(group.slots, weights, strict=True))
+
+
+def changed_scales(group: Group, scales: Scales, stds: Mapping[str, float]) -> Scales:
+    """The scales of one bank, where some weights have other initial standard deviations.
+
+    Args:
+        group: of the bank.
+        scales: the former ones.
+        stds: name of a weight → its initial standard deviation.
+    """
+    gains = [RULES[slot.morph].gain(slot) for slot in group.slots]
+    former = [scales[0] * scale / gain for scale, gain in zip(scales[1:], gains, strict=True)]
+    new = [stds.get(slot.name, std) for slot, std in zip(group.slots, former, strict=True)]
+    squares = sum(slot.numel * std**2 for slot, std in zip(group.slots, new, strict=True))
+    bank = float(np.float32(math.sqrt(squares / group.numel)))
+    return bank, *(gain * std / bank for gain, std in zip(gains, new, strict=True))

@@ -23,7 +23,6 @@ from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
 from dist_ssn.sharing.holders import warn_of_holders
-from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.layers import share_layer
 from dist_ssn.sharing.part_check import register_model
 from dist_ssn.sharing.plan_of import ATTRIBUTE
@@ -182,10 +181,19 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = parameters[specs.weights[0].name]
     scales = scales_of(plan, specs.weights)
+    if first.is_meta and plan.scales is None:
+        weight = specs.weights[0]
+        warnings.warn(
+            f"{type(model).__name__} is on 'meta', so the initial scales of its weights are assumed, such as "
+            f"{weight.init_std:.3g} for {weight.name}: after to_empty(), dist_ssn.initialize(model, {{glob: standard deviation}}) "
+            "sets others",
+            stacklevel=3,
+        )
     banks = BankSet(plan, scales, specs.left_out, first.device, first.dtype)
     watch_decay(banks.banks())
     for bank in banks.banks():
-        initialize(bank, scales[bank.group.name][0])
+        if not first.is_meta:
+            bank.reset_parameters(scales[bank.group.name])
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
     slots: dict[str, dict[str, tuple[Bank, int]]] = {}
     for bank in banks.banks():

@@ -29,6 +29,7 @@ from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import agree_under_fsdp2, structure_of_bank
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
 from dist_ssn.sharing.decay_check import watch_decay
+from dist_ssn.sharing.initial_values import initial_values, write
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from dist_ssn.sharing.per_step import PerStep, Placed, fits
 from dist_ssn.sharing.plan_of import recorded_scales
@@ -76,6 +77,8 @@ class Bank(nn.Module):
     """Indices of the slots that send no gradient into the bank (`parts.freeze`)."""
     stopped: bool = False
     """True if the parameters require no gradient because all slots are frozen."""
+    empty: bool = False
+    """True if the parameters have no values, since `to_empty` or on the meta device."""
     agreed: bool = False
     """True if all ranks are known to have the same scales (`agreement`)."""
     check_plan: Callable[[], None] | None = None
@@ -104,17 +107,54 @@ class Bank(nn.Module):
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
         if scales is None:
             scales = 1.0, *(RULES[slot.morph].gain(slot) for slot in group.slots)
-        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=device))
-        self.register_buffer("structure", structure_of_bank(group, seed).to(device), persistent=False)
+        self._set_fixed(scales)
         self.register_buffer("thresholds", None)
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._fast_paths = [fast_path(slot, seed, group.size) for slot in group.slots]
+        self.empty, self._emptied = self.bank.is_meta, (self.bank, 0)
         self.watcher: Watcher | None = None
         self.anchor: Anchor | None = None
         self.per_step: PerStep | None = None
         """The weights that are generated at once for a forward; None if weights are generated on demand."""
         self._warned = False  # of ZeRO-3, which would partition the bank again after each use
         self._prepare()
+
+    def _set_fixed(self, scales: Scales) -> None:
+        """Makes the buffers that training does not change."""
+        self._scales = scales  # for a bank that has been on "meta", where buffers have no values
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=self.device))
+        structure = structure_of_bank(self.group, self.seed).to(self.device)
+        self.register_buffer("structure", structure, persistent=False)
+
+    def reset_parameters(self, scales: Scales | None = None) -> None:
+        """Gives the bank its initial values.
+
+        Args:
+            scales: new scales; None: the current ones.
+        """
+        if scales is not None:
+            self._set_fixed(scales)
+        std = float(self.scales[0]) if scales is None else scales[0]
+        for name, values in initial_values(self.group, self.seed, std).items():
+            if (parameter := self._parameters[name]) is not None:
+                write(parameter, values)
+        self.empty = False
+
+    def _require_values(self) -> None:
+        """Checks that the parameters have values.
+
+        Raises:
+            ShareError: they have none.
+        """
+        if self.bank.is_meta:
+            return
+        if self.bank is self._emptied[0] and self.bank._version != self._emptied[1]:  # somebody has written to it
+            self.empty = False
+            return
+        raise ShareError(
+            f"the bank of {self.weight_name(0)} has no values since to_empty(): call dist_ssn.initialize(model), or load "
+            "a state dict"
+        )
 
     def _prepare(self) -> None:
         for slot in self.group.slots:
@@ -216,6 +256,8 @@ class Bank(nn.Module):
             ShareError: FSDP1 has flattened the bank, FSDP2 has sharded it outside of the root, DDP wraps a part without it, or
                 a state dict with another plan was loaded in place.
         """
+        if self.empty:
+            self._require_values()
         if values is not None:
             return self.fast(index, rows, dtype, values.checked(self.weight_name(index)))
         if "bank" not in self._parameters:
@@ -447,8 +489,13 @@ class Bank(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self.anchor = None  # its node has the parameters' former dtype and device
-        scales = self.scales
+        scales, was_meta = self.scales, self.bank.is_meta
         super()._apply(fn, recurse)
+        if not was_meta and self.bank.is_meta:
+            self._scales = tuple(scales.tolist())
+        if self.bank.is_meta or was_meta or "to_empty" in getattr(fn, "__qualname__", ""):
+            self.empty, self._emptied = True, (self.bank, self.bank._version)
+            self._set_fixed(self._scales if was_meta else tuple(scales.tolist()))
         if self.scales.dtype != scales.dtype:  # `half()` is for values that are computed with
             self.scales = scales.to(self.scales.device)
         self._prepare()
@@ -462,6 +509,8 @@ class Bank(nn.Module):
         if key not in state_dict and (recorded := recorded_scales(state_dict, prefix)) is not None:
             state_dict[key] = torch.tensor(recorded, dtype=torch.float32)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if f"{prefix}bank" in state_dict:
+            self.empty = self.bank.is_meta
         self.scales = self.scales.float()  # `assign=True` takes the dtype that the state dict has
 
     def __getstate__(self) -> dict[str, Any]:
@@ -472,6 +521,7 @@ class Bank(nn.Module):
             "check_plan": None,
             "per_step": self.per_step is not None,
             "agreed": False,
+            "_emptied": (None, 0),
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -479,10 +529,7 @@ class Bank(nn.Module):
         self.generate_per_step(bool(self.per_step))
         if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
             scales = self.group.init_std, *(slot.scale for slot in self.group.slots)  # type: ignore[attr-defined]
-            self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=self.device))
-            self.register_buffer(
-                "structure", structure_of_bank(self.group, self.seed).to(self.device), persistent=False
-            )
+            self._set_fixed(scales)
         watch_decay([self])
 
     def extra_repr(self) -> str:
@@ -497,4 +544,5 @@ def banks_of(model: nn.Module) -> list[Bank]:
 
 def _exact(device: str) -> AbstractContextManager[object]:
     """Context in which weights are generated in the bank's own precision, also under autocast."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()

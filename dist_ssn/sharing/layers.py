@@ -134,7 +134,7 @@ def _autocast_dtype(layer: nn.Module, source: WeightSource) -> torch.dtype | Non
     """The dtype to which autocast would cast the layer's weight now; None for the source's own."""
     lowered = isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
     device = source.device.type
-    if not lowered or source.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if not lowered or device == "meta" or source.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

@@ -24,7 +24,6 @@ from dist_ssn.plan import Group, Slot
 from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
 from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.bank import PARAMETERS, Bank
-from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Chunks, Stretch, readings
 from testing.layer_kinds import banks_of, relative_error, shake
 
@@ -296,7 +295,7 @@ def test_weights_start_with_their_layers_own_standard_deviation(choice: str, bud
         plan = plan_for(budget, mapping, choice, model, seed=seed)
         for group, scales in zip(plan.groups, scales_of(plan, weights).values(), strict=True):
             bank = Bank(group, plan.seed, scales=scales)
-            initialize(bank)
+            bank.reset_parameters()
             for index, slot in enumerate(group.slots):
                 squares.setdefault(slot.name, []).append(float(bank(index).detach().double().square().mean()))
                 wanted[slot.name] = stds[slot.name]
@@ -317,7 +316,7 @@ def test_gains_and_differences_do_not_change_the_start(choice: str) -> None:
         plan = plan_for(budget, mapping, options)
         for group in plan.groups:
             bank = Bank(group, plan.seed, dtype=torch.float64)
-            initialize(bank)
+            bank.reset_parameters()
             weights = [bank(index) for index in range(len(group.slots))]
             assert bank.gains is not None and bank.differences is not None
             with torch.no_grad():
@@ -410,7 +409,7 @@ def test_initial_values_are_frozen() -> None:
         torch.manual_seed(seed)
         np.random.seed(seed)
         bank = Bank(Group("all", 200, slots), seed=7, scales=(0.5, 1.0, 1.0, 1.0))
-        initialize(bank)
+        bank.reset_parameters()
         starts.append({name: parameter.detach().clone() for name, parameter in bank.named_parameters()})
     first, second = starts
     assert all(torch.equal(first[name], second[name]) for name in first) and set(first) == set(PARAMETERS)
