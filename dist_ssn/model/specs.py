@@ -106,6 +106,7 @@ def find_specs(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     structure: bool = True,
+    frozen: bool = False,
 ) -> Specs:
     """Lists every weight of `model` once; tied weights are recognized by identity.
 
@@ -116,6 +117,7 @@ def find_specs(
             even if its initial values have a structure.
         exclude: weights that one of these selectors matches stay own parameters.
         structure: whether weights whose values have a structure are left out; False for a model that was trained or pruned.
+        frozen: whether parameters that require no gradient are weights, too.
 
     Raises:
         ShareError: no weight is left; a selector matches nothing; a parameter is lazy or holds NaN; the weights
@@ -136,7 +138,7 @@ def find_specs(
     for parameter, places in _parameters(modules).items():
         selected = selected_by(selectors, globs, [place.name for place in places], modules)
         used |= selected
-        reason = _reason_to_leave(parameter, places)
+        reason = _reason_to_leave(parameter, places, frozen)
         if reason is None and wanted and selected.isdisjoint(wanted):
             reason = "not included"
         if reason is None and not selected.isdisjoint(unwanted):
@@ -225,7 +227,7 @@ def _parameters(modules: dict[str, nn.Module]) -> dict[nn.Parameter, list[_Place
     return places
 
 
-def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place]) -> str | None:
+def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place], frozen: bool) -> str | None:
     """Reason for leaving a parameter out, found without reading its values; None if it is a weight."""
     if parameter.ndim < 2:
         return "one dimension"
@@ -235,7 +237,7 @@ def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place]) -> str |
         return "integers"
     if parameter.dtype.itemsize < 2:
         return "quantized"
-    if not parameter.requires_grad:
+    if not parameter.requires_grad and not frozen:
         return "frozen"
     if parameter.numel() < 2:
         return "fewer than two elements"

@@ -28,6 +28,7 @@ from dist_ssn.plan.scales import Scales
 from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import agree_under_fsdp2, structure_of_bank
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
+from dist_ssn.sharing.bases import Bases
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.initial_values import initial_values, write
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
@@ -73,6 +74,8 @@ class Bank(nn.Module):
     """[1]: `structure_of_bank` of the rank whose buffers were copied here; not in the state dict, which has the plan."""
     thresholds: Tensor | None
     """For each slot, the magnitude up to which an element of its weight is set to zero; None if weights are not pruned."""
+    bases: Bases | None = None
+    """What the weights were when they were shared with `keep`; the bank generates the differences from them."""
     frozen: frozenset[int] = frozenset()
     """Indices of the slots that send no gradient into the bank (`parts.freeze`)."""
     stopped: bool = False
@@ -167,8 +170,8 @@ class Bank(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the parameters, and so of the weights outside of autocast."""
-        return self.bank.dtype
+        """Dtype of the weights outside of autocast: that of the parameters, or of kept weights."""
+        return self.bank.dtype if self.bases is None else self.bases.dtype
 
     def weight_name(self, index: int) -> str:
         """Full name of the weight of slot `index` in the model."""
@@ -233,7 +236,7 @@ class Bank(nn.Module):
         if graph:
             self._require_agreement()
             self._require_reduction()
-        self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen)
+        self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen, self.bases)
         assert self.per_step.made is not None
         return self.per_step.made
 
@@ -307,7 +310,7 @@ class Bank(nn.Module):
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
             weight = self._pruned(index, path.generate(bank, self._own_values(index, values)))
-            return weight if dtype is None else weight.to(dtype)
+            return self._whole(index, rows, weight, dtype)
 
     def _make(
         self, index: int, rows: Tensor | None, values: Mapping[str, Tensor | None], dtype: torch.dtype | None
@@ -318,8 +321,13 @@ class Bank(nn.Module):
             pieces = self._read(index, elements, values)
             own = self._own_values(index, values)
             weight = self._mix(index, rows, elements, pieces, own, self._projection(values["projections"], index))
-            weight = self._pruned(index, weight)
-            return weight if dtype is None else weight.to(dtype)
+            return self._whole(index, rows, self._pruned(index, weight), dtype)
+
+    def _whole(self, index: int, rows: Tensor | None, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The generated weight, or a kept one with the generated difference, in `dtype`."""
+        if self.bases is not None:
+            return self.bases.add(index, weight, rows, dtype)
+        return weight if dtype is None else weight.to(dtype)
 
     def _pruned(self, index: int, weight: Tensor) -> Tensor:
         return weight if self.thresholds is None else weight * (weight.abs() > self.thresholds[index])
@@ -491,6 +499,8 @@ class Bank(nn.Module):
         self.anchor = None  # its node has the parameters' former dtype and device
         scales, was_meta = self.scales, self.bank.is_meta
         super()._apply(fn, recurse)
+        if self.bases is not None:
+            self.bases = self.bases.moved(fn)
         if not was_meta and self.bank.is_meta:
             self._scales = tuple(scales.tolist())
         if self.bank.is_meta or was_meta or "to_empty" in getattr(fn, "__qualname__", ""):
