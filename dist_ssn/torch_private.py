@@ -7,7 +7,7 @@ FSDP2 `at_end_of_backward`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -79,6 +79,19 @@ def leave_out_buffers(wrapper: torch.nn.Module, buffers: Sequence[torch.Tensor])
     wrapper.parameters_to_ignore |= names
     wrapper._assign_modules_buffers()  # pyright: ignore
     return bool(getattr(wrapper, "forward_sync_buffers", getattr(wrapper, "broadcast_buffers", False)))
+
+
+def leave_out_parameters(wrapper: torch.nn.Module, names: Iterable[str]) -> bool:
+    """Asks a DDP that is being made not to broadcast some parameters; True for a DDP, False for any other wrapper.
+
+    Args:
+        wrapper: see `leave_out_buffers`; it has not sent anything yet.
+        names: of frozen parameters of its module.
+    """
+    if not isinstance(wrapper, torch.nn.parallel.DistributedDataParallel):
+        return False
+    wrapper.parameters_to_ignore |= set(names)
+    return True
 
 
 def fsdp_mesh(module: torch.nn.Module) -> Any:

@@ -128,6 +128,6 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{sum(1 for _ in self.slots())} weights with {self.numel:,} elements from {self._kept()}{self.parameters:,} parameters "
-            f"({self.parameters / self.numel:.2%}) in {len(self.groups)} bank(s)"
+            f"{sum(1 for _ in self.slots())} weights with {self.numel:,} elements from {self._kept()}{self.parameters:,} "
+            f"parameters ({self.parameters / self.numel:.2%}) in {len(self.groups)} bank(s)"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dist_ssn.errors import PlanError, ShareError
-from dist_ssn.model.selectors import Selector, as_list
+from dist_ssn.model.selectors import Selector
 from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan import Morph, Plan, make_plan
 from dist_ssn.plan.budget import Budget
@@ -29,7 +29,7 @@ from dist_ssn.sharing.part_check import register_model
 from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
 from dist_ssn.sharing.ties import keep_ties
-from dist_ssn.sharing.train_beside import names_of, train_only
+from dist_ssn.sharing.train_beside import names_of, specs_of_kept, train_only
 from dist_ssn.torch_private import inside_compiled
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -89,11 +89,10 @@ def share(
         raise ShareError("train= goes with keep=True: without it everything is trained")
     given, model = model, inside_compiled(model)
     _require_plain(model)
-    whole = names_of(model, [train] if isinstance(train, str) else train)
+    train = [train] if isinstance(train, str) else list(train)
     if plan is None:
         assert budget is not None
-        matrices = [name for name in whole if model.get_parameter(name).ndim >= 2]
-        specs = find_specs(model, include, [*as_list("exclude", exclude), *matrices], structure=not keep, frozen=keep)
+        specs = specs_of_kept(model, include, exclude, train) if keep else find_specs(model, include, exclude)
         plan = make_plan(specs, budget, mapping=mapping, morph=morph, seed=seed, keep=keep)
     elif not isinstance(plan, Plan):
         raise PlanError(f"plan is of type {type(plan).__name__}: read it first, Plan.from_json(Path(...).read_text())")
@@ -106,15 +105,31 @@ def share(
         if not keep:
             _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
-    if not keep:
+    if keep:
+        _require_kept_values(model, specs)
+    else:
         warn_of_pretrained(model, specs)
     check_mode(generate)
+    whole = names_of(model, train)
+    if both := sorted({weight.name for weight in specs.weights} & set(whole)):
+        raise ShareError(f"train= names {both[0]}, which the plan generates: leave it out of one of them")
     _attach(model, plan, specs)
     if keep:
         train_only(model, whole)
     set_generation(model, generate)
     guard_saving(model)
     return given
+
+
+def _require_kept_values(model: nn.Module, specs: Specs) -> None:
+    """Checks that there are values to keep."""
+    empty = [weight.name for weight in specs.weights if model.get_parameter(weight.name).is_meta]
+    if empty:
+        raise ShareError(
+            f"{empty[0]} is on 'meta' and has no values to keep: load them first, "
+            "model.load_state_dict(safetensors.torch.load_file(file), assign=True) copies nothing; "
+            "make_plan(model, budget, keep=True) needs none"
+        )
 
 
 def _specs_of_plan(model: nn.Module, plan: Plan) -> Specs:
@@ -220,7 +235,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
     if plan.keep:
         for bank in banks.banks():
-            bank.bases = Bases([parameters[slot.name] for slot in bank.group.slots])
+            bank.keep(Bases([parameters[slot.name] for slot in bank.group.slots]))
     slots: dict[str, dict[str, tuple[Bank, int]]] = {}
     for bank in banks.banks():
         for index, slot in enumerate(bank.group.slots):

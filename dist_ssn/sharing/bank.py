@@ -28,7 +28,7 @@ from dist_ssn.plan.scales import Scales
 from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import agree_under_fsdp2, structure_of_bank
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
-from dist_ssn.sharing.bases import Bases
+from dist_ssn.sharing.bases import Bases, as_rows, different
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.initial_values import initial_values, write
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
@@ -128,6 +128,20 @@ class Bank(nn.Module):
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=self.device))
         structure = structure_of_bank(self.group, self.seed).to(self.device)
         self.register_buffer("structure", structure, persistent=False)
+
+    def keep(self, bases: Bases) -> None:
+        """Generates differences from these tensors from now on.
+
+        Args:
+            bases: one for each slot.
+        """
+        self.bases = bases
+        # Bytes as floating-point numbers: an average of state dicts, or one in half precision, still contains them.
+        self.register_buffer("fingerprints", as_rows(bases.fingerprints, self.device, torch.float32))
+
+    def fixed_buffers(self) -> list[Tensor]:
+        """The buffers in which all ranks agree with rank 0."""
+        return [b for name in ("scales", "structure", "fingerprints") if (b := self._buffers.get(name)) is not None]
 
     def reset_parameters(self, scales: Scales | None = None) -> None:
         """Gives the bank its initial values.
@@ -478,6 +492,27 @@ class Bank(nn.Module):
                 "the same model, budget, mapping, morph and seed, or one plan, share(model, plan=…)"
             )
 
+    def require_base(self, fingerprints: Tensor | None = None, whose: str = "rank 0 is") -> None:
+        """Checks that kept weights have these fingerprints.
+
+        Args:
+            fingerprints: see `bases.as_rows`; None: those of the rank whose buffers were copied here.
+            whose: begin of the message.
+
+        Raises:
+            ShareError: they have others.
+        """
+        if self.bases is None:
+            return
+        theirs = self._buffers["fingerprints"] if fingerprints is None else fingerprints
+        assert theirs is not None
+        names = [slot.name for slot in self.group.slots]
+        if others := different(names, self.bases.fingerprints, theirs):
+            raise ShareError(
+                f"{whose} trained on other kept values of {others[0]} ({len(others)} of {len(names)} weights of its bank differ): "
+                "load the same pretrained values, in the same dtype, before share(model, keep=True)"
+            )
+
     def _require_agreement(self) -> None:
         if not self.agreed and dist.is_available() and dist.is_initialized():
             agree_under_fsdp2(self)
@@ -498,9 +533,13 @@ class Bank(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self.anchor = None  # its node has the parameters' former dtype and device
         scales, was_meta = self.scales, self.bank.is_meta
-        super()._apply(fn, recurse)
         if self.bases is not None:
-            self.bases = self.bases.moved(fn)
+            if "to_empty" in getattr(fn, "__qualname__", "") or fn(self.bases.tensors[0][:0]).is_meta:
+                raise ShareError(
+                    f"{self.weight_name(0)} and all other kept weights would lose their values: make materialize(model) empty"
+                )
+            self.keep(self.bases.moved(fn))
+        super()._apply(fn, recurse)
         if not was_meta and self.bank.is_meta:
             self._scales = tuple(scales.tolist())
         if self.bank.is_meta or was_meta or "to_empty" in getattr(fn, "__qualname__", ""):
@@ -518,6 +557,8 @@ class Bank(nn.Module):
         key = f"{prefix}scales"
         if key not in state_dict and (recorded := recorded_scales(state_dict, prefix)) is not None:
             state_dict[key] = torch.tensor(recorded, dtype=torch.float32)
+        if self.bases is not None and f"{prefix}fingerprints" in state_dict:
+            self.require_base(state_dict[f"{prefix}fingerprints"], "the state dict was")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         if f"{prefix}bank" in state_dict:
             self.empty = self.bank.is_meta

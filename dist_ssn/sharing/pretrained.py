@@ -42,8 +42,8 @@ def warn_of_pretrained(model: nn.Module, specs: Specs) -> None:
             kind = type(module).__name__
             warnings.warn(
                 f"{kind} was loaded from {source!r}, and share() replaces its values by new random ones ({loaded[0]}; "
-                f"{len(loaded)} weights in all): to train from scratch, build it from its config, {kind}(config); to keep a "
-                "weight's values, name it in exclude=",
+                f"{len(loaded)} weights in all): to train from scratch, build it from its config, {kind}(config); to keep "
+                "its values and train a difference, share(model, budget, keep=True)",
                 stacklevel=3,
             )
             return
@@ -56,7 +56,8 @@ def _warn_of_uneven_scales(model: nn.Module, specs: Specs) -> None:
     if uneven:
         warnings.warn(
             f"the values of {uneven[0]} ({len(uneven)} weights in all) differ in scale by row or column, as loaded or trained "
-            "ones do, and share() replaces them by new random ones of one scale: to keep a weight's values, name it in exclude=",
+            "ones do, and share() replaces them by new random ones of one scale: to keep its values, name it in exclude=, or train "
+            "a difference from all, share(model, budget, keep=True)",
             stacklevel=4,
         )
 

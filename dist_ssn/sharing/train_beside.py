@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterable
 
 from torch import nn
 
 from dist_ssn.errors import ShareError
+from dist_ssn.model.selectors import Selector, as_list
+from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.sharing.bank import banks_of
+
+
+def specs_of_kept(
+    model: nn.Module,
+    include: Selector | Iterable[Selector] | None,
+    exclude: Selector | Iterable[Selector] | None,
+    train: Iterable[str],
+) -> Specs:
+    """Specs of the weights whose values are kept: those of `find_specs`, without what is trained whole.
+
+    Args:
+        model: dense.
+        include: see `find_specs`.
+        exclude: see `find_specs`.
+        train: see `names_of`.
+    """
+    whole = {name: model.get_parameter(name) for name in names_of(model, train)}
+    matrices = [name for name, parameter in whole.items() if parameter.ndim >= 2]
+    specs = find_specs(model, include, [*as_list("exclude", exclude), *matrices], structure=False, frozen=True)
+    return dataclasses.replace(specs, own_parameters=sum(p.numel() for p in set(whole.values())))
 
 
 def names_of(model: nn.Module, patterns: Iterable[str]) -> list[str]:
