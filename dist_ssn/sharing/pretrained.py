@@ -118,6 +118,11 @@ class _SavePretrained:
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters only are written, and those are the model's own
             return getattr(type(model), METHOD)(model, save_directory, *args, **options)
         if "state_dict" not in options or options.get("push_to_hub"):
+            if any(banks.plan.keep for banks in bank_sets(model)):
+                raise ShareError(
+                    f"{name} keeps its weights and trains a difference: dist_ssn.save(model, folder) writes the difference, and "
+                    "dist_ssn.materialize(model).save_pretrained(folder) the merged model"
+                )
             whole = "" if bank_sets(model) else " of the whole model, and its part"
             raise ShareError(
                 f"{name} is shared, and from_pretrained would fill what save_pretrained writes with random weights: save "
