@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,6 +17,7 @@ from dist_ssn.engines.overlap.delay import Delay
 from dist_ssn.engines.overlap.exchange import Exchange
 from dist_ssn.engines.whole_state import OptimizerState, load_whole_state, whole_state
 from dist_ssn.errors import UserError
+from dist_ssn.sync.local_updates import LocalUpdates
 
 
 class Engine(ABC):
@@ -79,6 +81,8 @@ class Engine(ABC):
         """True if the current gradients are the mean over all processes."""
         self._exchange: Exchange | None = None
         """Averages gradients instead of the engine, for overlap settings other than "none"."""
+        self.local: LocalUpdates | None = None
+        """Averages what the processes have changed, every so many steps; None if gradients are averaged on every step."""
 
     @property
     def delay(self) -> Delay | None:
@@ -129,6 +133,17 @@ class Engine(ABC):
             self._exchange.stepped()
         return norm
 
+    def _train_locally(self, model: nn.Module, sync: Mapping[str, Any], group: Any = None) -> None:
+        """Begins local updates; from now on, processes hold parameters of their own between two rounds.
+
+        Args:
+            model: the module, or its wrapper over an island.
+            sync: keyword arguments of `LocalUpdates`.
+            group: see `LocalUpdates`.
+        """
+        self.local = LocalUpdates(model, self.optimizer, group=group, **sync)
+        self.replicated = False
+
     def _clip(self, clip_norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], clip_norm)
 
@@ -136,9 +151,10 @@ class Engine(ABC):
         """Whole parameters and optimizer state, by name of the parameter.
 
         All processes call it; only rank 0's result is complete. In the base class every process holds everything, so nothing is
-        sent.
+        sent. With local updates, the parameters are those of the last round, and the optimizer's state is this process's own.
         """
-        return whole_state(self.module, self.optimizer, self.delay)
+        parameters, state = whole_state(self.module, self.optimizer, self.delay)
+        return (parameters if self.local is None else {**parameters, **self.local.anchor()}), state
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """Loads the result of `gathered`, which every process holds whole."""

@@ -26,9 +26,12 @@ KEYS = {
     "parameters": list,
     "start": list,
     "buffers": dict,
+    "own_buffers": dict,
     "sent": dict,
 }
 """Entries of a state, with their types."""
+OWN = ("workers", "place", "feedback", "parameters", "start", "own_buffers")
+"""Entries that each worker has for itself; all others are the same on all."""
 
 
 def plan_of(model: nn.Module) -> str:

@@ -248,7 +248,10 @@ class Normed(nn.Module):
 
 
 def _buffers(rank: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Running means in a round, and after it; the mask; the flags; bytes of the buffers' exchange."""
+    """Running means in a round, and after it; the mask; the flags; bytes of the buffers' exchange.
+
+    A look at the anchor in the round changes nothing.
+    """
     model = Normed()
     with torch.no_grad():
         model.mask[2] += rank
@@ -256,10 +259,19 @@ def _buffers(rank: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     optimizer = sgd(model)
     with LocalUpdates(model, optimizer, every=2, outer="average") as local:
         steps(model, optimizer, rank, n, 1, 2)
-        between = model.norm.running_mean.clone()  # pyright: ignore
+        between, before = model.norm.running_mean.clone(), flat(model)  # pyright: ignore
+        with torch.no_grad():
+            model.layer.weight += 1
+        with local.anchored():
+            common = model.norm.running_mean.clone()  # pyright: ignore
+            assert torch.equal(flat(model), before)
+        assert torch.equal(model.norm.running_mean, between)  # pyright: ignore
+        with torch.no_grad():
+            assert torch.equal(model.layer.weight - 1, before[:16].view(4, 4) + 1 - 1)
+            model.layer.weight.copy_(before[:16].view(4, 4))
         with CommMeter() as meter:
             local.synchronize()
-    assert model.norm.running_mean is not None
+    assert model.norm.running_mean is not None and torch.equal(model.norm.running_mean, common)
     return between, model.norm.running_mean, model.mask, model.count, meter.totals().logical_bytes
 
 
