@@ -23,6 +23,7 @@ from benchmarks.result_files import ResultFile
 
 SHORT = (
     "compute.memory",
+    "compute.codecs",
     "compute.generation size depth --repetitions 5",
     "compute.step_time --models gpt-256 gpt-512 wrn-16-4",
     "network.engine_bytes --ranks 2",

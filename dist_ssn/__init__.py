@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
     from dist_ssn.sharing.summary import summary
+    from dist_ssn.sync.comm_hook import comm_hook
     from dist_ssn.sync.local_updates import LocalUpdates
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "LocalUpdates",
     "Morph",
     "Plan",
+    "comm_hook",
     "freeze",
     "make_plan",
     "materialize",
@@ -46,6 +48,7 @@ _PLACES = {
     "LocalUpdates": "dist_ssn.sync.local_updates",
     "Morph": "dist_ssn.plan",
     "Plan": "dist_ssn.plan",
+    "comm_hook": "dist_ssn.sync.comm_hook",
     "freeze": "dist_ssn.sharing.parts",
     "make_plan": "dist_ssn.plan",
     "materialize": "dist_ssn.sharing.materialize",

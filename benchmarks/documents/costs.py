@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.compute import generation, memory
+from benchmarks.compute import codecs, generation, memory
 from benchmarks.markdown import from_rich, grid
 from benchmarks.network import latency, prediction, probe, scaling, time_to_target
 from benchmarks.result_files import lines_of
@@ -46,6 +46,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-time": step_time,
     "generation-size": lambda: from_rich(generation.tables(lines_of("generation"))[0]),
     "generation-kinds": lambda: from_rich(generation.tables(lines_of("generation"))[1]),
+    "codecs": lambda: from_rich(codecs.table(lines_of("codecs"))),
     "memory": lambda: from_rich(memory.table(lines_of("memory"))),
     "prediction": lambda: from_rich(prediction.table(lines_of("prediction"))),
     "scaling-measured": lambda: from_rich(scaling.tables(lines_of("scaling"))[0]),
