@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -133,6 +133,21 @@ class Engine(ABC):
             self._exchange.stepped()
         return norm
 
+    def common(self) -> AbstractContextManager[None]:
+        """Surrounds an evaluation, or a copy of the model: inside, all processes hold the same model.
+
+        With local updates it is that of the last round, and training goes on as if nobody had looked.
+        """
+        return nullcontext() if self.local is None else self.local.anchored()
+
+    def synchronize(self) -> bool:
+        """Averages what local updates have not averaged yet; all processes call it.
+
+        Returns:
+            True if there was something to average.
+        """
+        return self.local is not None and self.local.synchronize()
+
     def _train_locally(self, model: nn.Module, sync: Mapping[str, Any], group: Any = None) -> None:
         """Begins local updates; from now on, processes hold parameters of their own between two rounds.
 
@@ -151,10 +166,9 @@ class Engine(ABC):
         """Whole parameters and optimizer state, by name of the parameter.
 
         All processes call it; only rank 0's result is complete. In the base class every process holds everything, so nothing is
-        sent. With local updates, the parameters are those of the last round, and the optimizer's state is this process's own.
+        sent.
         """
-        parameters, state = whole_state(self.module, self.optimizer, self.delay)
-        return (parameters if self.local is None else {**parameters, **self.local.anchor()}), state
+        return whole_state(self.module, self.optimizer, self.delay)
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """Loads the result of `gathered`, which every process holds whole."""

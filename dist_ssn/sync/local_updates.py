@@ -143,27 +143,35 @@ class LocalUpdates:
                 self._meet(plain=warm, late=self.delay > 0 and not warm)
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def synchronize(self) -> bool:
         """Averages whatever the workers have changed since the last round, and the buffers, so that all hold the same model.
 
         Call it on all workers at the same step: before an evaluation or a checkpoint of the model, and at the end if the block
         is not left. Where nothing has changed, only some bytes travel. Rounds end after the same steps as without it. With a
         delay, the mean that is on its way is applied first; then nothing is on its way.
 
+        Returns:
+            True if a worker had changed something since the last round, or a mean was on its way.
+
         Raises:
             UserError: a worker cannot take part, or is at another step, or its anchor differs. All workers raise it.
         """
         with purpose("synchronization"):
-            self._meet(asked=True)
+            on_its_way = self._sent is not None
+            moved = self._meet(asked=True)
             self._buffers.average(self._workers)
+        return moved or on_its_way
 
-    def _meet(self, *, asked: bool = False, plain: bool = False, late: bool = False) -> None:
+    def _meet(self, *, asked: bool = False, plain: bool = False, late: bool = False) -> bool:
         """One exchange.
 
         Args:
             asked: by `synchronize`.
             plain: all go on from the mean of their parameters; the outer optimizer takes no step.
             late: the mean is applied in the next exchange.
+
+        Returns:
+            True if a worker had changed something.
         """
         problem = self._problem()
         change = self._anchor.change(self._start)
@@ -186,6 +194,7 @@ class LocalUpdates:
                 self._apply(sent, plain)
         self._anchor.hand_out(change if late else None)
         self._start = [t.values.clone() for t in self._anchor.trained] if late else self._anchor.start()
+        return any(norms)
 
     def _problem(self) -> str | None:
         """The reason why this worker cannot take part in an exchange; None if it can."""
@@ -296,10 +305,17 @@ class LocalUpdates:
             t.values.copy_(saved)
         self._buffers.put(state["own_buffers"])
 
-    def anchor(self) -> dict[str, Tensor]:
-        """Copies of the trained parameters that all workers hold in common since the last round, by name."""
-        pairs = zip(self._anchor.trained, self._anchor.start(), strict=True)
-        return {t.name: start.clone() for t, start in pairs}
+    @torch.no_grad()
+    def restart(self, step: int) -> None:
+        """Begins a first round at the model's current parameters and buffers, which all workers must hold alike.
+
+        Args:
+            step: number of steps that were made.
+        """
+        self.step, self._sent = step, None
+        self._anchor.fill()
+        self._start = self._anchor.start()
+        self._buffers = Buffers(self.model)
 
     @contextmanager
     def anchored(self) -> Iterator[None]:

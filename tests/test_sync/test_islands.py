@@ -75,7 +75,9 @@ def test_two_islands_of_two_equal_two_workers_of_double_batch() -> None:
                 assert (found[name, str(delay)] - expected).abs().max() < 1e-6, (name, delay)
                 assert torch.equal(found[name, str(delay)], ranks[0][name, str(delay)])
     reports, change = 2 * 6 * 8, 4 * 28
-    for rank, found in enumerate(ranks):  # of an island whose processes hold the same, one exchanges and tells the other
+    for rank, found in enumerate(
+        ranks
+    ):  # of an island whose processes hold the same, one exchanges and tells the other
         assert found["ddp", "0", "bytes"] == reports + (2 * change if rank % 2 == 0 else change)
     assert sum(found["fsdp", "0", "bytes"] for found in ranks) == 4 * reports + 2 * change
     for rank, found in enumerate(ranks):
