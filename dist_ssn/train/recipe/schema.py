@@ -482,7 +482,9 @@ class Recipe:
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In which settings two recipes differ, other than those that say how a run is started."""
-    old, new = (dict(_flat(recipe)) for recipe in (before, now))
+    # A recipe of an older version lacks keys, and was trained as their defaults say.
+    default, old, new = (dict(_flat(recipe)) for recipe in (json.loads(Recipe().to_json()), before, now))
+    old = default | old
     return [f"{key} was {old.get(key)} and is {value}" for key, value in new.items() if old.get(key) != value]
 
 
