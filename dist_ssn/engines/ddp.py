@@ -91,9 +91,9 @@ class DDPEngine(Engine):
                 if self.world_size > 1:
                     require_one_plan(model)
             return self._train_locally(model, sync)
+        islands = None if sync is None or within is None else islands_of(within)
         if self.world_size == 1:
             return
-        islands = None if sync is None or within is None else islands_of(within)
         apart = self._exchange.parameters if self._exchange is not None else set()
         trainable = [p for p in model.parameters() if p.requires_grad and p not in apart]
         banks = {name: p for name, p in model.named_parameters() if p in apart}  # in one order on all ranks

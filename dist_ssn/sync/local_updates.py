@@ -28,7 +28,7 @@ from dist_ssn.sync.reports import Report, exchange_reports, require_agreement, r
 from dist_ssn.sync.sent import Round, Sent
 from dist_ssn.sync.settings import check_settings, device_of, forget_what_is_not_finite, held, innermost, taking_part
 from dist_ssn.sync.start import send_from_first, workers_of
-from dist_ssn.sync.state import FORMAT, check_state, plan_of, shapes_of
+from dist_ssn.sync.state import FORMAT, check_state, on_device, plan_of, shapes_of
 from dist_ssn.sync.trained import refuse_wrapper, trained_parameters, unwrapped
 from dist_ssn.sync.transport import Transport
 
@@ -279,7 +279,7 @@ class LocalUpdates:
         mine = (self._workers.count, self._workers.place) == (state["workers"], state["place"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one of ours says the same, below
-            self.exchange.load_state_dict(state["feedback"])
+            self.exchange.load_state_dict(on_device(state["feedback"], self._workers.device))
         self.step = state["step"]
         for flat, saved in zip(self._anchor.flats, state["anchor"], strict=True):
             flat.copy_(saved)
