@@ -107,13 +107,13 @@ class CommHookState:
         """Replaces the buffer's gradients by means; parameters are coded in the order of their numbers."""
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
         parts = buffer.split(list(sizes))
-        exchange = self._exchange_of(tuple((numbers[at], sizes[at]) for at in order))
+        exchange = self._exchange_of(tuple((numbers[at], sizes[at]) for at in order), buffer.device)
         mean = exchange.average(torch.cat([parts[at].float() for at in order]))
         for at, part in zip(order, mean.split([sizes[at] for at in order]), strict=True):
             parts[at].copy_(part)
         return buffer
 
-    def _exchange_of(self, key: Key) -> Exchange:
+    def _exchange_of(self, key: Key, device: torch.device) -> Exchange:
         while self._loaded:
             old, state = self._loaded.pop()
             self._exchanges[old] = self._made(old)
@@ -125,7 +125,8 @@ class CommHookState:
                 self._moved.update(zip([number for number, _ in old], unsent, strict=True))
             self._exchanges[key] = exchange = self._made(key)
             if self._moved:
-                exchange.add_unsent(torch.cat([self._moved.pop(number, torch.zeros(size)) for number, size in key]))
+                parts = [self._moved.pop(number, torch.zeros(size)).to(device) for number, size in key]
+                exchange.add_unsent(torch.cat(parts))
         return self._exchanges[key]
 
     def _made(self, key: Key) -> Exchange:
