@@ -400,7 +400,7 @@ def test_a_frozen_weight_sends_no_gradient(pure: bool) -> None:
     """The bank's gradient is that of the other weights alone: computed by detaching the frozen ones in the dense twin's chain."""
     model = shared()
     (bank,) = banks_of(model)
-    weights = [bank._make(i, None, bank._parameters, None) for i in range(3)]
+    weights = [bank._make(i, None, bank._tensors(), None) for i in range(3)]
     biases = [model.encoder[0].bias, model.encoder[2].bias, model.head.bias]
     weights[0], weights[1] = weights[0].detach(), weights[1].detach()
     x = inputs()
