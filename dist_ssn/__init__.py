@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.materialize import materialize
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
+    from dist_ssn.sharing.plan_of import plan_of
     from dist_ssn.sharing.summary import summary
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "materialize",
     "parameter_groups",
     "parameters_of",
+    "plan_of",
     "search",
     "share",
     "shared_plan",
@@ -48,6 +50,7 @@ _PLACES = {
     "materialize": "dist_ssn.sharing.materialize",
     "parameter_groups": "dist_ssn.sharing.optimizer_groups",
     "parameters_of": "dist_ssn.sharing.parts",
+    "plan_of": "dist_ssn.sharing.plan_of",
     "search": "dist_ssn.mapping_search",
     "share": "dist_ssn.sharing.attach",
     "shared_plan": "dist_ssn.sharing.bank_set",

@@ -1,6 +1,6 @@
 """The standard deviation a weight was initialized with: usual formulas, recognized by the values' root mean square.
 
-Where a formula is recognized, a plan does not depend on the random seed, and ranks with different seeds agree.
+It is data, and may depend on the random seed. What decides on a plan is `settled_scale.settled_stds`, which does not.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def init_std_of(
     measured = math.sqrt(squares / count)
     if not math.isfinite(measured):
         return measured, True
-    default = _default_std(module, tuple(values.shape))
+    default = default_std(module, tuple(values.shape))
     if default is not None and _is_sample(values, measured, count, *default):
         return default[0], False
     fan_in, fan_out = fans
@@ -71,7 +71,7 @@ def init_std_of(
     return float(f"{measured:.3g}"), True
 
 
-def _default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:
+def default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:
     """Standard deviation of the layer's `reset_parameters`, and True if it draws uniformly; None for unknown layers."""
     if isinstance(module, EMBEDDINGS):
         return 1.0, False

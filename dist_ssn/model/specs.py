@@ -17,8 +17,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dist_ssn.errors import ShareError
-from dist_ssn.model.init_scale import EMBEDDINGS, fans_of, init_std_of
+from dist_ssn.model.init_scale import EMBEDDINGS, default_std, fans_of, init_std_of
 from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
+from dist_ssn.model.settled_scale import Measured, rules_for, settled_stds
 from dist_ssn.model.structure import structure_of
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -39,7 +40,7 @@ class LayerSpec:
     """Class name of the module that holds it, such as "Linear"."""
     fan_in: int
     init_std: float
-    """Standard deviation of the initial values: exact where a usual initialization is recognized, else measured."""
+    """Standard deviation of the initial values: exact where a usual initialization is recognized, else measured. It is data."""
     aliases: tuple[str, ...] = ()
     """Names of a tied weight in the other modules that hold it."""
     zero_row: int | None = None
@@ -48,11 +49,18 @@ class LayerSpec:
     """True if `init_std` was measured on random values, so that another seed gives another value."""
     is_table: bool = False
     """True if an embedding holds it, whose rows are looked up."""
+    settled_std: float | None = None
+    """`init_std` as far as it is the same for every random seed, see `settled_scale.settled_stds`; None: `init_std` is."""
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def deciding_std(self) -> float:
+        """The initial standard deviation that decides on the weight's group."""
+        return self.init_std if self.settled_std is None else self.settled_std
 
     @property
     def rows(self) -> int:
@@ -146,7 +154,7 @@ def find_specs(
 
     idle = [selector for selector in dict.fromkeys([*wanted, *unwanted]) if selector not in used]
     _raise(model, [*_bad_weights(weights, kinds, left_out, idle)])
-    return Specs(tuple(_residual(weights)), own, tuple(left_out))
+    return Specs(tuple(_settled(_residual(weights), model)), own, tuple(left_out))
 
 
 def _bad_weights(
@@ -298,3 +306,17 @@ def _residual(weights: Sequence[LayerSpec]) -> list[LayerSpec]:
         if len(near) == n:
             return [replace(w, init_std=std, is_measured=False) if w.name in near else w for w in weights]
     return list(weights)
+
+
+def _settled(weights: Sequence[LayerSpec], model: nn.Module) -> Iterator[LayerSpec]:
+    """Gives each weight its `settled_std`."""
+    measured = []
+    for weight in weights:
+        module = model.get_submodule(weight.name.rpartition(".")[0])
+        default = default_std(module, weight.shape)
+        kind = weight.kind if default else ""  # all that no layer of torch holds
+        groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+        rules = rules_for(default and default[0], fans_of(module, weight.shape), groups)
+        measured.append(Measured(kind, weight.numel, weight.init_std, rules))
+    for weight, std in zip(weights, settled_stds(measured), strict=True):
+        yield weight if std == weight.init_std else replace(weight, settled_std=std)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dist_ssn.errors import PlanError, ShareError
@@ -18,13 +17,15 @@ from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan import Morph, Plan, make_plan
 from dist_ssn.plan.budget import Budget
 from dist_ssn.plan.compare import require_plan_fits
+from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.bank import Bank
-from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet
+from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.holders import warn_of_holders
 from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.layers import share_layer
 from dist_ssn.sharing.part_check import register_model
+from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
 from dist_ssn.sharing.ties import keep_ties
 from dist_ssn.torch_private import inside_compiled
@@ -84,7 +85,6 @@ def share(
         specs = _specs_of_plan(model, plan)
         _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
-    _warn_of_seeds(specs)
     warn_of_pretrained(model, specs)
     _attach(model, plan, specs)
     guard_saving(model)
@@ -154,17 +154,6 @@ def _held(model: nn.Module, specs: Specs) -> dict[str, nn.Parameter]:
     return found
 
 
-def _warn_of_seeds(specs: Specs) -> None:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    if measured := [weight.name for weight in specs.weights if weight.is_measured]:
-        warnings.warn(
-            f"the initial scale of {measured[0]} ({len(measured)} weights in all) was measured on its random values: if the "
-            "ranks have different seeds, they now follow different plans; give them one plan, share(model, plan=...)",
-            stacklevel=3,
-        )
-
-
 def _warn_of_missing_slots(
     model: nn.Module,
     specs: Specs,
@@ -187,10 +176,11 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
     """Builds the banks, and turns each layer that holds a weight into a layer that generates it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = parameters[specs.weights[0].name]
-    banks = BankSet(plan, specs.left_out, first.device, first.dtype)
+    scales = scales_of(plan, specs.weights)
+    banks = BankSet(plan, scales, specs.left_out, first.device, first.dtype)
     watch_decay(banks.banks())
     for bank in banks.banks():
-        initialize(bank)
+        initialize(bank, scales[bank.group.name][0])
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
     slots: dict[str, dict[str, tuple[Bank, int]]] = {}
     for bank in banks.banks():

@@ -18,15 +18,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from dist_ssn.errors import ShareError
-from dist_ssn.plan.rules import EMBEDDING_SIZE
+from dist_ssn.plan.rules import EMBEDDING_SIZE, RULES
+from dist_ssn.plan.scales import Scales
 from dist_ssn.plan.slots import Group
+from dist_ssn.sharing.agreement import agree_under_fsdp2, structure_of_bank
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
+from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
 from dist_ssn.torch_private import active_ddp, graph_task_id, is_tracing
@@ -51,6 +55,7 @@ class Bank(nn.Module):
         seed: the plan's.
         device: of the parameters.
         dtype: of the parameters.
+        scales: of the bank and its slots; None: those of weights with the bank's own standard deviation, 1.
     """
 
     bank: nn.Parameter
@@ -58,16 +63,29 @@ class Bank(nn.Module):
     projections: nn.Parameter | None
     gains: nn.Parameter | None
     differences: nn.Parameter | None
+    scales: Tensor
+    """[1 + slots] in float32: see `plan.scales.Scales`. Data of this model, which are loaded and broadcast as its values are."""
+    structure: Tensor
+    """[1]: `structure_of_bank` of the rank whose buffers were copied here; not in the state dict, which has the plan."""
     thresholds: Tensor | None
     """For each slot, the magnitude up to which an element of its weight is set to zero; None if weights are not pruned."""
     frozen: frozenset[int] = frozenset()
     """Indices of the slots that send no gradient into the bank (`parts.freeze`)."""
     stopped: bool = False
     """True if the parameters require no gradient because all slots are frozen."""
+    agreed: bool = False
+    """True if all ranks are known to have the same scales (`agreement`)."""
     check_plan: Callable[[], None] | None = None
     """Checks that nobody wrote another plan into the state dict of this bank; None before there is one."""
 
-    def __init__(self, group: Group, seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        group: Group,
+        seed: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        scales: Scales | None = None,
+    ):
         super().__init__()
         self.group, self.seed = group, seed
         self.pure = False
@@ -81,6 +99,10 @@ class Bank(nn.Module):
         for name in PARAMETERS:
             values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
+        if scales is None:
+            scales = 1.0, *(RULES[slot.morph].gain(slot) for slot in group.slots)
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=device))
+        self.register_buffer("structure", structure_of_bank(group, seed).to(device), persistent=False)
         self.register_buffer("thresholds", None)
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._fast_paths = [fast_path(slot, seed, group.size) for slot in group.slots]
@@ -121,7 +143,14 @@ class Bank(nn.Module):
 
     def values(self) -> Values:
         """The current parameters, from which a weight can be generated again."""
-        return Values.of(self._parameters)
+        return Values.of(self._parameters, self._fixed())
+
+    def _fixed(self) -> dict[str, Tensor | None]:
+        return {"scales": self._buffers["scales"]}
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        """Everything that a weight is generated from, by name."""
+        return {**self._parameters, **self._fixed()}
 
     def forward(
         self,
@@ -162,7 +191,7 @@ class Bank(nn.Module):
             self.set_frozen(())
         frozen = index in self.frozen
         if self.pure or is_tracing():
-            weight = self._make(index, rows, self._parameters, dtype)
+            weight = self._make(index, rows, self._tensors(), dtype)
             return weight.detach() if frozen else weight
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ShareError(
@@ -170,8 +199,10 @@ class Bank(nn.Module):
             )
         if self.check_plan is not None:
             self.check_plan()
+        if not self.agreed and dist.is_available() and dist.is_initialized():
+            agree_under_fsdp2(self)
         if frozen or not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
-            return self.fast(index, rows, dtype, self._parameters)
+            return self.fast(index, rows, dtype, self._tensors())
         anchor = self._current_anchor()
         if self.watcher is not None and graph_task_id() == -1:
             self.watcher.read(index)
@@ -234,7 +265,7 @@ class Bank(nn.Module):
         base = MORPHS[slot.morph](mixture)
         if rows is not None and elements is None:
             base = base.view(slot.rows, slot.columns)[rows]
-        return finish(slot, base, own["gains"], own["differences"], rows)
+        return finish(slot, base, own["scale"], own["gains"], own["differences"], rows)
 
     def own(self, values: Tensor | None, index: int, name: str) -> Tensor:
         """The stretch of slot `index` in `values`, which has the length of the parameter `name`."""
@@ -242,7 +273,10 @@ class Bank(nn.Module):
         return values[start : start + length] if values is not None else self.bank.new_empty(0)
 
     def _own_values(self, index: int, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        return {name: self.own(values[name], index, name) for name in _OWN}
+        """The slot's stretches of the parameters, and its scale."""
+        scales = values["scales"]
+        assert scales is not None
+        return {"scale": scales[1 + index], **{name: self.own(values[name], index, name) for name in _OWN}}
 
     def _projection(self, values: Tensor | None, index: int) -> Tensor | None:
         slot = self.group.slots[index]
@@ -284,7 +318,7 @@ class Bank(nn.Module):
             pieces = self._read(index, elements, values)
             projection = self._projection(values["projections"], index)
             leaves: dict[tuple[str, int], Tensor] = {("bank", k): piece for k, piece in enumerate(pieces)}
-            leaves |= {(name, 0): value for name, value in own.items() if value.numel()}
+            leaves |= {(name, 0): own[name] for name in _OWN if own[name].numel()}
             leaves |= {("projections", 0): projection} if projection is not None else {}
             leaves = {key: value.detach().requires_grad_() for key, value in leaves.items() if key[0] in sums}
             if not leaves:
@@ -336,6 +370,18 @@ class Bank(nn.Module):
             anchor = self.anchor = Anchor(self, parameters)
         return anchor
 
+    def require_structure(self) -> None:
+        """Checks that the structure is that of the rank whose buffers were copied here.
+
+        Raises:
+            ShareError: it is not.
+        """
+        if int(self.structure) != int(structure_of_bank(self.group, self.seed)):
+            raise ShareError(
+                f"the bank of {self.weight_name(0)} is read in another way on rank 0, so the ranks' models differ: give all ranks "
+                "the same model, budget, mapping, morph and seed, or one plan, share(model, plan=…)"
+            )
+
     def _require_reduction(self) -> None:
         """Checks that the DDP whose forward runs holds this bank, whose gradient nobody would reduce otherwise."""
         wrapper = active_ddp()
@@ -351,9 +397,22 @@ class Bank(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self.anchor = None  # its node has the parameters' former dtype and device
+        scales = self.scales
         super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:  # `half()` is for values that are computed with
+            self.scales = scales.to(self.scales.device)
         self._prepare()
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+    ) -> None:
+        """Loads the values; a state dict of version 0.1.0 has the scales in its plan."""
+        key = f"{prefix}scales"
+        if key not in state_dict and (recorded := recorded_scales(state_dict, prefix)) is not None:
+            state_dict[key] = torch.tensor(recorded, dtype=torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self.scales = self.scales.float()  # `assign=True` takes the dtype that the state dict has
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -361,10 +420,17 @@ class Bank(nn.Module):
             "anchor": None,
             "watcher": None,
             "check_plan": None,
+            "agreed": False,
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
+            scales = self.group.init_std, *(slot.scale for slot in self.group.slots)  # type: ignore[attr-defined]
+            self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=self.device))
+            self.register_buffer(
+                "structure", structure_of_bank(self.group, self.seed).to(self.device), persistent=False
+            )
         watch_decay([self])
 
     def extra_repr(self) -> str:

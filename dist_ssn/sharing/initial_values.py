@@ -14,19 +14,23 @@ from dist_ssn.sharing.bank import Bank
 
 
 @torch.no_grad()
-def initialize(bank: Bank) -> None:
-    """Gives a bank its initial values, which depend only on the plan.
+def initialize(bank: Bank, std: float | None = None) -> None:
+    """Gives a bank its initial values, which depend only on the plan and the bank's standard deviation.
 
-    - The bank is normal, with exactly the group's standard deviation.
+    - The bank is normal, with exactly this standard deviation.
     - Coefficients of weights that mix the same number of templates are orthogonal, with unit rows; signed templates are mixed in
       equal parts.
     - Gains are 1.
     - Of a difference U·V, U has variance 1/rank and V is zero: its first step moves the weight as far as a dense step would.
+
+    Args:
+        bank: is changed.
+        std: standard deviation; None: the one among the bank's scales.
     """
     group, seed = bank.group, bank.seed
     draw = np.random.RandomState(_seed_of(seed, group.name))
     values = torch.from_numpy(draw.standard_normal(group.size))
-    bank.bank.copy_(values / values.square().mean().sqrt() * group.init_std)
+    bank.bank.copy_(values / values.square().mean().sqrt() * (float(bank.scales[0]) if std is None else std))
     rows = {
         k: orthogonal_rows(sum(_mixes(s) == k for s in group.slots), k, draw) for k in {_mixes(s) for s in group.slots}
     }

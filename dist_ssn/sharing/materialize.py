@@ -10,9 +10,10 @@ from torch import nn
 
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.bank import Bank
-from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet, bank_sets
+from dist_ssn.sharing.bank_set import BankSet, bank_sets
 from dist_ssn.sharing.layers import unshare_layer
 from dist_ssn.sharing.parts import outside
+from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import unguard_saving
 from dist_ssn.sharing.ties import release_ties
 from dist_ssn.sharing.walks import COPIED

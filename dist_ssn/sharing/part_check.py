@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from dist_ssn.errors import ShareError
-from dist_ssn.sharing.bank_set import ATTRIBUTE
 from dist_ssn.sharing.parts import frozen_by_torch, listed, reads, slots_of
+from dist_ssn.sharing.parts import frozen_by_torch, listed, reads, slots_of
+from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.trainer_check import warn_of_trainer
 
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all shared layers of this process

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import World
+from dist_ssn.sharing.bank import banks_of
 from dist_ssn.train.data import Task
 from dist_ssn.train.recipe.schema import Recipe
 
@@ -48,7 +49,8 @@ def _equal_buffers(model: nn.Module, world: World, meter: CommMeter) -> None:
     if world.world_size == 1:
         return
     kept = model.state_dict(keep_vars=True)
+    fixed = {id(bank.scales) for bank in banks_of(model)}
     with meter.purpose("metrics"):
         for name, buffer in model.named_buffers():
-            if name in kept:
+            if name in kept and id(buffer) not in fixed:
                 dist.broadcast(buffer, src=0)

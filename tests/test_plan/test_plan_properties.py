@@ -22,6 +22,7 @@ from dist_ssn.errors import BudgetError, PlanError, ShareError, UserError
 from dist_ssn.model.specs import LayerSpec, Specs, find_specs
 from dist_ssn.plan import MAPPINGS, Group, Morph, Plan, make_plan
 from dist_ssn.plan.rules import EMBEDDING_SIZE, reach
+from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.morphs import MORPHS, Chunks, readings
 
 MORPH_TEXTS = (
@@ -155,11 +156,12 @@ def check_slots(specs: Specs, plan: Plan) -> None:
     assert sorted(slot.name for _, slot in plan.slots()) == sorted(weight.name for weight in specs.weights)
     for weight in specs.weights:
         slot = slots[weight.name]
-        assert (slot.shape, slot.init_std, slot.zero_row) == (weight.shape, weight.init_std, weight.zero_row)
-        assert slot.morph in MORPHS and 0 < slot.scale < math.inf
-    for group in plan.groups:
-        scales = sum(slot.numel * slot.init_std**2 for slot in group.slots) / group.numel
-        assert group.init_std == pytest.approx(math.sqrt(scales))
+        assert (slot.shape, slot.zero_row) == (weight.shape, weight.zero_row) and slot.morph in MORPHS
+    stds = {weight.name: weight.init_std for weight in specs.weights}
+    for group, (std, *scales) in zip(plan.groups, scales_of(plan, specs.weights).values(), strict=True):
+        squares = sum(slot.numel * stds[slot.name] ** 2 for slot in group.slots) / group.numel
+        assert std == pytest.approx(math.sqrt(squares), rel=1e-6)
+        assert len(scales) == len(group.slots) and all(0 < scale < math.inf for scale in scales)
         assert all(0 <= slot.start < group.size for slot in group.slots)
 
 
@@ -267,7 +269,7 @@ def test_a_lone_weight_with_room_stays_dense() -> None:
         (LayerSpec("a", (10, 10), "Linear", 10, 0.1), *(LayerSpec(n, (5, 8), "Linear", 8, 0.2) for n in "bc"))
     )
     lone, pair = make_plan(specs, 2.0, mapping="shape").groups
-    assert (lone.size, lone.slots[0].morph, lone.slots[0].scale) == (100, "repeat", 1.0)
+    assert (lone.size, lone.slots[0].morph) == (100, "repeat")
     assert lone.parameters + pair.parameters == 360
     everything = make_plan(Specs(specs.weights[:1]), 3.0)
     assert (everything.parameters, everything.budget) == (100, 300)

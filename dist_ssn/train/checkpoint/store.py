@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +30,7 @@ from dist_ssn.errors import CheckpointError
 from dist_ssn.files import parse_json, read_json, read_tensors, read_text
 from dist_ssn.plan import Plan
 from dist_ssn.plan.compare import plan_difference
+from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.train.checkpoint.folder import checkpoints, fingerprint, latest, name_of
 from dist_ssn.train.checkpoint.snapshot import FORMAT, Entries, NotFinite, entries_of, take, write
 
@@ -149,6 +151,9 @@ def _fitting(
     _check_plan(path, plan)
     entries = entries_of(model)
     loaded = _read_tensors(path / "model.safetensors")
+    for name in entries.tensors.keys() - loaded.keys():
+        if (scales := recorded_scales(loaded, name.removesuffix("scales"))) is not None:
+            loaded[name] = torch.tensor(scales, dtype=torch.float32)
     _check_tensors(path, loaded, entries.tensors)
     if strangers := sorted(state["extra"].keys() - entries.extra.keys()):
         raise CheckpointError(f"the checkpoint {path} is of another model: {strangers[0]} is not in this one")
@@ -244,9 +249,10 @@ def _check_tensors(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[s
         ]
         raise CheckpointError(f"the checkpoint {path} is of another model: {'; '.join(parts)}")
     for name, tensor in expected.items():
+        if name.endswith("_extra_state"):  # which its module reads and checks itself
+            continue
         shape = _shape(tensor)
-        mixed = loaded[name].is_floating_point() != tensor.is_floating_point()
-        if mixed and not name.endswith("_extra_state"):  # which its module reads and checks itself
+        if loaded[name].is_floating_point() != tensor.is_floating_point():
             raise CheckpointError(
                 f"the checkpoint {path} is of another model: {name} is of {loaded[name].dtype} there and {tensor.dtype} here"
             )
