@@ -190,13 +190,13 @@ class Bank(nn.Module):
         if self.stopped and self.bank.requires_grad:  # `model.requires_grad_(True)` has started it again
             self.set_frozen(())
         frozen = index in self.frozen
-        if self.pure or is_tracing():
-            weight = self._make(index, rows, self._tensors(), dtype)
-            return weight.detach() if frozen else weight
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ShareError(
                 f"torch.jit.trace cannot record how {self.weight_name(index)} is generated: trace materialize(model)"
             )
+        if self.pure or is_tracing():
+            weight = self._make(index, rows, self._tensors(), dtype)
+            return weight.detach() if frozen else weight
         if self.check_plan is not None:
             self.check_plan()
         if not self.agreed and dist.is_available() and dist.is_initialized():

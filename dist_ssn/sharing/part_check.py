@@ -18,7 +18,6 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.parts import frozen_by_torch, listed, reads, slots_of
-from dist_ssn.sharing.parts import frozen_by_torch, listed, reads, slots_of
 from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.trainer_check import warn_of_trainer
 
