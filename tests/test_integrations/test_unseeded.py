@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa:
 from dist_ssn.integrations.transformers import create_optimizer  # noqa: E402
 from tests.test_integrations.hugging_face import FAMILIES, arguments, rows  # noqa: E402
 
-STEPS, SAVED, ROWS = 4, 2, 8
+STEPS, SAVED, ROWS = 8, 4, 8  # saved after an epoch: in the middle of one Lightning begins its data anew
 
 
 def build(family: str) -> nn.Module:
@@ -51,10 +51,10 @@ def with_accelerate(family: str, folder: Path, resumes: bool) -> nn.Module:
     accelerator = accelerate.Accelerator(cpu=True)
     model = build(family)
     prepared, optimizer = accelerator.prepare(model, optimizer_of(model))
+    epoch = list(torch.utils.data.DataLoader(rows(family), ROWS))  # type: ignore[arg-type]
     if resumes:
-        accelerator.load_state(str(folder))
-    data = torch.utils.data.DataLoader(rows(family), ROWS)  # type: ignore[arg-type]
-    for index, batch in enumerate(data):
+        accelerator.load_state(str(folder))  # with the random state: a new loader would draw from it
+    for index, batch in enumerate(epoch + epoch):
         if index >= SAVED or not resumes:
             accelerator.backward(prepared(**batch).loss)
             optimizer.step()
