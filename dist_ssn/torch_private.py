@@ -91,3 +91,9 @@ def fsdp_mesh(module: torch.nn.Module) -> Any:
             if group is not None and any(p._module_info.module is module for p in group.fsdp_params):
                 return group.mesh_info.mesh
     return None
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """Number of tensors that have the memory of this one, itself among them; 1 where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return 1 if count is None else count(tensor.untyped_storage()._cdata) - 1

@@ -279,13 +279,13 @@ class Bank(nn.Module):
         if index == _ALL:
             return self._make_all()
         frozen = index in self.frozen
-        if self.pure or is_tracing():
-            weight = self._make(index, rows, self._tensors(), dtype)
-            return weight.detach() if frozen else weight
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ShareError(
                 f"torch.jit.trace cannot record how {self.weight_name(index)} is generated: trace materialize(model)"
             )
+        if self.pure or is_tracing():
+            weight = self._make(index, rows, self._tensors(), dtype)
+            return weight.detach() if frozen else weight
         if self.check_plan is not None:
             self.check_plan()
         self._require_agreement()
