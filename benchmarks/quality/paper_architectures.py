@@ -152,7 +152,7 @@ ARCHITECTURES = {
     "EfficientNet-B0": Architecture(
         _efficientnet,
         {**_EFFICIENTNET, "width_coefficient": 0.35, "hidden_dim": 448},
-        {**_EFFICIENTNET, "width_coefficient": 0.1, "hidden_dim": 384, "depth_divisor": 4},
+        {**_EFFICIENTNET, "width_coefficient": 0.11, "hidden_dim": 140, "depth_divisor": 2},
         _IMAGES,
         padded,
     ),
