@@ -57,9 +57,17 @@ def _wide_resnet(**sizes: Any) -> nn.Module:
 def _efficientnet(**sizes: Any) -> nn.Module:
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
-    none: Sizes = {"dropout_rate": 0.0, "drop_connect_rate": 0.0}
+    none: Sizes = {"dropout_rate": 0.0, "drop_connect_rate": 0.0, "batch_norm_momentum": 0.1}
     images: Sizes = {"image_size": 32, "num_channels": 1, "num_labels": 10}
-    return EfficientNetForImageClassification(EfficientNetConfig(**images, **none, **sizes))
+    model = EfficientNetForImageClassification(EfficientNetConfig(**images, **none, **sizes))
+    for (
+        module
+    ) in model.modules():  # transformers draws norms from N(0, 0.02²): such a model puts out zero and never learns
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    return model
 
 
 def _resnet(**sizes: Any) -> nn.Module:
@@ -149,24 +157,10 @@ _ALBERT: Sizes = {"num_hidden_layers": 2, "num_attention_heads": 4}
 ARCHITECTURES = {
     "Wide ResNet 16": Architecture(_wide_resnet, {"depth": 16, "width": 2}, {"depth": 10, "width": 1}, _IMAGES, named),
     "DenseNet-BC": Architecture(DenseNet, {"layers": 3, "growth": 16}, {"layers": 3, "growth": 6}, _IMAGES, named),
-    "EfficientNet-B0": Architecture(
-        _efficientnet,
-        {**_EFFICIENTNET, "width_coefficient": 0.35, "hidden_dim": 448},
-        {**_EFFICIENTNET, "width_coefficient": 0.11, "hidden_dim": 140, "depth_divisor": 2},
-        _IMAGES,
-        padded,
-    ),
     "ResNet, bottlenecks": Architecture(
         _resnet,
         {**_RESNET, "embedding_size": 16, "hidden_sizes": [32, 64, 128, 256]},
         {**_RESNET, "embedding_size": 8, "hidden_sizes": [12, 20, 44, 84]},
-        _IMAGES,
-        padded,
-    ),
-    "MobileNetV2": Architecture(
-        _mobilenet,
-        {"depth_multiplier": 0.35, "finegrained_output": False},
-        {"depth_multiplier": 0.11, "finegrained_output": False, "depth_divisible_by": 4, "min_depth": 4},
         _IMAGES,
         padded,
     ),
@@ -186,6 +180,20 @@ ARCHITECTURES = {
     ),
     "bi-LSTM reader": Architecture(Reader, {"width": 32}, {"width": 10}, _TEXT, read),
     "ADAPT-like retrieval": Architecture(_retrieval, {"width": 64}, {"width": 20}, _CAPTIONS, named),
+    "EfficientNet-B0": Architecture(
+        _efficientnet,
+        {**_EFFICIENTNET, "width_coefficient": 0.35, "hidden_dim": 448},
+        {**_EFFICIENTNET, "width_coefficient": 0.11, "hidden_dim": 140, "depth_divisor": 2},
+        _IMAGES,
+        padded,
+    ),
+    "MobileNetV2": Architecture(
+        _mobilenet,
+        {"depth_multiplier": 0.35, "finegrained_output": False},
+        {"depth_multiplier": 0.11, "finegrained_output": False, "depth_divisible_by": 4, "min_depth": 4},
+        _IMAGES,
+        padded,
+    ),
 }
 
 
@@ -249,21 +257,21 @@ _SHOWN = {"dense": "dense", "small": "dense, as small", "shared": f"**{BUDGET:.0
 
 
 def rows(lines: Iterable[Line]) -> Iterator[tuple[str, ...]]:
-    """Rows of the table: parameters, learning rates tried, the best of them and its loss, and the distance to dense."""
-    known: dict[tuple[str, str], list[Line]] = {}
-    for line in latest(lines, KEYS).values():
-        known.setdefault((line["architecture"], line["side"]), []).append(line)
+    """Rows of the table: parameters, the best learning rate and its loss, the distance to dense, and all losses.
+
+    A learning rate counts where all sides of an architecture were measured at it.
+    """
+    known = latest(lines, KEYS)
     for name in ARCHITECTURES:
-        losses: dict[str, float] = {}
-        for side in SIDES:
-            if not (found := known.get((name, side))):
-                continue
-            best = min(found, key=lambda line: line["validation_loss"])
-            losses[side] = best["validation_loss"]
-            apart = f"{losses[side] / losses['dense'] - 1:+.1%}" if side != "dense" and "dense" in losses else ""
-            tried = " ".join(f"{line['validation_loss']:.3f}" for line in sorted(found, key=lambda line: line["rate"]))
-            shown = f"{name}: {_SHOWN[side]}", f"{best['parameters']:,}", f"{best['rate']:g}", f"{losses[side]:.3f}"
-            yield *shown, apart, tried
+        tried = [rate for rate in sorted(RATES) if all((name, side, rate, SEED) in known for side in SIDES)]
+        best: dict[str, float] = {}
+        for side in SIDES if tried else ():
+            found = [known[name, side, rate, SEED] for rate in tried]
+            line = min(found, key=lambda line: line["validation_loss"])
+            best[side] = line["validation_loss"]
+            apart = f"{best[side] / best['dense'] - 1:+.1%}" if side != "dense" else ""
+            shown = f"{name}: {_SHOWN[side]}", f"{line['parameters']:,}", f"{line['rate']:g}", f"{best[side]:.3f}"
+            yield *shown, apart, ", ".join(f"{line['validation_loss']:.3f}" for line in found)
 
 
 HEADINGS = (

@@ -75,17 +75,20 @@ def test_a_question_shows_both_ends_of_its_span() -> None:
     assert torch.equal(questions, torch.cat([first[:, None] + steps, last[:, None] - SHOWN + 1 + steps], 1))
 
 
-def test_a_side_is_shown_at_its_best_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper_architectures, "RATES", (1e-3, 1e-2))
+def test_a_side_is_shown_at_its_best_rate_of_those_that_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_architectures, "RATES", (1e-2, 1e-3))
     assert len(list(rates())) == 2 * len(SIDES) * len(ARCHITECTURES)
-    losses = {("dense", 1e-3): 2.0, ("dense", 1e-2): 1.0, ("shared", 1e-2): 1.1, ("shared", 1e-3): 1.2}
+    losses = {"dense": (2.0, 1.0), "small": (3.0, 4.0), "shared": (1.2, 1.1)}
     lines = [
         {
             **{"architecture": "ALBERT", "side": side, "rate": rate, "seed": 0},
             **{"parameters": 10, "validation_loss": loss},
         }
-        for (side, rate), loss in losses.items()
+        for side, both in losses.items()
+        for rate, loss in zip((1e-3, 1e-2), both, strict=True)
     ]
-    dense, shared = rows(lines)
-    assert dense[1:] == ("10", "0.01", "1.000", "", "2.000 1.000")
-    assert shared[1:] == ("10", "0.01", "1.100", "+10.0%", "1.200 1.100")
+    dense, small, shared = rows(lines)
+    assert dense[1:] == ("10", "0.01", "1.000", "", "2.000, 1.000")
+    assert small[1:] == ("10", "0.001", "3.000", "+200.0%", "3.000, 4.000")
+    assert shared[1:] == ("10", "0.01", "1.100", "+10.0%", "1.200, 1.100")
+    assert [row[2] for row in rows(lines[:-1])] == ["0.001"] * 3 and not list(rows(lines[:4]))
