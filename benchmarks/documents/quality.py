@@ -24,6 +24,7 @@ MORPH_NAMES = {
     "offset:chunk=16,gains=false": "no gains",
     "offset:chunk=16,gains=true": "with gains",
     "offset:chunk=16,templates=2": "two templates",
+    "inter": "inter, four templates (its default until 2026-11-28)",
     **{f"offset:chunk=16,rank={n}": f"a low-rank difference, rank {n}" for n in (2, 4)},
 }
 
