@@ -73,7 +73,8 @@ def _efficientnet(**sizes: Any) -> nn.Module:
 def _resnet(**sizes: Any) -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=10, **sizes))
+    images: Sizes = {"num_channels": 1, "num_labels": 10}
+    return ResNetForImageClassification(ResNetConfig(**images, **sizes))
 
 
 def _mobilenet(**sizes: Any) -> nn.Module:
