@@ -49,8 +49,7 @@ def init_std_of(
         (standard deviation, True if no usual initialization was recognized).
     """
     values, count = parameter.detach(), parameter.numel()
-    blocks = values.reshape(-1).split(2**20)  # so that no float64 copy of a large weight is ever alive
-    squares = float(torch.stack([block.double().square().sum() for block in blocks]).sum())
+    squares = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2  # sums without a float64 copy of the weight
     if zero_row is not None and not values[zero_row].any():
         count -= values[zero_row].numel()
     measured = math.sqrt(squares / count)
