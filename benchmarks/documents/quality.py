@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.documents.sizes import MODELS
 from benchmarks.markdown import bold_least, each, grid, short
 from benchmarks.network.target_runs import TARGET_SUITES, all_runs, losses_of, side_of
-from benchmarks.quality import architectures
+from benchmarks.quality import architectures, paper_architectures
 from benchmarks.quality.cells import DEFAULT, SEEDS, cell, identity
 from benchmarks.quality.further_suites import TARGETS
 from benchmarks.quality.suites import MORPHS, MORPHS_AT
@@ -108,6 +108,12 @@ def four_architectures() -> str:
     return grid(architectures.HEADINGS, list(map(list, architectures.rows(lines_of("architectures")))))
 
 
+def nine_architectures() -> str:
+    """Architectures of the paper at small scale, beside their dense twins and dense models of their size."""
+    lines = lines_of("paper_architectures")
+    return grid(paper_architectures.HEADINGS, list(map(list, paper_architectures.rows(lines))))
+
+
 def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, Callable[[], str]]:
     return {f"{function.__name__.replace('_', '-')}-{name}": lambda name=name: function(name) for name in arguments}
 
@@ -117,4 +123,5 @@ TABLES: dict[str, Callable[[], str]] = {
     **_of(morphs, list(MORPHS)),
     **_of(budgets, ["adamw", "sgd"]),
     "architectures": four_architectures,
+    "paper-architectures": nine_architectures,
 }
