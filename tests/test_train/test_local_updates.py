@@ -197,7 +197,7 @@ def test_the_keys_of_a_recipe_are_the_words_of_local_updates() -> None:
     [
         (
             {"sync": SyncConfig(codec="int4")},
-            "sync.codec is for local updates: set sync.every too, such as --sync.every=16",
+            "sync.codec needs local updates: set sync.every too, such as --sync.every=16",
         ),
         (
             {"engine": EngineConfig("fsdp")},
