@@ -134,12 +134,11 @@ class LocalUpdates:
         ]
         held.add(self.optimizer)
 
-    @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         self.step += 1
         warm = self.step <= self.warmup
         if warm or (self.step - self.warmup) % self.every == 0:
-            with purpose("synchronization"):
+            with torch.no_grad(), purpose("synchronization"):  # not around all: an ordinary step only counts
                 self._meet(plain=warm, late=self.delay > 0 and not warm)
 
     @torch.no_grad()

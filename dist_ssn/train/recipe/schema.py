@@ -299,7 +299,7 @@ class SyncConfig:
     """Number of first steps after each of which parameters are averaged plainly."""
     outlier: Annotated[StrictFloat | None, Field(gt=1), Says("a number above 1, or null")] = 10.0
     """Multiple of the median norm above which a process's change is left out of a round; null: only what is not finite."""
-    within: Literal["node"] | None = None
+    within: Annotated[Literal["node"] | None, Field(examples=["node"])] = None
     """Processes that average gradients on every step, so that only nodes train apart; null: none (ddp)."""
 
     def options(self) -> dict[str, Any] | None:
@@ -313,7 +313,7 @@ class SyncConfig:
         if self.every is None:
             for field in dataclasses.fields(self):
                 if getattr(self, field.name) != field.default:
-                    text = "is for local updates: set sync.every too, such as --sync.every=16"
+                    text = "needs local updates: set sync.every too, such as --sync.every=16"
                     yield Problem(f"sync.{field.name}", text, ("sync.every",))
             return
         engine, reads = recipe.engine, ("sync.every", "engine.name")
