@@ -29,7 +29,7 @@ from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import active_ddp, graph_task_id, is_tracing
+from dist_ssn.torch_private import FAST_PATH, active_ddp, graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
 """Names of a bank's flat parameters; those without elements in the plan are None."""
@@ -70,7 +70,7 @@ class Bank(nn.Module):
     def __init__(self, group: Group, seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
         super().__init__()
         self.group, self.seed = group, seed
-        self.pure = False
+        self.pure = not FAST_PATH
         """True to use the pure path always."""
         sizes = dict.fromkeys(PARAMETERS, 0) | {"bank": group.size, "projections": group.projection_parameters}
         self._ranges: list[dict[str, tuple[int, int]]] = []
