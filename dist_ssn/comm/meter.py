@@ -54,6 +54,7 @@ OPERATORS: dict[str, tuple[str, str | None]] = {
     "_reduce_scatter_base_": ("reduce_scatter", "input_tensor"),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", "inputs"),
     "gather_": ("gather", "input_tensors"),
+    "gather_into_tensor_": ("gather", "input_tensor"),  # from torch 2.14 on
     "scatter_": ("scatter", "input_tensors"),
     "alltoall_": ("all_to_all", "input_tensors"),
     "alltoall_base_": ("all_to_all", "input"),
