@@ -10,6 +10,8 @@ import math
 import torch
 from torch import nn
 
+from dist_ssn.torch_private import CONVOLUTION
+
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _USUAL_STD = (1.0, 0.02, 0.01)
@@ -80,7 +82,7 @@ def default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool]
         return math.sqrt(1 / 3 / module.hidden_size), True
     if isinstance(module, nn.Bilinear):
         return math.sqrt(1 / 3 / shape[1]), True
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+    if isinstance(module, (nn.Linear, *CONVOLUTION)):
         return math.sqrt(1 / 3 / math.prod(shape[1:])), True
     return None
 

@@ -140,7 +140,7 @@ def check_order(model: nn.Module, specs: Specs) -> None:
             raise ShareError(f"the model is wrapped in a {kind.__name__}: share it first and wrap it afterwards")
     if not warn_of_holders(held_weights, model):
         weights = ((weight.name, model.get_parameter(weight.name)) for weight in specs.weights)
-        viewed = {name: weight for name, weight in weights if storage_users(weight) > 1}
+        viewed = {name: weight for name, weight in weights if (storage_users(weight) or 1) > 1}
         warn_of_holders(views_of(viewed, model), model)
 
 

@@ -35,7 +35,7 @@ from dist_ssn.sharing.per_step import PerStep, Placed, fits
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import active_ddp, graph_task_id, is_tracing
+from dist_ssn.torch_private import FAST_PATH, active_ddp, graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
 """Names of a bank's flat parameters; those without elements in the plan are None."""
@@ -94,7 +94,7 @@ class Bank(nn.Module):
     ):
         super().__init__()
         self.group, self.seed = group, seed
-        self.pure = False
+        self.pure = not FAST_PATH
         """True to use the pure path always."""
         sizes = dict.fromkeys(PARAMETERS, 0) | {"bank": group.size, "projections": group.projection_parameters}
         self._ranges: list[dict[str, tuple[int, int]]] = []

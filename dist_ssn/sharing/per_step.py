@@ -24,7 +24,7 @@ from dist_ssn.sharing.morphs import sign_start, sign_table
 from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.signed_path import Run, cut_runs
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import graph_task_id, storage_uses
+from dist_ssn.torch_private import graph_task_id, storage_users
 
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
@@ -217,15 +217,16 @@ class Sheet:
                 for block, values in zip(blocks, self.parts, strict=True)
                 for part in block.parts
             ]
-        self._idle = storage_uses(self.values)
+        self._idle = storage_users(self.values)
 
     def suits(self, bank: Tensor) -> bool:
         """True if the buffer has the bank's dtype and device."""
         return self.values.dtype == bank.dtype and self.values.device == bank.device
 
     def in_use(self) -> bool:
-        """True if somebody holds a weight of the last forward, such as a graph whose backward is to come."""
-        return storage_uses(self.values) > self._idle
+        """True if somebody may hold a weight of the last forward, such as a graph whose backward is to come."""
+        users = storage_users(self.values)
+        return users is None or self._idle is None or users > self._idle
 
     def fill(self, tensors: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
         """The weights, as new views of the buffer, from a bank's tensors by name."""
