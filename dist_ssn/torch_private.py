@@ -162,7 +162,7 @@ _uses = getattr(torch._C, "_storage_Use_Count", None)
 
 
 def storage_users(tensor: Tensor) -> int | None:
-    """Number of tensors, of Python or of a graph, that have the memory of this one, itself among them; None where torch hides it."""
+    """Number of tensors, of Python or of a graph, that have its memory, itself among them; None where torch hides it."""
     return None if _uses is None else _uses(tensor.untyped_storage()._cdata) - 1
 
 
