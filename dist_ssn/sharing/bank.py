@@ -197,18 +197,19 @@ class Bank(nn.Module):
         """Everything that a weight is generated from, by name."""
         return {**self._parameters, **self._fixed()}
 
-    def generate_per_step(self, on: bool) -> None:
+    def generate_per_step(self, on: bool, only_small: bool = False) -> None:
         """Generates the weights once per forward of the model, all together; or each on demand.
 
         Args:
             on: True for once per forward.
+            only_small: only while the weights are small for the bank's device.
         """
         slots = [
             Placed(index, slot, self._ranges[index]["gains"][0])
             for index, slot in enumerate(self.group.slots if on else ())
             if fits(slot)
         ]
-        self.per_step = PerStep(slots, self.seed, self.group.size) if slots else None
+        self.per_step = PerStep(slots, self.seed, self.group.size, only_small) if slots else None
 
     def at_hand(self, index: int) -> Tensor | None:
         """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
@@ -519,14 +520,15 @@ class Bank(nn.Module):
             "anchor": None,
             "watcher": None,
             "check_plan": None,
-            "per_step": self.per_step is not None,
+            "per_step": None if self.per_step is None else self.per_step.only_small,
             "agreed": False,
             "_emptied": (None, 0),
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.generate_per_step(bool(self.per_step))
+        only_small: Any = self.__dict__.get("per_step")
+        self.generate_per_step(only_small is not None, bool(only_small))
         if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
             scales = self.group.init_std, *(slot.scale for slot in self.group.slots)  # type: ignore[attr-defined]
             self._set_fixed(scales)

@@ -28,6 +28,11 @@ from dist_ssn.torch_private import graph_task_id, storage_users
 
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
+SMALL = {"cpu": 2**22}
+"""Device → elements of a bank's weights up to which "auto" keeps a copy of them: 16 MiB in float32. Larger weights are mostly in large
+layers, where generation on demand costs 1 to 5 % on a processor (docs/results/cost.md)."""
+_SMALL_ELSEWHERE = 2**26
+"""On other devices small operations cost more, and memory is larger. Not measured yet."""
 _LARGE_BLOCK = 2**24
 """On other devices, few launches count more; it bounds what backward needs beside the gradients."""
 
@@ -279,10 +284,12 @@ class PerStep:
         slots: that can be generated together.
         seed: of the plan.
         bank: number of elements in the bank.
+        only_small: generate together only while the weights are `SMALL` for their device.
     """
 
-    def __init__(self, slots: Sequence[Placed], seed: int, bank: int):
-        self.slots, self.seed, self.bank = slots, seed, bank
+    def __init__(self, slots: Sequence[Placed], seed: int, bank: int, only_small: bool = False):
+        self.slots, self.seed, self.bank, self.only_small = slots, seed, bank, only_small
+        self.numel = sum(placed.slot.numel for placed in slots)
         self.indices = frozenset(placed.index for placed in slots)
         self.forwards = 0
         """Number of forwards of the model that run."""
@@ -291,11 +298,18 @@ class PerStep:
         self.values: Values | None = None
         self.sheet: Sheet | None = None
 
-    def begin(self) -> None:
-        """A forward of the model begins."""
+    def begin(self, device: str) -> None:
+        """A forward of the model begins.
+
+        Args:
+            device: type of the bank's device.
+        """
         if self.forwards == 0:
             self.made = self.values = None
-        self.forwards += 1
+        if self.only_small and self.numel > SMALL.get(device, _SMALL_ELSEWHERE):
+            self.sheet = None
+        else:
+            self.forwards += 1
 
     def end(self) -> None:
         """A forward of the model has ended, perhaps by an exception."""
