@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.saved import load, merge, save
     from dist_ssn.sharing.summary import summary
     from dist_ssn.sync.comm_hook import comm_hook
+    from dist_ssn.sync.local_updates import LocalUpdates
 
 __all__ = [
     "CommMeter",
+    "LocalUpdates",
     "Morph",
     "Plan",
     "comm_hook",
@@ -53,6 +55,7 @@ __version__ = "0.1.0"
 # Imported on first use: torch takes a second, for which `dist-ssn --help` should not wait.
 _PLACES = {
     "CommMeter": "dist_ssn.comm.meter",
+    "LocalUpdates": "dist_ssn.sync.local_updates",
     "Morph": "dist_ssn.plan",
     "Plan": "dist_ssn.plan",
     "comm_hook": "dist_ssn.sync.comm_hook",

@@ -21,8 +21,9 @@ from dist_ssn.model.init_scale import EMBEDDINGS, assumed_std, default_std, fans
 from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
 from dist_ssn.model.settled_scale import Measured, rules_for, settled_stds
 from dist_ssn.model.structure import structure_of
+from dist_ssn.torch_private import NORM
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (*NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
 """Modules of torch's quantized packages that belong to float models."""
 

@@ -23,14 +23,14 @@ from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.bases import Bases
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
-from dist_ssn.sharing.holders import warn_of_holders
+from dist_ssn.sharing.holders import views_of, warn_of_holders
 from dist_ssn.sharing.layers import share_layer
 from dist_ssn.sharing.part_check import register_model
 from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
 from dist_ssn.sharing.ties import keep_ties
 from dist_ssn.sharing.train_beside import names_of, specs_of_kept, train_only
-from dist_ssn.torch_private import inside_compiled
+from dist_ssn.torch_private import inside_compiled, storage_users
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -175,8 +175,10 @@ def check_order(model: nn.Module, specs: Specs) -> None:
             id(p) in names for p in thing.module.parameters()
         ):
             raise ShareError(f"the model is wrapped in a {kind.__name__}: share it first and wrap it afterwards")
-    if held_weights:
-        warn_of_holders(held_weights, model)
+    if not warn_of_holders(held_weights, model):
+        weights = ((weight.name, model.get_parameter(weight.name)) for weight in specs.weights)
+        viewed = {name: weight for name, weight in weights if (storage_users(weight) or 1) > 1}
+        warn_of_holders(views_of(viewed, model), model)
 
 
 def _held(model: nn.Module, specs: Specs) -> dict[str, nn.Parameter]:

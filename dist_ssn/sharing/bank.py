@@ -36,7 +36,7 @@ from dist_ssn.sharing.per_step import PerStep, Placed, fits
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import active_ddp, graph_task_id, is_tracing
+from dist_ssn.torch_private import FAST_PATH, active_ddp, graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
 """Names of a bank's flat parameters; those without elements in the plan are None."""
@@ -97,7 +97,7 @@ class Bank(nn.Module):
     ):
         super().__init__()
         self.group, self.seed = group, seed
-        self.pure = False
+        self.pure = not FAST_PATH
         """True to use the pure path always."""
         sizes = dict.fromkeys(PARAMETERS, 0) | {"bank": group.size, "projections": group.projection_parameters}
         self._ranges: list[dict[str, tuple[int, int]]] = []
@@ -214,18 +214,19 @@ class Bank(nn.Module):
         """Everything that a weight is generated from, by name."""
         return {**self._parameters, **self._fixed()}
 
-    def generate_per_step(self, on: bool) -> None:
+    def generate_per_step(self, on: bool, only_small: bool = False) -> None:
         """Generates the weights once per forward of the model, all together; or each on demand.
 
         Args:
             on: True for once per forward.
+            only_small: only while the weights are small for the bank's device.
         """
         slots = [
             Placed(index, slot, self._ranges[index]["gains"][0])
             for index, slot in enumerate(self.group.slots if on else ())
             if fits(slot)
         ]
-        self.per_step = PerStep(slots, self.seed, self.group.size) if slots else None
+        self.per_step = PerStep(slots, self.seed, self.group.size, only_small) if slots else None
 
     def at_hand(self, index: int) -> Tensor | None:
         """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
@@ -296,13 +297,13 @@ class Bank(nn.Module):
         if index == _ALL:
             return self._make_all()
         frozen = index in self.frozen
-        if self.pure or is_tracing():
-            weight = self._make(index, rows, self._tensors(), dtype)
-            return weight.detach() if frozen else weight
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ShareError(
                 f"torch.jit.trace cannot record how {self.weight_name(index)} is generated: trace materialize(model)"
             )
+        if self.pure or is_tracing():
+            weight = self._make(index, rows, self._tensors(), dtype)
+            return weight.detach() if frozen else weight
         if self.check_plan is not None:
             self.check_plan()
         self._require_agreement()
@@ -570,14 +571,15 @@ class Bank(nn.Module):
             "anchor": None,
             "watcher": None,
             "check_plan": None,
-            "per_step": self.per_step is not None,
+            "per_step": None if self.per_step is None else self.per_step.only_small,
             "agreed": False,
             "_emptied": (None, 0),
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.generate_per_step(bool(self.per_step))
+        only_small: Any = self.__dict__.get("per_step")
+        self.generate_per_step(only_small is not None, bool(only_small))
         if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
             scales = self.group.init_std, *(slot.scale for slot in self.group.slots)  # type: ignore[attr-defined]
             self._set_fixed(scales)

@@ -25,10 +25,15 @@ from dist_ssn.sharing.morphs import sign_start, sign_table
 from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.signed_path import Run, cut_runs
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import graph_task_id, storage_uses
+from dist_ssn.torch_private import graph_task_id, storage_users
 
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
+SMALL = {"cpu": 2**22}
+"""Device → elements of a bank's weights up to which "auto" keeps a copy of them: 16 MiB in float32. Larger weights are mostly in large
+layers, where generation on demand costs 1 to 5 % on a processor (docs/results/cost.md)."""
+_SMALL_ELSEWHERE = 2**26
+"""On other devices small operations cost more, and memory is larger. Not measured yet."""
 _LARGE_BLOCK = 2**24
 """On other devices, few launches count more; it bounds what backward needs beside the gradients."""
 
@@ -218,15 +223,16 @@ class Sheet:
                 for block, values in zip(blocks, self.parts, strict=True)
                 for part in block.parts
             ]
-        self._idle = storage_uses(self.values)
+        self._idle = storage_users(self.values)
 
     def suits(self, bank: Tensor) -> bool:
         """True if the buffer has the bank's dtype and device."""
         return self.values.dtype == bank.dtype and self.values.device == bank.device
 
     def in_use(self) -> bool:
-        """True if somebody holds a weight of the last forward, such as a graph whose backward is to come."""
-        return storage_uses(self.values) > self._idle
+        """True if somebody may hold a weight of the last forward, such as a graph whose backward is to come."""
+        users = storage_users(self.values)
+        return users is None or self._idle is None or users > self._idle
 
     def fill(self, tensors: Mapping[str, Tensor | None], bases: Bases | None) -> tuple[Tensor, ...]:
         """The weights, as new views of the buffer.
@@ -240,7 +246,8 @@ class Sheet:
             block.generate(bank, scales, gains, part)
         if bases is None:
             return tuple(weight.detach() for weight in self.weights)
-        torch._foreach_add_(self.weights, [bases.tensors[index] for index in self.indices])
+        for weight, index in zip(self.weights, self.indices, strict=True):
+            weight.add_(bases.tensors[index])
         return tuple(weight.detach().to(bases.dtype) for weight in self.weights)
 
     def pull_back(
@@ -287,10 +294,12 @@ class PerStep:
         slots: that can be generated together.
         seed: of the plan.
         bank: number of elements in the bank.
+        only_small: generate together only while the weights are `SMALL` for their device.
     """
 
-    def __init__(self, slots: Sequence[Placed], seed: int, bank: int):
-        self.slots, self.seed, self.bank = slots, seed, bank
+    def __init__(self, slots: Sequence[Placed], seed: int, bank: int, only_small: bool = False):
+        self.slots, self.seed, self.bank, self.only_small = slots, seed, bank, only_small
+        self.numel = sum(placed.slot.numel for placed in slots)
         self.indices = frozenset(placed.index for placed in slots)
         self.forwards = 0
         """Number of forwards of the model that run."""
@@ -299,11 +308,18 @@ class PerStep:
         self.values: Values | None = None
         self.sheet: Sheet | None = None
 
-    def begin(self) -> None:
-        """A forward of the model begins."""
+    def begin(self, device: str) -> None:
+        """A forward of the model begins.
+
+        Args:
+            device: type of the bank's device.
+        """
         if self.forwards == 0:
             self.made = self.values = None
-        self.forwards += 1
+        if self.only_small and self.numel > SMALL.get(device, _SMALL_ELSEWHERE):
+            self.sheet = None
+        else:
+            self.forwards += 1
 
     def end(self) -> None:
         """A forward of the model has ended, perhaps by an exception."""

@@ -1,4 +1,4 @@
-"""Memory of generation on demand, measured: generated weights are temporaries, and backward allocates one sum per bank, not one per layer."""
+"""Memory of generation on demand: generated weights are temporaries, and backward allocates one sum per bank, not one per layer."""
 
 from __future__ import annotations
 

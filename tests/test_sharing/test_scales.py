@@ -171,7 +171,7 @@ def test_plan_of_says_what_is_missing() -> None:
                 **{f"a.{k}": v for k, v in state.items()},
                 **{f"b.{k}": v for k, v in odd(0, seed=4).state_dict().items()},
             },
-            "has 2 different plans .a.dist_ssn._extra_state, b.dist_ssn._extra_state",
+            r"has 2 different plans .a\.0\.dist_ssn\._extra_state, b\.0\.dist_ssn\._extra_state",
         ),
         ({"dist_ssn._extra_state": "text"}, "has no plan: it was not written by dist_ssn"),
     ):
