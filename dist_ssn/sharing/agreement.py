@@ -83,25 +83,14 @@ def _replace_frozen(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> C
     mine = [fingerprint(parameter) for parameter in kept.values()]
     banks[0].register_buffer("frozen_fingerprints", as_rows(mine, banks[0].device), persistent=False)
 
-    return lambda: require_frozen(list(kept), mine, banks[0].frozen_fingerprints)
+    def compare() -> None:
+        if others := different(list(kept), mine, banks[0].frozen_fingerprints):
+            raise ShareError(
+                f"rank 0 has other values of {others[0]} ({len(others)} of the {len(kept)} frozen parameters differ), which nobody "
+                "sends: load the same pretrained values on all ranks"
+            )
 
-
-def require_frozen(names: list[str], mine: list[str], theirs: Tensor) -> None:
-    """Checks that frozen parameters are those of rank 0, which nobody sends.
-
-    Args:
-        names: of the parameters.
-        mine: their fingerprints.
-        theirs: the fingerprints of rank 0, see `bases.as_rows`.
-
-    Raises:
-        ShareError: some differ; the message names the first.
-    """
-    if others := different(names, mine, theirs):
-        raise ShareError(
-            f"rank 0 has other values of {others[0]} ({len(others)} of the {len(names)} frozen parameters differ), which nobody "
-            "sends: load the same pretrained values on all ranks"
-        )
+    return compare
 
 
 def agree_under_fsdp2(bank: Any) -> None:

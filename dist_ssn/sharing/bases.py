@@ -106,6 +106,16 @@ def frozen_beside(model: nn.Module) -> dict[str, nn.Parameter]:
     return frozen if keeping else {}
 
 
+def kept_fingerprints(model: nn.Module) -> dict[str, str]:
+    """Name → fingerprint of each value that a model keeps, in its banks and beside them; none without `keep=True`."""
+    found: dict[str, str] = {}
+    for module in model.modules():
+        if isinstance(bases := getattr(module, "bases", None), Bases):
+            slots: Any = getattr(module, "group").slots  # noqa: B009 - a Bank, whose file imports this one
+            found |= {slot.name: digest for slot, digest in zip(slots, bases.fingerprints, strict=True)}
+    return found | {name: fingerprint(parameter) for name, parameter in frozen_beside(model).items()}
+
+
 def sent_at_the_start(model: nn.Module) -> list[Tensor]:
     """The parameters and buffers that rank 0 sends to all others before the first step: all but kept values."""
     kept = {id(parameter) for parameter in frozen_beside(model).values()}

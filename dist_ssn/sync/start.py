@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_ssn.errors import UserError
-from dist_ssn.sharing.agreement import require_frozen
-from dist_ssn.sharing.bank import banks_of
-from dist_ssn.sharing.bases import as_rows, fingerprint, frozen_beside, sent_at_the_start
+from dist_ssn.sharing.bases import sent_at_the_start
 from dist_ssn.sync.reports import Workers
 from dist_ssn.sync.trained import Trained
 from dist_ssn.sync.transport import Transport
@@ -56,15 +54,9 @@ def workers_of(
 def send_from_first(model: nn.Module, trained: Sequence[Trained], workers: Workers) -> None:
     """Sets all parameters and buffers to those of the first worker, by one broadcast per dtype; a second one in an island.
 
-    Kept values (`share(keep=True)`) are compared by their fingerprints instead.
-
-    Raises:
-        ShareError: a worker keeps other values than the first.
+    Values that `share(keep=True)` keeps are not sent; they are equal already (`reports.require_same`).
     """
-    kept = {name: p for name, p in frozen_beside(model).items() if not isinstance(p, DTensor)}
-    mine = [fingerprint(parameter) for parameter in kept.values()]
-    theirs = as_rows(mine, workers.device)
-    whole = [t.detach() for t in (*sent_at_the_start(model), theirs) if not isinstance(t, DTensor)]
+    whole = [t.detach() for t in sent_at_the_start(model) if not isinstance(t, DTensor)]
     of_shards = [t.values for t in trained if isinstance(t.parameter, DTensor)]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in (*whole, *of_shards):
@@ -77,6 +69,3 @@ def send_from_first(model: nn.Module, trained: Sequence[Trained], workers: Worke
             dist.broadcast(flat.view(torch.uint8), src=workers.leader, group=workers.island)
         for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view(tensor.shape))
-    for bank in banks_of(model):
-        bank.require_base()
-    require_frozen(list(kept), mine, theirs)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from dist_ssn.comm.meter import purpose
 from dist_ssn.engines.world.join import is_distributed
 from dist_ssn.errors import ShareError, UserError
-from dist_ssn.sharing.bank import Bank, banks_of
+from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import shared_plan
-from dist_ssn.sharing.bases import as_rows, fingerprint, frozen_beside
+from dist_ssn.sharing.bases import as_rows, kept_fingerprints
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 OWN = "the model's own parameters"
@@ -106,10 +106,7 @@ def _require_one_base(model: nn.Module) -> None:
     Raises:
         ShareError: a rank has other values than rank 0; the message names rank and tensor. All ranks raise it.
     """
-    found = {
-        bank.weight_name(i): f for bank in banks_of(model) if bank.bases for i, f in enumerate(bank.bases.fingerprints)
-    }
-    found |= {name: fingerprint(parameter) for name, parameter in frozen_beside(model).items()}
+    found = kept_fingerprints(model)
     mine = as_rows(found.values(), next(model.parameters()).device)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
