@@ -2,7 +2,8 @@
 
 The GPT is trained on the standard library's source first. Each method then gets the same steps, batches and schedule on pydoc's
 topics, at its own best learning rate: from the one in METHODS, the search goes by factors of 3 in the direction that improves,
-until it gets worse. One line per run in results/transfer/; runs that are there are not repeated.
+until it gets worse. Further seeds (--best) take the learning rate that is best for seed 0. One line per run in
+results/transfer/.
 
 python -m benchmarks.transfer.run --methods "full" "LoRA r=1" "keep 1%"
 """
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs") / "transfer", help="where the pretrained GPT is kept"
     )
+    parser.add_argument("--best", action="store_true", help="no search: the learning rate that is best for seed 0")
     arguments = parser.parse_args()
     methods = chosen(parser, arguments.methods, METHODS)
     torch.set_num_threads(1)
@@ -111,6 +113,11 @@ def main() -> None:
     done = {(line["method"], line["seed"], line["lr"]): line["loss"] for line in results.lines()}
     for seed in arguments.seeds:
         for method in methods:
+            if arguments.best:
+                lr = min((loss, lr) for (name, number, lr), loss in done.items() if (name, number) == (method, 0))[1]
+                results.add(line := measure(base, task, method, lr, seed))
+                print(f"{method}, seed {seed}, lr {lr:g}: {line['loss']:.4f}", flush=True)
+                continue
 
             def loss_at(exponent: int, method: str = method, seed: int = seed) -> float:
                 lr = float(f"{METHODS[method][1] * 10 ** (exponent / 2):.1g}")
