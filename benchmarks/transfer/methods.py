@@ -48,6 +48,7 @@ METHODS: dict[str, tuple[Method, float]] = {
         _adapter(peft.VBLoRAConfig(r=2, num_vectors=20, vector_length=64, topk=2, target_modules=LINEAR)),
         1e-2,
     ),
+    "Uni-LoRA r=4, d=4341": (_adapter(peft.UniLoraConfig(r=4, theta_d_length=4341, target_modules=LINEAR)), 1e-2),
     "keep 0.2%": (_ours(0.002), 1e-3),
     "keep 1%": (_ours(0.01), 1e-3),
     "keep 5%": (_ours(0.05), 1e-3),
