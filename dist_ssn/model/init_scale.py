@@ -51,7 +51,9 @@ def init_std_of(
         (standard deviation, True if no usual initialization was recognized).
     """
     values, count = parameter.detach(), parameter.numel()
-    squares = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2  # sums without a float64 copy of the weight
+    squares = (
+        float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    )  # sums without a float64 copy of the weight
     if zero_row is not None and not values[zero_row].any():
         count -= values[zero_row].numel()
     measured = math.sqrt(squares / count)

@@ -29,8 +29,8 @@ from dist_ssn.torch_private import graph_task_id, storage_users
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
 SMALL = {"cpu": 2**22}
-"""Device → elements of a bank's weights up to which "auto" keeps a copy of them: 16 MiB in float32. Larger weights are mostly in large
-layers, where generation on demand costs 1 to 5 % on a processor (docs/results/cost.md)."""
+"""Device → elements of a bank's weights up to which "auto" keeps a copy of them, 16 MiB in float32. Larger weights are mostly in
+large layers, where generation on demand costs 1 to 5 % on a processor (docs/results/cost.md)."""
 _SMALL_ELSEWHERE = 2**26
 """On other devices small operations cost more, and memory is larger. Not measured yet."""
 _LARGE_BLOCK = 2**24
