@@ -24,7 +24,7 @@ from dist_ssn.sharing.morphs import sign_start, sign_table
 from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.signed_path import Run, cut_runs
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import graph_task_id, storage_users
+from dist_ssn.torch_private import graph_task_id, multiply_each, storage_users
 
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
@@ -93,20 +93,20 @@ class Block:
         """
         factor = signs.clone()
         views = [part.per_row(factor) for part in self.parts]
-        torch._foreach_mul_(views, [scales[part.index] for part in self.parts])
+        multiply_each(views, [scales[part.index] for part in self.parts])
         if gains is not None and (rows := [p for p in self.with_gains if p.rows_are_chunks]):
-            torch._foreach_mul_([part.per_row(factor) for part in rows], [part.row_gains(gains) for part in rows])
+            multiply_each([part.per_row(factor) for part in rows], [part.row_gains(gains) for part in rows])
         return factor
 
     def apply_gains(self, values: Tensor, gains: Tensor | None) -> None:
         """Multiplies `values` [n] by the column gains, and by the row gains that are not in the factor, in place."""
         if gains is None or not self.with_gains:
             return
-        torch._foreach_mul_(
+        multiply_each(
             [part.matrix(values) for part in self.with_gains], [part.column_gains(gains) for part in self.with_gains]
         )
         if rows := [part for part in self.with_gains if not part.rows_are_chunks]:
-            torch._foreach_mul_([part.matrix(values) for part in rows], [part.row_gains(gains) for part in rows])
+            multiply_each([part.matrix(values) for part in rows], [part.row_gains(gains) for part in rows])
 
     def generate(self, bank: Tensor, scales: Sequence[Tensor], gains: Tensor | None, out: Tensor) -> None:
         """Writes the block's weights to `out` [n]."""
