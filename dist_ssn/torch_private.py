@@ -158,6 +158,24 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
         return timedelta(minutes=30)
 
 
+def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiplies each tensor by its factor, in place: in one call where torch has it, without the interpreter in between."""
+    if hasattr(torch, "_foreach_mul_"):
+        torch._foreach_mul_(tensors, factors)
+        return
+    for tensor, factor in zip(tensors, factors, strict=True):
+        tensor.mul_(factor)
+
+
+def add_to_each(tensors: Sequence[Tensor], summands: Sequence[Tensor]) -> None:
+    """Adds to each tensor, in place, as `multiply_each` multiplies."""
+    if hasattr(torch, "_foreach_add_"):
+        torch._foreach_add_(tensors, summands)
+        return
+    for tensor, summand in zip(tensors, summands, strict=True):
+        tensor.add_(summand)
+
+
 _uses = getattr(torch._C, "_storage_Use_Count", None)
 
 

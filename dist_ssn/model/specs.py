@@ -21,7 +21,7 @@ from dist_ssn.model.init_scale import EMBEDDINGS, assumed_std, default_std, fans
 from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
 from dist_ssn.model.settled_scale import Measured, rules_for, settled_stds
 from dist_ssn.model.structure import structure_of
-from dist_ssn.torch_private import NORM
+from dist_ssn.torch_private import CONVOLUTION, NORM
 
 _NORMS = (*NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
@@ -330,7 +330,7 @@ def _settled(weights: Sequence[LayerSpec], model: nn.Module) -> Iterator[LayerSp
         module = model.get_submodule(weight.name.rpartition(".")[0])
         default = default_std(module, weight.shape)
         kind = weight.kind if default else ""  # all that no layer of torch holds
-        groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+        groups = getattr(module, "groups", 1) if isinstance(module, CONVOLUTION) else 1
         rules = rules_for(default and default[0], fans_of(module, weight.shape), groups)
         measured.append(Measured(kind, weight.numel, weight.init_std, rules))
     for weight, std in zip(weights, settled_stds(measured), strict=True):

@@ -25,13 +25,13 @@ from dist_ssn.sharing.morphs import sign_start, sign_table
 from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.signed_path import Run, cut_runs
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import graph_task_id, storage_users
+from dist_ssn.torch_private import add_to_each, graph_task_id, multiply_each, storage_users
 
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
 SMALL = {"cpu": 2**22}
-"""Device → elements of a bank's weights up to which "auto" keeps a copy of them: 16 MiB in float32. Larger weights are mostly in large
-layers, where generation on demand costs 1 to 5 % on a processor (docs/results/cost.md)."""
+"""Device → elements of a bank's weights up to which "auto" keeps a copy of them, 16 MiB in float32. Larger weights are mostly in
+large layers, where generation on demand costs 1 to 5 % on a processor (docs/results/cost.md)."""
 _SMALL_ELSEWHERE = 2**26
 """On other devices small operations cost more, and memory is larger. Not measured yet."""
 _LARGE_BLOCK = 2**24
@@ -94,20 +94,20 @@ class Block:
         """
         factor = signs.clone()
         views = [part.per_row(factor) for part in self.parts]
-        torch._foreach_mul_(views, [scales[part.index] for part in self.parts])
+        multiply_each(views, [scales[part.index] for part in self.parts])
         if gains is not None and (rows := [p for p in self.with_gains if p.rows_are_chunks]):
-            torch._foreach_mul_([part.per_row(factor) for part in rows], [part.row_gains(gains) for part in rows])
+            multiply_each([part.per_row(factor) for part in rows], [part.row_gains(gains) for part in rows])
         return factor
 
     def apply_gains(self, values: Tensor, gains: Tensor | None) -> None:
         """Multiplies `values` [n] by the column gains, and by the row gains that are not in the factor, in place."""
         if gains is None or not self.with_gains:
             return
-        torch._foreach_mul_(
+        multiply_each(
             [part.matrix(values) for part in self.with_gains], [part.column_gains(gains) for part in self.with_gains]
         )
         if rows := [part for part in self.with_gains if not part.rows_are_chunks]:
-            torch._foreach_mul_([part.matrix(values) for part in rows], [part.row_gains(gains) for part in rows])
+            multiply_each([part.matrix(values) for part in rows], [part.row_gains(gains) for part in rows])
 
     def generate(self, bank: Tensor, scales: Sequence[Tensor], gains: Tensor | None, out: Tensor) -> None:
         """Writes the block's weights to `out` [n]."""
@@ -246,8 +246,7 @@ class Sheet:
             block.generate(bank, scales, gains, part)
         if bases is None:
             return tuple(weight.detach() for weight in self.weights)
-        for weight, index in zip(self.weights, self.indices, strict=True):
-            weight.add_(bases.tensors[index])
+        add_to_each(self.weights, [bases.tensors[index] for index in self.indices])
         return tuple(weight.detach().to(bases.dtype) for weight in self.weights)
 
     def pull_back(
