@@ -1,0 +1,140 @@
+"""Suites of `benchmarks.ladder`: each yields its cells in the order of their worth, as far as the lines so far decide them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.ladder.cells import AVERAGE, NAMES, Cell, cell, identity
+
+Line = Mapping[str, Any]
+Model = tuple[str, float | None]
+"""Kind and budget."""
+DENSE: Model = ("dense", None)
+FAMILIES: tuple[Model, ...] = (DENSE, ("bank", 0.25), ("small", 0.25))
+"""Models that are tuned under local updates; the others of a kind take its settings."""
+NESTEROV = (0.7, 0.6)
+OUTER = (NESTEROV, AVERAGE, (0.7, 0.9))
+"""Outer learning rates and momenta that are tried; (0.7, 0.9) is DiLoCo's, plain averaging post-local SGD's."""
+CODECS = ("int4", "sparse", "bins2", "int8")
+FIRST: dict[tuple[str, str], float] = {
+    **{("gpt", "dense"): 3e-3, ("gpt", "bank"): 3e-3, ("gpt", "small"): 6e-3, ("gpt", "hashed"): 6e-3},
+    **{("lstm", "dense"): 1.2e-2, ("lstm", "bank"): 6e-3, ("lstm", "small"): 2.4e-2, ("lstm", "hashed"): 2.4e-2},
+    **{("wrn", "dense"): 0.2, ("wrn", "bank"): 0.1, ("wrn", "hashed"): 0.2},
+}
+"""(task, kind) → learning rate in the middle of the first three that are tried, factor 2 apart."""
+AGREEMENT_RATES = {**FIRST, ("lstm", "dense"): 2.4e-2}
+LONG, SHORT = 50, 16
+"""Periods, in steps."""
+
+
+def agreement(lines: Iterable[Line]) -> Iterator[Cell]:
+    """Dense, banks, and dense as small as a bank, over a run of each task, at two periods."""
+    for task in ("lstm", "wrn", "gpt"):
+        models = (*FAMILIES[:2], ("bank", 0.1), *([] if task == "wrn" else [("small", 0.25)]))
+        for every in (SHORT, LONG):
+            for kind, budget in models:
+                yield cell(task, kind, budget, AGREEMENT_RATES[task, kind], every, outer=NESTEROV)
+
+
+class Measured:
+    """Losses of the cells that have a line."""
+
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self._losses = {identity(line): line["validation_loss"] for line in lines}
+
+    def loss(self, one: Cell) -> float | None:
+        return self._losses.get(identity(one))
+
+    def best(self, cells: Sequence[Cell]) -> Cell:
+        """The cell with the least loss; the first one, if none is measured."""
+        known = [one for one in cells if self.loss(one) is not None]
+        return min(known or cells[:1], key=lambda one: self.loss(one) or 0.0)
+
+    def by_rate(self, make: Callable[[float], Cell], middle: float, cells: list[Cell]) -> Iterator[Cell]:
+        """Cells at `middle`, half and twice of it, and further while the best is the last of the grid; `cells` gets all of them."""
+        low, high = middle / 2, middle * 2
+        cells += [make(middle), make(low), make(high)]
+        yield from cells
+        while all(self.loss(one) is not None for one in cells):
+            best = self.best(cells)["lr"]
+            if low < best < high:
+                return
+            low, high = (low / 2, high) if best == low else (low, high * 2)
+            cells.append(make(low if best < middle else high))
+            yield cells[-1]
+
+
+def frontier(task: str, lines: Iterable[Line]) -> Iterator[Cell]:
+    """Loss at equal steps against bytes.
+
+    Learning rates first, synchronous and with a period of 16; then the outer optimizer; then codecs, the long period, other
+    budgets, further periods; then further seeds of everything on the frontier.
+    """
+    known = Measured(lines)
+    synchronous: dict[Model, list[Cell]] = {model: [] for model in FAMILIES}
+    for model in FAMILIES:
+        yield from known.by_rate(lambda lr, of=model: cell(task, *of, lr), FIRST[task, model[0]], synchronous[model])
+    local: dict[Model, Cell] = {}
+    for model in FAMILIES:
+        tried: list[Cell] = []
+        middle = known.best(synchronous[model])["lr"]
+        yield from known.by_rate(lambda lr, of=model: cell(task, *of, lr, SHORT, outer=NESTEROV), middle, tried)
+        chosen = known.best(tried)
+        others = [{**chosen, "outer": list(outer)} for outer in OUTER]
+        yield from others
+        local[model] = known.best(others)
+    yield from _rungs(task, known, {model: known.best(synchronous[model]) for model in FAMILIES}, local)
+
+
+def _rungs(
+    task: str, known: Measured, synchronous: Mapping[Model, Cell], local: Mapping[Model, Cell]
+) -> Iterator[Cell]:
+    """The rungs at the settings of each family, and further seeds of the best of them."""
+    frontier = [*synchronous.values(), *local.values()]
+    sparse, long = {}, {}
+    for model, base in local.items():
+        yield {**base, "codec": "int4"}
+        tried = [
+            {**base, "codec": "sparse", "outer": list(outer)}
+            for outer in dict.fromkeys((AVERAGE, tuple(base["outer"])))
+        ]
+        yield from tried
+        sparse[model] = known.best(tried)
+        frontier += [{**base, "codec": "int4"}, sparse[model]]
+    for model, base in local.items():
+        tried = [{**base, "every": LONG, "lr": factor * base["lr"]} for factor in (1, 0.5)]
+        yield from tried
+        best = known.best(tried)
+        tried = [{**best, "outer": list(outer)} for outer in OUTER[::2]]
+        yield from tried
+        long[model] = known.best([*tried, best])
+        yield {**long[model], "codec": "int4"}
+        yield {**sparse[model], "every": LONG, "lr": long[model]["lr"]}
+        frontier += [long[model], {**long[model], "codec": "int4"}]
+    settings = {kind: local[model] for model in FAMILIES for kind in [model[0]]} | {"hashed": local["bank", 0.25]}
+    more: tuple[Model, ...] = (("bank", 0.1), ("small", 0.1), ("bank", 0.5), ("bank", 0.05), ("hashed", 0.25))
+    for model in more:
+        base = {**settings[model[0]], "kind": model[0], "budget": model[1]}
+        base = {**base, "lr": FIRST[task, "hashed"]} if model[0] == "hashed" else base
+        yield {**base, "codec": "int4"}
+        frontier.append({**base, "codec": "int4"})
+    for seed in (1, 2):
+        yield from ({**one, "seed": seed} for one in frontier)
+    for base in local.values():
+        yield {**base, "every": 4}
+        yield {**base, "every": 4, "codec": "int4"}
+        yield {**base, "codec": "bins2"}
+        yield {**base, "codec": "int8"}
+    for base in synchronous.values():
+        yield {**base, "codec": "int4"}
+    for model in more:
+        base = synchronous["bank", 0.25] if model[0] == "bank" else synchronous["small", 0.25]
+        lr = FIRST[task, "hashed"] if model[0] == "hashed" else base["lr"]
+        yield {**base, "kind": model[0], "budget": model[1], "lr": lr}
+
+
+SUITES: dict[str, Callable[[Iterable[Line]], Iterator[Cell]]] = {
+    "agreement": agreement,
+    **{f"frontier-{task}": lambda lines, task=task: frontier(task, lines) for task in NAMES if task != "wrn"},
+}
