@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
     from dist_ssn.sharing.summary import summary
+    from dist_ssn.sync.local_updates import LocalUpdates
 
 __all__ = [
     "CommMeter",
+    "LocalUpdates",
     "Morph",
     "Plan",
     "freeze",
@@ -41,6 +43,7 @@ __version__ = "0.1.0"
 # Imported on first use: torch takes a second, for which `dist-ssn --help` should not wait.
 _PLACES = {
     "CommMeter": "dist_ssn.comm.meter",
+    "LocalUpdates": "dist_ssn.sync.local_updates",
     "Morph": "dist_ssn.plan",
     "Plan": "dist_ssn.plan",
     "freeze": "dist_ssn.sharing.parts",

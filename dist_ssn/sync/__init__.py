@@ -1,1 +1,1 @@
-"""Synchronization in few bits: codecs, exchanges with error feedback, and hooks for DistributedDataParallel."""
+"""Synchronization of workers that train apart: local updates and islands, codecs with error feedback, and exchanges of changes."""

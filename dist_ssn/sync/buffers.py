@@ -1,0 +1,72 @@
+"""The model's buffers, such as the running statistics of batch norms: local in rounds, averaged at `synchronize`."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dist_ssn.sync.reports import Workers
+
+
+class Buffers:
+    """Averages the floating-point buffers over all workers, in 32 bits.
+
+    What is averaged is their change, so that a buffer that nobody changed keeps its bits. A worker whose buffers are not finite is
+    left out, and gets the others' mean.
+
+    Args:
+        model: its buffers are equal on all workers now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.base = {name: buffer.detach().clone() for name, buffer in self._current().items()}
+        """Values after the last average, by name."""
+
+    def _current(self) -> dict[str, Tensor]:
+        return {
+            name: buffer
+            for name, buffer in self._model.named_buffers()
+            if buffer.is_floating_point() and not isinstance(buffer, DTensor)
+        }
+
+    def problem(self) -> str | None:
+        """The reason why they cannot be averaged; None if they can."""
+        current = self._current()
+        if current.keys() != self.base.keys():
+            name = min(current.keys() ^ self.base.keys())
+            return f"the buffer {name} came or went after local updates began: make LocalUpdates after the model is complete"
+        for name, buffer in current.items():
+            if buffer.shape != self.base[name].shape:
+                return (
+                    f"the buffer {name} had the shape {tuple(self.base[name].shape)} when local updates began and has "
+                    f"{tuple(buffer.shape)} now: workers cannot average it"
+                )
+        return None
+
+    def average(self, workers: Workers) -> None:
+        """Sets all buffers to their mean; one all-reduce, none if there is nothing to average."""
+        if not self.base or (workers.count == 1 and workers.island is None):
+            self.base = {name: buffer.detach().clone() for name, buffer in self._current().items()}
+            return
+        current = self._current()
+        # inf - inf is not a number, so unchanged elements are left out before the difference is used.
+        changes = [
+            torch.where(buffer == self.base[name], 0, buffer - self.base[name]).float()
+            for name, buffer in current.items()
+        ]
+        flat = torch.cat([change.reshape(-1) for change in changes])
+        counted = flat.isfinite().all()
+        flat = torch.cat([torch.where(counted, flat, 0), counted.reshape(1).float()])
+        if workers.island is not None:
+            dist.all_reduce(flat, group=workers.island)
+        if workers.count > 1:
+            dist.all_reduce(flat, group=workers.group)
+        mean = flat[:-1] / flat[-1].clamp(min=1)
+        for (name, buffer), part in zip(current.items(), mean.split([c.numel() for c in changes]), strict=True):
+            buffer.copy_(
+                torch.where(part.view_as(buffer) == 0, self.base[name], self.base[name] + part.view_as(buffer))
+            )
+            self.base[name] = buffer.detach().clone()

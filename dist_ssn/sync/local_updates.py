@@ -1,0 +1,322 @@
+"""`LocalUpdates`: workers that train apart, and meet every so many steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from dist_ssn.comm.meter import purpose
+from dist_ssn.errors import UserError
+from dist_ssn.sync.anchor import Anchor
+from dist_ssn.sync.buffers import Buffers
+from dist_ssn.sync.codecs import Codec
+from dist_ssn.sync.exchange import Exchange
+from dist_ssn.sync.outer import Factory, check_outer, outer_optimizer
+from dist_ssn.sync.outliers import left_out
+from dist_ssn.sync.reports import Report, exchange_reports, require_agreement, require_same
+from dist_ssn.sync.sent import Round, Sent
+from dist_ssn.sync.settings import check_settings, held, innermost, taking_part
+from dist_ssn.sync.start import send_from_first, workers_of
+from dist_ssn.sync.state import FORMAT, check_state, plan_of, shapes_of
+from dist_ssn.sync.trained import refuse_wrapper, trained_parameters, unwrapped
+from dist_ssn.sync.transport import Transport
+
+
+class LocalUpdates:
+    """Trains one model on several workers that take `every` steps apart, and then average what they have changed.
+
+    A *round* is `every` steps of the optimizer on each worker. At its end a worker's change, anchor - parameters, is averaged over
+    all workers, the outer optimizer takes a step on the anchor with the mean as its gradient, and all go on from the anchor::
+
+        with dist_ssn.LocalUpdates(model, optimizer, every=16, codec="int4") as local:
+            for inputs, targets in data:
+                loss(model(inputs), targets).backward()
+                optimizer.step()                         # ends a round after steps 16, 32, ...
+                optimizer.zero_grad()
+        torch.save(model.state_dict(), "model.pt")       # leaving the block has synchronized
+
+    At the start, all workers get the first one's parameters and buffers. A step that ends no round sends nothing, and does nothing
+    but count. Leaving the block, except by an exception, synchronizes; without the block, call `synchronize` and `close`.
+
+    Args:
+        model: shared or dense, on its device. DDP or FSDP2 only over an island, see `group`.
+        optimizer: of this worker; its state stays this worker's own.
+        every: steps in a round.
+        outer: "nesterov", "average", a torch optimizer, whose class and settings are used, or a function that makes one from a list
+            of tensors.
+        outer_rate: learning rate of a named outer optimizer; None for 0.7 ("nesterov") or 1 ("average").
+        outer_momentum: momentum of "nesterov"; None for 0.6.
+        codec: of the changes of banks and weights; see `dist_ssn.sync.codecs.CODECS`. Gains, coefficients, biases and norms
+            travel in 16 bits, or as they are with "none".
+        delay: 0, or 1: the mean change of a round travels during the next one, and is applied at its end. A worker goes on from
+            the anchor less its own change that is not in the anchor yet, so that each change counts once.
+        group: the processes that average their changes; None for all. With islands it has one process of each island, and
+            `model` is wrapped by DDP over the processes of the island, or sharded over them by FSDP2.
+        warmup: number of first steps after each of which the parameters are averaged plainly, whatever the other settings are.
+        outlier: a worker whose change has a norm above this multiple of the workers' median is left out of the round, with a
+            warning on all workers. None leaves out only changes that are not finite.
+        route: of the exchange; see `dist_ssn.sync.exchange.Exchange`.
+
+    Raises:
+        UserError: a setting is impossible, the model or the optimizer cannot take part, or the workers differ. All workers raise
+            it, before anything of the model is sent.
+
+    Source: Stich 2018, arXiv 1805.09767; Lin et al. 2018, arXiv 1808.07217; Douillard et al. 2023, arXiv 2311.08105.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        every: int = 16,
+        outer: str | Optimizer | Factory = "nesterov",
+        outer_rate: float | None = None,
+        outer_momentum: float | None = None,
+        codec: str | Codec = "none",
+        delay: int = 0,
+        group: dist.ProcessGroup | Transport | None = None,
+        warmup: int = 0,
+        outlier: float | None = 10.0,
+        route: str = "auto",
+    ) -> None:
+        self.step = 0
+        """Number of the optimizer's steps."""
+        self.last: Round | None = None
+        """The last exchange whose mean has arrived; None before the first."""
+        self.every, self.warmup, self.delay, self.outlier = every, warmup, delay, outlier
+        self._sent: Sent | None = None
+        self._workers = workers_of(group, None, _device_of(model))
+        failure, facts = None, []
+        try:
+            self.model, island = unwrapped(model, group)
+            self._workers = workers_of(group, island, _device_of(model))
+            check_settings(every, warmup, delay, outlier)
+            check_outer(outer, outer_rate, outer_momentum)
+            self.optimizer = innermost(optimizer)
+            trained = trained_parameters(self.model, self.optimizer)
+            self._sharded = any(isinstance(t.parameter, DTensor) for t in trained)
+            self._taking_part = taking_part(self.optimizer)
+            self._anchor = Anchor(trained)
+            self.exchange = Exchange(self._anchor.size, codec, group=group, route=route, plain=self._anchor.plain)
+            """Exchange of changes; `packed_bytes` of it are what this process hands to collectives in a round."""
+            self.outer = outer_optimizer(outer, self._anchor.flats, outer_rate, outer_momentum)
+            """The outer optimizer. Its learning rate may be changed between rounds, in the same way on all workers."""
+            facts = [
+                (every, warmup, delay, outlier, self.exchange.codec.name, self.exchange.route, self.outer),
+                [(t.name, t.values.shape, t.values.dtype, t.plain) for t in trained],
+                plan_of(self.model),
+            ]
+        except UserError as error:
+            failure = error
+        with torch.no_grad(), purpose("initialization"):
+            require_same(facts, self._workers, failure)
+            send_from_first(self.model, self._anchor.trained, self._workers)
+            self._anchor.fill()
+        self._start = self._anchor.start()
+        """The values from which this worker went on after the last round."""
+        self._buffers = Buffers(self.model)
+        guard = refuse_wrapper(model if isinstance(model, DistributedDataParallel) else None)
+        self._hooks = [
+            self.optimizer.register_step_post_hook(self._after_step),
+            self.model.register_forward_pre_hook(guard),
+        ]
+        held.add(self.optimizer)
+
+    @torch.no_grad()
+    def _after_step(self, *_: object) -> None:
+        self.step += 1
+        warm = self.step <= self.warmup
+        if warm or (self.step - self.warmup) % self.every == 0:
+            with purpose("synchronization"):
+                self._meet(plain=warm, late=self.delay > 0 and not warm)
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Averages whatever the workers have changed since the last round, and the buffers, so that all hold the same model.
+
+        Call it on all workers at the same step: before an evaluation or a checkpoint of the model, and at the end if the block
+        is not left. Where nothing has changed, only some bytes travel. Rounds end after the same steps as without it. With a
+        delay, the mean that is on its way is applied first; then nothing is on its way.
+
+        Raises:
+            UserError: a worker cannot take part, or is at another step, or its anchor differs. All workers raise it.
+        """
+        with purpose("synchronization"):
+            self._meet(asked=True)
+            self._buffers.average(self._workers)
+
+    def _meet(self, *, asked: bool = False, plain: bool = False, late: bool = False) -> None:
+        """One exchange.
+
+        Args:
+            asked: by `synchronize`.
+            plain: all go on from the mean of their parameters; the outer optimizer takes no step.
+            late: the mean is applied in the next exchange.
+        """
+        problem = self._problem()
+        change = self._anchor.change(self._start)
+        norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+        mine = Report(self.step, asked, problem is not None, norm, self._anchor.fingerprint())
+        reports = exchange_reports(mine, self._workers)
+        require_agreement(reports, self._workers, problem)
+        norms = tuple(report.norm for report in reports)
+        if self._sent is not None:
+            self._apply(self._sent)
+            self._sent = None
+        if not asked or any(norms):
+            out = self._leave_out(norms, change)
+            # In a thread only where there is something to compute meanwhile.
+            wait = self.exchange.start(change).wait if late else partial(self.exchange.average, change)
+            sent = Sent(wait, None, norms, out, self.step)
+            if late:
+                self._sent = sent
+            else:
+                self._apply(sent, plain)
+        self._anchor.hand_out(change if late else None)
+        self._start = [t.values.clone() for t in self._anchor.trained] if late else self._anchor.start()
+
+    def _problem(self) -> str | None:
+        """The reason why this worker cannot take part in an exchange; None if it can."""
+        if taking_part(self.optimizer) != self._taking_part:
+            return (
+                "the optimizer's parameters, or which of them are trained, changed after local updates began: make a new "
+                "LocalUpdates after parameters are added, frozen or unfrozen"
+            )
+        return self._buffers.problem()
+
+    def _leave_out(self, norms: tuple[float, ...], change: Tensor) -> tuple[int, ...]:
+        """The places of the workers that this exchange leaves out; a worker that is among them sends zeros."""
+        found = left_out(norms, self.outlier)
+        ranks = self._workers.ranks
+        for place, reason in found.items():
+            warnings.warn(
+                f"rank {ranks[place]} {reason} after step {self.step}: it is left out, and goes on from the others' mean",
+                stacklevel=2,
+            )
+        if len(found) == len(norms):
+            raise UserError(
+                f"after step {self.step} no worker's change is finite: go on from the last checkpoint with a lower learning rate, "
+                "a warm-up or clipping"
+            )
+        if self._workers.place in found:
+            change.zero_()
+            _forget_what_is_not_finite(self.optimizer)
+        return tuple(found)
+
+    def _apply(self, sent: Sent, plain: bool = False) -> None:
+        """Takes the outer step with a mean change, which is waited for."""
+        mean = sent.arrived()
+        self.last = Round(sent.step, sent.norms, sent.left_out, None if self._sharded else sent.agreement())
+        for flat, gradient in zip(self._anchor.flats, self._anchor.gradients(mean), strict=True):
+            if plain:
+                flat.sub_(gradient)
+            else:
+                flat.grad = gradient
+        if not plain:
+            self.outer.step()
+            self.outer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """This worker's state: anchor, outer state, feedback, position, and its progress in a round that is not over.
+
+        Nothing is sent. Each worker has its own: its feedback and its progress. With each worker's own state, and the state of its
+        optimizer, training continues exactly, also in the middle of a round.
+        """
+        trained = self._anchor.trained
+        moved = not all(torch.equal(start, t.values) for start, t in zip(self._start, trained, strict=True))
+        own_start = bool(self._sent)  # else the anchor's values
+        return {
+            "format": FORMAT,
+            "plan": plan_of(self.model),
+            "shapes": shapes_of(self._anchor),
+            "workers": self._workers.count,
+            "place": self._workers.place,
+            "step": self.step,
+            "outer_class": type(self.outer).__name__,
+            "outer": self.outer.state_dict(),
+            "feedback": self.exchange.state_dict(),
+            "anchor": [flat.clone() for flat in self._anchor.flats],
+            "parameters": [t.values.clone() for t in trained] if moved else [],
+            "start": [start.clone() for start in self._start] if own_start else [],
+            "buffers": {name: buffer.clone() for name, buffer in self._buffers.base.items()},
+            "sent": {} if self._sent is None else self._sent.state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continues from a `state_dict`; it sets the model's trained parameters, too.
+
+        The state of another worker, or of another number of workers, goes on from the anchor: feedback, and progress in a round
+        that was not over, start at zero, with a warning. Load on all workers states of the same step.
+
+        Raises:
+            CheckpointError: the state is of another model, plan or outer optimizer. Nothing is loaded then.
+        """
+        check_state(state, self.model, self._anchor, type(self.outer).__name__)
+        mine = (self._workers.count, self._workers.place) == (state["workers"], state["place"])
+        self.step = state["step"]
+        for flat, saved in zip(self._anchor.flats, state["anchor"], strict=True):
+            flat.copy_(saved)
+        self.outer.load_state_dict(state["outer"])
+        self._sent = Sent.of_state(state["sent"], self._anchor.flats[0].device) if state["sent"] else None
+        for name, saved in state["buffers"].items():
+            if name in self._buffers.base:
+                self._buffers.base[name].copy_(saved)
+        self._anchor.hand_out()
+        self._start = self._anchor.start()
+        if not mine:
+            warnings.warn(
+                f"this state is worker {state['place']}'s of {state['workers']}, and this is worker {self._workers.place} of "
+                f"{self._workers.count}: it goes on from the anchor, and its feedback starts at zero",
+                stacklevel=2,
+            )
+            return
+        self.exchange.load_state_dict(state["feedback"])
+        if state["start"]:
+            self._start = [saved.to(start) for saved, start in zip(state["start"], self._start, strict=True)]
+        own = state["parameters"] or self._start
+        for t, saved in zip(self._anchor.trained, own, strict=True):
+            t.values.copy_(saved)
+
+    def close(self) -> None:
+        """Ends local updates without another exchange; the optimizer's steps are ordinary again. A second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        held.discard(self.optimizer)
+
+    def __enter__(self) -> LocalUpdates:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.synchronize()
+        finally:
+            self.close()
+
+
+def _device_of(model: object) -> torch.device:
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+def _forget_what_is_not_finite(optimizer: Optimizer) -> None:
+    """Drops the optimizer's state of parameters for which it is not finite: it would spoil every step from now on."""
+    for parameter, entries in list(optimizer.state.items()):
+        tensors = (value.to_local() if isinstance(value, DTensor) else value for value in entries.values())
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor)):
+            del optimizer.state[parameter]

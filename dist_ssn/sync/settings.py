@@ -1,0 +1,53 @@
+"""Checks of what `LocalUpdates` is given."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch.optim import Optimizer
+
+from dist_ssn.errors import UserError
+
+held: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+"""Optimizers that a LocalUpdates watches."""
+
+
+def check_settings(every: object, warmup: object, delay: object, outlier: object) -> None:
+    """Checks the numbers among the settings.
+
+    Raises:
+        UserError: one is out of its bounds.
+    """
+    for name, value, least in (("every", every, 1), ("warmup", warmup, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f"{name} must be a whole number of steps, at least {least}, got {value!r}")
+    if isinstance(delay, bool) or delay not in (0, 1):
+        raise UserError(
+            f"delay must be 0 (apply a round's mean at its end) or 1 (at the end of the next round), got {delay!r}"
+        )
+    if outlier is not None and (isinstance(outlier, bool) or not isinstance(outlier, int | float) or not outlier > 1):
+        raise UserError(f"outlier must be a multiple of the median norm above 1, or None, got {outlier!r}")
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """The optimizer whose steps are counted: inside of wrappers such as Accelerate's.
+
+    Raises:
+        UserError: it is no torch optimizer, or another LocalUpdates watches it.
+    """
+    while isinstance(optimizer, Optimizer) and isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(f"LocalUpdates needs a torch optimizer, got {type(optimizer).__name__}")
+    if optimizer in held:
+        raise UserError(
+            f"another LocalUpdates averages after the steps of this {type(optimizer).__name__} already: leave its block, or call "
+            "its close(), first"
+        )
+    return optimizer
+
+
+def taking_part(optimizer: Optimizer) -> list[tuple[int, bool]]:
+    """The optimizer's parameters, by id, and whether they are trained."""
+    return [(id(p), p.requires_grad) for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,84 @@
+"""Checks of a saved state of local updates, before anything of it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dist_ssn.errors import CheckpointError
+from dist_ssn.sharing.bank_set import shared_plan
+from dist_ssn.sync.anchor import Anchor
+
+FORMAT = 1
+KEYS = {
+    "format": int,
+    "plan": str,
+    "shapes": dict,
+    "workers": int,
+    "place": int,
+    "step": int,
+    "outer_class": str,
+    "outer": dict,
+    "feedback": dict,
+    "anchor": list,
+    "parameters": list,
+    "start": list,
+    "buffers": dict,
+    "sent": dict,
+}
+"""Entries of a state, with their types."""
+
+
+def plan_of(model: nn.Module) -> str:
+    """Fingerprint of the model's plan; "dense" without a plan."""
+    plan = shared_plan(model)
+    return "dense" if plan is None else plan.fingerprint
+
+
+def shapes_of(anchor: Anchor) -> dict[str, list[int]]:
+    """Name → shape of the trained parameters on this process, in the anchor's order."""
+    return {t.name: list(t.values.shape) for t in anchor.trained}
+
+
+def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, outer_class: str) -> None:
+    """Checks that a state belongs to this model, plan and outer optimizer.
+
+    Raises:
+        CheckpointError: it does not, or it is not a state of local updates.
+    """
+    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+        raise CheckpointError(
+            f"this is no state of LocalUpdates that this version reads (format {found}, needed is {FORMAT})"
+        )
+    for key, kind in KEYS.items():
+        if not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+            raise CheckpointError(f"the state of LocalUpdates is damaged: {key} must be of type {kind.__name__}")
+    if state["plan"] != plan_of(model):
+        raise CheckpointError(
+            f"the state of LocalUpdates is of another plan ({state['plan']}, the model's is {plan_of(model)}): share the model "
+            "with the plan that it was saved with"
+        )
+    mine, saved = shapes_of(anchor), state["shapes"]
+    for name in (*mine, *saved):
+        if (shape := mine.get(name)) != (other := saved.get(name)):
+            raise CheckpointError(
+                f"the state of LocalUpdates is of another model: {name} has the shape {_shown(other)} there and "
+                f"{_shown(shape)} here"
+            )
+    if list(mine) != list(saved):
+        raise CheckpointError("the state of LocalUpdates is of another model: its parameters have another order")
+    sizes = [flat.numel() for flat in anchor.flats]
+    if [flat.numel() if isinstance(flat, Tensor) else -1 for flat in state["anchor"]] != sizes:
+        raise CheckpointError(f"the state of LocalUpdates is damaged: its anchor must have {sizes} elements")
+    if state["outer_class"] != outer_class:
+        raise CheckpointError(
+            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {outer_class}: "
+            "give the same outer"
+        )
+
+
+def _shown(shape: list[int] | None) -> str:
+    return "no place" if shape is None else str(tuple(shape))
