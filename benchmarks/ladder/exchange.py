@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dist_ssn.sharing.bank import banks_of
 from dist_ssn.sync import routes
 from dist_ssn.sync.codecs import find_codec
 from dist_ssn.sync.feedback import Lane
-
-
-def trained(model: nn.Module) -> tuple[list[nn.Parameter], int]:
-    """The trained parameters, those that a codec packs first, and the number of elements of these.
-
-    Gains, coefficients, biases and norms travel in 16 bits whatever the codec.
-    """
-    banks = banks_of(model)
-    small = {id(one) for bank in banks for one in (bank.coefficients, bank.gains)}
-    of_banks = {id(one) for bank in banks for one in bank.parameters(recurse=False)}
-    found = [one for one in model.parameters() if one.requires_grad]
-    plain = {id(one) for one in found if (id(one) in small if id(one) in of_banks else one.ndim < 2)}
-    packed = [one for one in found if id(one) not in plain]
-    return [*packed, *(one for one in found if id(one) in plain)], sum(one.numel() for one in packed)
 
 
 class SimulatedExchange:

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ladder.cells import WORKERS, Cell, recipe_of
-from benchmarks.ladder.exchange import SimulatedExchange, trained
+from benchmarks.ladder.exchange import SimulatedExchange
 from benchmarks.ladder.twin import Twin
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import World
+from dist_ssn.sync.outer import outer_optimizer
+from dist_ssn.sync.trained import trained_parameters
 from dist_ssn.train.build import build
 from dist_ssn.train.data import Task
 from dist_ssn.train.evaluate import evaluate
@@ -38,39 +40,22 @@ POINTS = 24
 """Exchanges of a run whose agreement is kept, evenly spread."""
 
 
-def flatten(model: nn.Module) -> Tensor:
-    """All trained parameters [P], in the order of `trained`; each parameter becomes a view of it."""
-    parameters, _ = trained(model)
-    values = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    for parameter, part in _parts(model, values):
-        parameter.data = part
-    return values
-
-
-def gradient(model: nn.Module) -> Tensor:
-    """Gradients of all trained parameters [P]."""
-    return torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).flatten() for one in trained(model)[0]])
-
-
-def _parts(model: nn.Module, values: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each trained parameter beside its part of `values` [P], in its shape."""
-    parameters, _ = trained(model)
-    parts = values.split([one.numel() for one in parameters])
-    return ((parameter, part.view_as(parameter)) for parameter, part in zip(parameters, parts, strict=True))
-
-
-def _exchange(model: nn.Module, codec: str) -> SimulatedExchange:
-    parameters, packed = trained(model)
-    return SimulatedExchange(sum(one.numel() for one in parameters), packed, codec, WORKERS)
-
-
 class Worker:
-    """A replica with its own optimizer and schedule."""
+    """A replica with its own optimizer and schedule.
+
+    Args:
+        model: Its parameters become views of `values`.
+        recipe: Its optimizer, schedule and clipping.
+        dense: The same architecture, not shared.
+
+    Attributes:
+        values: All trained parameters [P], those that a codec packs first.
+        packed: Number of these.
+    """
 
     def __init__(self, model: nn.Module, recipe: Recipe, dense: nn.Module) -> None:
         self.model = model
         self.called = Twin(model, dense) if recipe.share.budget else model
-        self.values = flatten(model)
         self.optimizer = build_optimizer(model, recipe.optimizer)
         for group in self.optimizer.param_groups:
             group["fused"] = (
@@ -78,6 +63,22 @@ class Worker:
             )
         self.schedule = build_schedule(self.optimizer, recipe.schedule, recipe.steps)
         self.clip = recipe.clip_norm
+        found = trained_parameters(model, self.optimizer)
+        self.parameters = [one.parameter for one in found]
+        self.packed = sum(one.parameter.numel() for one in found if not one.plain)
+        self.values = torch.cat([one.detach().flatten() for one in self.parameters])
+        for parameter, part in self.parts(self.values):
+            parameter.data = part
+
+    def parts(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each trained parameter beside its part of `values` [P], in its shape."""
+        parts = values.split([one.numel() for one in self.parameters])
+        return ((one, part.view_as(one)) for one, part in zip(self.parameters, parts, strict=True))
+
+    def gradient(self) -> Tensor:
+        """Gradients of all trained parameters [P]."""
+        found = (torch.zeros_like(one) if one.grad is None else one.grad for one in self.parameters)
+        return torch.cat([gradient.flatten() for gradient in found])
 
     def backward(self, task: Task, batch: tuple[Tensor, Tensor]) -> None:
         task.loss(self.called(batch[0]), batch[1]).backward()
@@ -88,6 +89,10 @@ class Worker:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
+
+    def exchange(self, codec: str, workers: int) -> SimulatedExchange:
+        """An exchange of vectors like `values`."""
+        return SimulatedExchange(len(self.values), self.packed, codec, workers)
 
 
 def agreement(changes: Tensor) -> dict[str, float]:
@@ -111,7 +116,7 @@ def run(wanted: Cell) -> dict[str, Any]:
     world = World(0, 1, 0, torch.device("cpu"))
     task, model = build(recipe, world)
     dense = build_model(recipe.model, recipe.model_args, task)
-    steps = (_every_step if wanted["every"] == 1 else _local)(wanted, recipe, task, model, dense)
+    steps = (every_step if wanted["every"] == 1 else local_updates)(wanted, recipe, task, model, dense)
     rounds = -(-recipe.steps // wanted["every"])
     kept = {round(index * (rounds - 1) / (POINTS - 1)) for index in range(POINTS)}
     history, points, handed, sent = [], [], 0, 0.0
@@ -137,45 +142,49 @@ def run(wanted: Cell) -> dict[str, Any]:
     return {**wanted, **measured, "history": history, "agreement": points, "seconds": time.perf_counter() - began}
 
 
-def _every_step(wanted: Cell, recipe: Recipe, task: Task, model: nn.Module, dense: nn.Module) -> Iterator[Met]:
+def every_step(wanted: Cell, recipe: Recipe, task: Task, model: nn.Module, dense: nn.Module) -> Iterator[Met]:
     """Trains `model` on the mean of the workers' gradients. Yields for each step what the workers gave.
 
     Without a codec the whole batch is one backward (its gradient is the mean), except with batch norm, which sees a worker's part.
     """
-    worker, exchange = Worker(model, recipe, dense), _exchange(model, wanted["codec"])
+    worker = Worker(model, recipe, dense)
+    exchange = worker.exchange(wanted["codec"], WORKERS)
     apart = wanted["codec"] != "none" or any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     parts = WORKERS if apart else 1
     for step in range(recipe.steps):
         found = []
         for rank in range(parts):
             worker.backward(task, task.batch(step, recipe.batch_size, rank, parts))
-            found.append(gradient(model))
+            found.append(worker.gradient())
             worker.optimizer.zero_grad()
         mean = found[0] if parts == 1 else exchange.average(found)
-        for parameter, part in _parts(model, mean):
+        for parameter, part in worker.parts(mean):
             parameter.grad = part
         worker.step()
         yield torch.stack(found), exchange
 
 
-def _local(wanted: Cell, recipe: Recipe, task: Task, model: nn.Module, dense: nn.Module) -> Iterator[Met | None]:
+def local_updates(
+    wanted: Cell, recipe: Recipe, task: Task, model: nn.Module, dense: nn.Module, workers: int = WORKERS
+) -> Iterator[Met | None]:
     """Trains copies of `model`, which is the anchor. Yields the workers' changes, or None between exchanges."""
-    workers = [Worker(copy.deepcopy(model), recipe, copy.deepcopy(dense)) for _ in range(WORKERS)]
-    anchor, exchange = nn.Parameter(flatten(model)), _exchange(model, wanted["codec"])
+    replicas = [Worker(copy.deepcopy(model), recipe, copy.deepcopy(dense)) for _ in range(workers)]
+    whole = Worker(model, recipe, dense)
+    anchor, exchange = whole.values, whole.exchange(wanted["codec"], workers)
     rate, momentum = wanted["outer"]
-    outer = torch.optim.SGD([anchor], lr=rate, momentum=momentum, nesterov=momentum > 0)
+    outer = outer_optimizer("nesterov" if momentum else "average", [anchor], rate, momentum or None)
     for step in range(recipe.steps):
-        for rank, worker in enumerate(workers):
-            worker.backward(task, task.batch(step, recipe.batch_size, rank, WORKERS))
+        for rank, worker in enumerate(replicas):
+            worker.backward(task, task.batch(step, recipe.batch_size, rank, workers))
             worker.step()
         if (step + 1) % wanted["every"] and step + 1 < recipe.steps:
             yield None
             continue
-        changes = anchor.detach() - torch.stack([worker.values for worker in workers])
+        changes = anchor - torch.stack([worker.values for worker in replicas])
         anchor.grad = exchange.average(list(changes))
         outer.step()
-        for worker in workers:
-            worker.values.copy_(anchor.detach())
-        for own, buffer in zip(model.buffers(), workers[0].model.buffers(), strict=True):
+        for worker in replicas:
+            worker.values.copy_(anchor)
+        for own, buffer in zip(model.buffers(), replicas[0].model.buffers(), strict=True):
             own.copy_(buffer)
         yield changes, exchange
