@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.ladder.cells import NAMES, identity
-from benchmarks.ladder.suites import LONG, SHORT, agreement
+from benchmarks.ladder.suites import LONG, NESTEROV, SHORT
 from benchmarks.markdown import grid, mean, short
 from benchmarks.result_files import lines_of
 
@@ -15,7 +15,7 @@ Line = dict[str, Any]
 Rung = tuple[str, float | None, int, str]
 """Kind, budget, period, codec."""
 CODECS = {"none": "32 bits", "int8": "8 bits", "int4": "4 bits", "bins2": "2 bits", "sparse": "sparse"}
-AUTHORS = {(1.0, 0.0): "average", (0.7, 0.9): "0.7, 0.9", (0.7, 0.6): "0.7, 0.6"}
+OUTERS = {(1.0, 0.0): "average", (0.7, 0.9): "0.7, 0.9", (0.7, 0.6): "0.7, 0.6"}
 
 
 def model_name(kind: str, budget: float | None) -> str:
@@ -58,7 +58,7 @@ def frontier(task: str) -> str:
         loss, lowest = mean([run["validation_loss"] for run in runs]), loss_of(runs) < least
         least = min(least, loss_of(runs))
         line = runs[0]
-        outer = "" if every == 1 else AUTHORS[tuple(line["outer"])]
+        outer = "" if every == 1 else OUTERS[tuple(line["outer"])]
         fewer = f"{dense[0]['bytes'] / line['bytes']:,.0f}" if line is not dense[0] else ""
         apart = f"{loss_of(runs) / loss_of(dense) - 1:+.1%}" if line is not dense[0] else ""
         settings = (model_name(kind, budget), str(every), CODECS[codec], short(line["lr"]), outer)
@@ -84,50 +84,53 @@ def megabytes(size: float) -> str:
 
 
 def tuning(task: str) -> str:
-    """Losses of seed 0 at every learning rate and outer setting of a period, for models that were tuned; bold: the best."""
-    found: dict[tuple[str, int, str, str], dict[float, float]] = {}
+    """Losses of seed 0 by learning rate and outer setting, of every rung with more than one of them; bold: the best of a rung."""
+    found: dict[Rung, dict[str, dict[float, float]]] = {}
     for line in lines_by_cell().values():
         if line["task"] == task and line["seed"] == 0:
-            outer = "" if line["every"] == 1 else AUTHORS[tuple(line["outer"])]
-            group = (model_name(line["kind"], line["budget"]), line["every"], CODECS[line["codec"]], outer)
-            found.setdefault(group, {})[line["lr"]] = line["validation_loss"]
-    rungs_of: dict[tuple[str, int, str], list[float]] = {}
-    for (name, every, codec, _), losses in found.items():
-        rungs_of.setdefault((name, every, codec), []).extend(losses.values())
-    kept = {group: losses for group, losses in found.items() if len(rungs_of[group[:3]]) > 1}
-    rates = sorted({rate for losses in kept.values() for rate in losses})
+            rung = (line["kind"], line["budget"], line["every"], line["codec"])
+            outer = "" if line["every"] == 1 else OUTERS[tuple(line["outer"])]
+            found.setdefault(rung, {}).setdefault(outer, {})[line["lr"]] = line["validation_loss"]
+    tuned = {rung: tried for rung, tried in found.items() if sum(map(len, tried.values())) > 1}
+    rates = sorted({rate for tried in tuned.values() for losses in tried.values() for rate in losses})
     rows = []
-    for (name, every, codec, outer), losses in sorted(
-        kept.items(), key=lambda item: (item[0][0].strip("*"), *item[0][1:])
-    ):
-        best = min(rungs_of[name, every, codec])
-        texts = [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
-        shown = [f"**{text}**" if losses.get(rate) == best else text for rate, text in zip(rates, texts, strict=True)]
-        rows.append([name, str(every), codec, outer, *shown])
+    for rung in sorted(tuned, key=lambda rung: (*_order(*rung[:2]), *rung[2:])):
+        kind, budget, every, codec = rung
+        best = min(loss for losses in tuned[rung].values() for loss in losses.values())
+        for outer, losses in tuned[rung].items():
+            texts = (_bold(losses[rate], losses[rate] == best) if rate in losses else "" for rate in rates)
+            rows.append([model_name(kind, budget), str(every), CODECS[codec], outer, *texts])
     return grid((NAMES[task], "every", "codec", "outer", *map(short, rates)), rows)
 
 
+def _bold(loss: float, is_best: bool) -> str:
+    return f"**{loss:.3f}**" if is_best else f"{loss:.3f}"
+
+
 def agreements() -> str:
-    """Mean over a run, and means of its first and last quarter, by model and period."""
-    known, rows = lines_by_cell(), {}
-    for one in agreement([]):
-        if (line := known.get(identity(one))) is not None:
-            rows.setdefault((one["task"], one["kind"], one["budget"]), {})[one["every"]] = line
-    made = []
-    for (task, kind, budget), runs in rows.items():
-        line = next(iter(runs.values()))
-        texts = [NAMES[task], model_name(kind, budget), f"{line['parameters']:,}", short(line["lr"])]
-        for key in ("cosine", "largest"):
-            for every in (SHORT, LONG):
-                texts.append(_over_run([point[key] for point in runs[every]["agreement"]]) if every in runs else "")
-        made.append(
-            [*texts, *(f"{runs[every]['validation_loss']:.3f}" if every in runs else "" for every in (SHORT, LONG))]
-        )
-    periods = [f"every {every}" for every in (SHORT, LONG)]
-    headings = [f"{what}, {period}" for what in ("cosine", "largest 1/64") for period in periods]
-    return grid(
-        ("task", "model", "parameters", "learning rate", *headings, *(f"loss, {period}" for period in periods)), made
-    )
+    """Mean over a run (first quarter → last quarter), by model and period, each at its best measured learning rate."""
+    best: dict[tuple[str, str, float | None], dict[int, Line]] = {}
+    for line in sorted(lines_by_cell().values(), key=lambda line: -line["validation_loss"]):
+        if (
+            line["codec"] == "none"
+            and line["every"] in (SHORT, LONG)
+            and tuple(line["outer"]) == NESTEROV
+            and not line["seed"]
+        ):
+            best.setdefault((line["task"], line["kind"], line["budget"]), {})[line["every"]] = line
+    rows = []
+    for task, kind, budget in sorted(best, key=lambda model: (list(NAMES).index(model[0]), *_order(*model[1:]))):
+        for every, line in sorted(best[task, kind, budget].items()):
+            texts = [NAMES[task], model_name(kind, budget), f"{line['parameters']:,}", str(every), short(line["lr"])]
+            texts += [_over_run([point[key] for point in line["agreement"]]) for key in ("cosine", "largest")]
+            rows.append([*texts, f"{line['validation_loss']:.3f}"])
+    headings = ("model", "parameters", "every", "learning rate", "cosine", "largest 1/64", "loss")
+    return grid(("", *headings), rows)
+
+
+def _order(kind: str, budget: float | None) -> tuple[int, float]:
+    """Order of models in a table: dense, banks, hashed, small dense; the largest first."""
+    return ("dense", "bank", "hashed", "small").index(kind), -(budget or 1)
 
 
 def _over_run(values: Sequence[float]) -> str:

@@ -31,8 +31,8 @@ NAMES = {"gpt": "GPT, 2 layers of width 64", "lstm": "LSTM, 2 layers of width 64
 SMALL: dict[tuple[str, float], dict[str, Any]] = {
     ("gpt", 0.25): {"layers": 2, "width": 30, "heads": 2, "context": 64},
     ("gpt", 0.1): {"layers": 2, "width": 18, "heads": 2, "context": 64},
-    ("lstm", 0.25): {"layers": 2, "width": 26, "context": 64},
-    ("lstm", 0.1): {"layers": 2, "width": 14, "context": 64},
+    ("lstm", 0.25): {"layers": 2, "width": 27, "context": 64},
+    ("lstm", 0.1): {"layers": 2, "width": 15, "context": 64},
 }
 """(task, budget) → `model_args` of a narrower dense model with at least as many parameters. No Wide ResNet is that small."""
 KINDS = ("dense", "small", "hashed", "bank")

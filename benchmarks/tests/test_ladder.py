@@ -120,3 +120,13 @@ def test_bytes_are_those_of_the_codec() -> None:
     assert 4.0 < sparse["validation_loss"] < 6.0
     assert [point["step"] for point in sparse["agreement"]] == [4, 8]
     assert all(-1 <= point["cosine"] <= 1 and 1 / 64 <= point["largest"] <= 1 for point in sparse["agreement"])
+
+
+def test_small_dense_models_have_at_least_a_banks_parameters() -> None:
+    def parameters(kind: str, task: str, budget: float) -> int:
+        _, model = build(recipe_of(cell(task, kind, budget, 1e-3)), WORLD)
+        return sum(one.numel() for one in model.parameters())
+
+    for task, budget in cells.SMALL:
+        if task == "lstm":  # this module has another GPT
+            assert 0 <= parameters("small", task, budget) / parameters("bank", task, budget) - 1 < 0.1
