@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.ladder.cells import NAMES, identity
-from benchmarks.ladder.suites import LONG, NESTEROV, SHORT
+from benchmarks.ladder.cells import AVERAGE, NAMES, identity
+from benchmarks.ladder.suites import DILOCO, LONG, NESTEROV, SHORT
 from benchmarks.markdown import grid, mean, short
 from benchmarks.result_files import lines_of
 
@@ -15,7 +15,8 @@ Line = dict[str, Any]
 Rung = tuple[str, float | None, int, str]
 """Kind, budget, period, codec."""
 CODECS = {"none": "32 bits", "int8": "8 bits", "int4": "4 bits", "bins2": "2 bits", "sparse": "sparse"}
-OUTERS = {(1.0, 0.0): "average", (0.7, 0.9): "0.7, 0.9", (0.7, 0.6): "0.7, 0.6"}
+OUTERS = {AVERAGE: "average", DILOCO: "0.7, 0.9", NESTEROV: "0.7, 0.6"}
+"""Outer learning rate and momentum → words."""
 
 
 def model_name(kind: str, budget: float | None) -> str:
@@ -133,6 +134,35 @@ def _order(kind: str, budget: float | None) -> tuple[int, float]:
     return ("dense", "bank", "hashed", "small").index(kind), -(budget or 1)
 
 
+METHODS: tuple[tuple[str, int, str, tuple[float, float]], ...] = (
+    ("post-local SGD", SHORT, "none", AVERAGE),
+    ("DiLoCo", SHORT, "none", DILOCO),
+    ("DiLoCo", LONG, "none", DILOCO),
+    ("SparseLoCo", SHORT, "sparse", AVERAGE),
+    ("SparseLoCo", LONG, "sparse", AVERAGE),
+)
+"""Name, period, codec, outer learning rate and momentum of methods of others, by their authors' outer settings."""
+
+
+def methods(task: str) -> str:
+    """Methods of others at their outer settings, beside the best outer setting that was tried (seed 0), dense and on a bank."""
+    lines = [line for line in lines_by_cell().values() if line["task"] == task and not line["seed"]]
+    rows = []
+    for name, every, codec, outer in METHODS:
+        texts = [name, str(every), CODECS[codec], OUTERS[outer]]
+        for model in (("dense", None), ("bank", 0.25)):
+            wanted = (*model, every, codec)
+            rung = [line for line in lines if (line["kind"], line["budget"], line["every"], line["codec"]) == wanted]
+            theirs = [line for line in rung if tuple(line["outer"]) == outer]
+            texts += [
+                f"{min(line['validation_loss'] for line in found):.3f}" if found else "" for found in (theirs, rung)
+            ]
+            texts.append(megabytes(rung[0]["bytes"]) if rung else "")
+        rows.append(texts)
+    headings = [f"{model}, {what}" for model in ("dense", "bank 25 %") for what in ("theirs", "best tried", "MB")]
+    return grid((NAMES[task], "every", "codec", "outer", *headings), rows)
+
+
 def _over_run(values: Sequence[float]) -> str:
     """Text "mean (first quarter → last quarter)"."""
     quarter = max(1, len(values) // 4)
@@ -144,6 +174,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {"ladder-agreement": agreements}
     for task in ("gpt", "lstm"):
         found |= {
+            f"ladder-methods-{task}": lambda task=task: methods(task),
             f"ladder-{task}": lambda task=task: frontier(task),
             f"ladder-tuning-{task}": lambda task=task: tuning(task),
         }

@@ -14,9 +14,9 @@ DENSE: Model = ("dense", None)
 FAMILIES: tuple[Model, ...] = (DENSE, ("bank", 0.25), ("small", 0.25))
 """Models that are tuned under local updates; the others of a kind take its settings."""
 NESTEROV = (0.7, 0.6)
-OUTER = (NESTEROV, AVERAGE, (0.7, 0.9))
-"""Outer learning rates and momenta that are tried; (0.7, 0.9) is DiLoCo's, plain averaging post-local SGD's."""
-CODECS = ("int4", "sparse", "bins2", "int8")
+DILOCO = (0.7, 0.9)
+OUTER = (NESTEROV, AVERAGE, DILOCO)
+"""Outer learning rates and momenta that are tried. Plain averaging is that of post-local SGD and of SparseLoCo."""
 FIRST: dict[tuple[str, str], float] = {
     **{("gpt", "dense"): 3e-3, ("gpt", "bank"): 3e-3, ("gpt", "small"): 6e-3, ("gpt", "hashed"): 6e-3},
     **{("lstm", "dense"): 1.2e-2, ("lstm", "bank"): 6e-3, ("lstm", "small"): 2.4e-2, ("lstm", "hashed"): 2.4e-2},
@@ -90,48 +90,44 @@ def frontier(task: str, lines: Iterable[Line]) -> Iterator[Cell]:
 def _rungs(
     task: str, known: Measured, synchronous: Mapping[Model, Cell], local: Mapping[Model, Cell]
 ) -> Iterator[Cell]:
-    """The rungs at the settings of each family, and further seeds of the best of them."""
-    frontier = [*synchronous.values(), *local.values()]
+    """The rungs at the settings of each family, further seeds of the frontier, and what is left."""
+    frontier = [*synchronous.values()]
     sparse, long = {}, {}
-    for model, base in local.items():
+    for base in local.values():
         yield {**base, "codec": "int4"}
-        tried = [
-            {**base, "codec": "sparse", "outer": list(outer)}
-            for outer in dict.fromkeys((AVERAGE, tuple(base["outer"])))
-        ]
+        frontier.append({**base, "codec": "int4"})
+    for model, base in local.items():
+        outers = dict.fromkeys((AVERAGE, (base["outer"][0], base["outer"][1])))
+        tried = [{**base, "codec": "sparse", "outer": list(outer)} for outer in outers]
         yield from tried
         sparse[model] = known.best(tried)
-        frontier += [{**base, "codec": "int4"}, sparse[model]]
+        frontier.append(sparse[model])
     for model, base in local.items():
         tried = [{**base, "every": LONG, "lr": factor * base["lr"]} for factor in (1, 0.5)]
         yield from tried
-        best = known.best(tried)
-        tried = [{**best, "outer": list(outer)} for outer in OUTER[::2]]
-        yield from tried
-        long[model] = known.best([*tried, best])
+        long[model] = known.best(tried)
         yield {**long[model], "codec": "int4"}
-        yield {**sparse[model], "every": LONG, "lr": long[model]["lr"]}
-        frontier += [long[model], {**long[model], "codec": "int4"}]
-    settings = {kind: local[model] for model in FAMILIES for kind in [model[0]]} | {"hashed": local["bank", 0.25]}
-    more: tuple[Model, ...] = (("bank", 0.1), ("small", 0.1), ("bank", 0.5), ("bank", 0.05), ("hashed", 0.25))
-    for model in more:
-        base = {**settings[model[0]], "kind": model[0], "budget": model[1]}
-        base = {**base, "lr": FIRST[task, "hashed"]} if model[0] == "hashed" else base
+        frontier.append({**long[model], "codec": "int4"})
+        if model == DENSE:
+            yield {**long[model], "outer": list(DILOCO)}
+    for base in (*synchronous.values(), *({**one, "every": 4} for one in local.values())):
         yield {**base, "codec": "int4"}
         frontier.append({**base, "codec": "int4"})
+    yield from _budgets(task, {model[0]: {**base, "codec": "int4"} for model, base in local.items()})
     for seed in (1, 2):
         yield from ({**one, "seed": seed} for one in frontier)
-    for base in local.values():
-        yield {**base, "every": 4}
-        yield {**base, "every": 4, "codec": "int4"}
+    for model, base in local.items():
+        yield {**sparse[model], "every": LONG, "lr": long[model]["lr"]}
         yield {**base, "codec": "bins2"}
         yield {**base, "codec": "int8"}
-    for base in synchronous.values():
-        yield {**base, "codec": "int4"}
-    for model in more:
-        base = synchronous["bank", 0.25] if model[0] == "bank" else synchronous["small", 0.25]
-        lr = FIRST[task, "hashed"] if model[0] == "hashed" else base["lr"]
-        yield {**base, "kind": model[0], "budget": model[1], "lr": lr}
+    yield from _budgets(task, {model[0]: base for model, base in synchronous.items()})
+
+
+def _budgets(task: str, settings: Mapping[str, Cell]) -> Iterator[Cell]:
+    """Cells of other budgets, at the settings of their kind; hashed weights at those of a bank, but at their own learning rate."""
+    for kind, budget in (("bank", 0.1), ("small", 0.1), ("bank", 0.5), ("bank", 0.05)):
+        yield {**settings[kind], "kind": kind, "budget": budget}
+    yield {**settings["bank"], "kind": "hashed", "budget": 0.25, "lr": FIRST[task, "hashed"]}
 
 
 SUITES: dict[str, Callable[[Iterable[Line]], Iterator[Cell]]] = {
