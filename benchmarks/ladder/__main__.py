@@ -10,14 +10,16 @@ Workers are simulated in one process (`simulate.py`), on one thread.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import time
+from multiprocessing.pool import AsyncResult
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ladder.cells import identity, without
 from benchmarks.ladder.simulate import run
-from benchmarks.ladder.suites import SUITES
+from benchmarks.ladder.suites import SUITES, Line, Suite
 from benchmarks.result_files import ResultFile, chosen
 
 
@@ -38,6 +40,32 @@ def table(results: ResultFile) -> Table:
     return made
 
 
+def measure(results: ResultFile, suite: Suite, jobs: int, until: float) -> None:
+    """Measures the cells of a suite, `jobs` at once, each in a process of its own. Every new line may change what comes next.
+
+    Args:
+        results: Gets a line per cell.
+        suite: Cells from the lines so far.
+        jobs: Number of processes.
+        until: Time of `time.monotonic` after which no further cell starts.
+    """
+    running: dict[str, AsyncResult[Line]] = {}
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        while True:
+            lines = list(results.lines())
+            wanted = [one for one in without(suite(lines), lines) if identity(one) not in running]
+            if time.monotonic() < until:
+                running |= {identity(one): pool.apply_async(run, (one,)) for one in wanted[: jobs - len(running)]}
+            if not running:
+                return
+            while not (ready := [name for name, result in running.items() if result.ready()]):
+                time.sleep(0.5)
+            for name in ready:
+                line = running.pop(name).get()
+                results.add({**line, "commit": results.provenance["commit"]})
+                print(f"  {line['validation_loss']:.4f}  {line['seconds']:.0f} s  {name}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}; or table")
@@ -46,12 +74,8 @@ def main() -> None:
     arguments = parser.parse_args()
     results, began = ResultFile("ladder"), time.monotonic()
     for suite in chosen(parser, arguments.suites, [*SUITES, "table"]):
-        while suite != "table" and time.monotonic() - began < 60 * arguments.minutes:
-            lines = results.lines()
-            if not (wanted := without(SUITES[suite](lines), lines)[: arguments.jobs]):
-                break
-            for line in results.measure(run, wanted, arguments.jobs, commit=results.provenance["commit"]):
-                print(f"  {line['validation_loss']:.4f}  {line['seconds']:.0f} s  {identity(line)}", flush=True)
+        if suite != "table":
+            measure(results, SUITES[suite], arguments.jobs, began + 60 * arguments.minutes)
     if "table" in arguments.suites or not arguments.suites:
         Console(width=160).print(table(results))
 

@@ -10,6 +10,8 @@ from benchmarks.ladder.cells import AVERAGE, NAMES, Cell, cell, identity
 Line = Mapping[str, Any]
 Model = tuple[str, float | None]
 """Kind and budget."""
+Suite = Callable[[Iterable[Line]], Iterator[Cell]]
+"""The lines so far → cells."""
 DENSE: Model = ("dense", None)
 FAMILIES: tuple[Model, ...] = (DENSE, ("bank", 0.25), ("small", 0.25))
 """Models that are tuned under local updates; the others of a kind take its settings."""
@@ -130,7 +132,7 @@ def _budgets(task: str, settings: Mapping[str, Cell]) -> Iterator[Cell]:
     yield {**settings["bank"], "kind": "hashed", "budget": 0.25, "lr": FIRST[task, "hashed"]}
 
 
-SUITES: dict[str, Callable[[Iterable[Line]], Iterator[Cell]]] = {
+SUITES: dict[str, Suite] = {
     "agreement": agreement,
     **{f"frontier-{task}": lambda lines, task=task: frontier(task, lines) for task in NAMES if task != "wrn"},
 }
