@@ -19,6 +19,8 @@ NESTEROV = (0.7, 0.6)
 DILOCO = (0.7, 0.9)
 OUTER = (NESTEROV, AVERAGE, DILOCO)
 """Outer learning rates and momenta that are tried. Plain averaging is that of post-local SGD and of SparseLoCo."""
+CLOSE = 1.02
+"""Plain averaging gets learning rates of its own, if at the best rate of NESTEROV its loss is below this multiple."""
 FIRST: dict[tuple[str, str], float] = {
     **{("gpt", "dense"): 3e-3, ("gpt", "bank"): 3e-3, ("gpt", "small"): 6e-3, ("gpt", "hashed"): 6e-3},
     **{("lstm", "dense"): 1.2e-2, ("lstm", "bank"): 6e-3, ("lstm", "small"): 2.4e-2, ("lstm", "hashed"): 2.4e-2},
@@ -47,6 +49,11 @@ class Measured:
 
     def loss(self, one: Cell) -> float | None:
         return self._losses.get(identity(one))
+
+    def ratio(self, one: Cell, other: Cell) -> float:
+        """Loss of one cell over that of another; infinite until both are measured."""
+        losses = self.loss(one), self.loss(other)
+        return losses[0] / losses[1] if losses[0] is not None and losses[1] else float("inf")
 
     def best(self, cells: Sequence[Cell]) -> Cell:
         """The cell with the least loss; the first one, if none is measured."""
@@ -85,6 +92,10 @@ def frontier(task: str, lines: Iterable[Line]) -> Iterator[Cell]:
         chosen = known.best(tried)
         others = [{**chosen, "outer": list(outer)} for outer in OUTER]
         yield from others
+        if known.ratio(others[1], chosen) < CLOSE:
+            yield from known.by_rate(
+                lambda lr, of=model: cell(task, *of, lr, SHORT, outer=AVERAGE), chosen["lr"], others
+            )
         local[model] = known.best(others)
     yield from _rungs(task, known, {model: known.best(synchronous[model]) for model in FAMILIES}, local)
 
