@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from benchmarks.documents import sizes
-from benchmarks.documents.ladder import DENSE, loss_of, model_name, rungs
+from benchmarks.documents.ladder import model_name
 from benchmarks.documents.quality import losses_by_budget
+from benchmarks.ladder.rungs import DENSE, loss_of, rungs
 from benchmarks.result_files import latest, lines_of
 from dist_ssn.report import plot_loss_against_bytes
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.ladder.cells import AVERAGE, NAMES, identity
+from benchmarks.ladder.cells import AVERAGE, NAMES
+from benchmarks.ladder.rungs import DENSE, Rung, lines_by_cell, loss_of, rungs
 from benchmarks.ladder.suites import DILOCO, LONG, NESTEROV, SHORT
 from benchmarks.markdown import grid, mean, short
-from benchmarks.result_files import lines_of
 
 Line = dict[str, Any]
-Rung = tuple[str, float | None, int, str]
-"""Kind, budget, period, codec."""
 CODECS = {"none": "32 bits", "int8": "8 bits", "int4": "4 bits", "bins2": "2 bits", "sparse": "sparse"}
 OUTERS = {AVERAGE: "average", DILOCO: "0.7, 0.9", NESTEROV: "0.7, 0.6"}
 """Outer learning rate and momentum → words."""
@@ -25,29 +23,6 @@ def model_name(kind: str, budget: float | None) -> str:
         return "dense"
     named = {"bank": "**bank, {}**", "small": "dense, as small as {}", "hashed": "hashed, {}"}
     return named[kind].format(f"{100 * budget:g} %")
-
-
-def lines_by_cell() -> dict[str, Line]:
-    """The newest line of each cell."""
-    return {identity(line): line for line in lines_of("ladder")}
-
-
-def loss_of(runs: Iterable[Line]) -> float:
-    return statistics.mean(run["validation_loss"] for run in runs)
-
-
-def rungs(task: str) -> dict[Rung, list[Line]]:
-    """Rung → its runs, a seed each, at the setting with the most seeds; among equals, the one with the least mean loss."""
-    settings: dict[Rung, dict[tuple[Any, ...], list[Line]]] = {}
-    for line in lines_by_cell().values():
-        if line["task"] == task:
-            rung = (line["kind"], line["budget"], line["every"], line["codec"])
-            settings.setdefault(rung, {}).setdefault((line["lr"], *line["outer"]), []).append(line)
-    found = {rung: min(runs.values(), key=lambda runs: (-len(runs), loss_of(runs))) for rung, runs in settings.items()}
-    return {rung: sorted(runs, key=lambda run: run["seed"]) for rung, runs in found.items()}
-
-
-DENSE: Rung = ("dense", None, 1, "none")
 
 
 def frontier(task: str) -> str:

@@ -3,6 +3,7 @@
     python -m benchmarks.ladder agreement [--jobs 2]         # resumable: measured cells stay
     python -m benchmarks.ladder frontier-gpt
     python -m benchmarks.ladder table                        # what is measured so far
+    python -m benchmarks.ladder planner                      # writes dist_ssn/cost/ladder.json
 
 Workers are simulated in one process (`simulate.py`), on one thread.
 """
@@ -13,14 +14,19 @@ import argparse
 import multiprocessing
 import time
 from multiprocessing.pool import AsyncResult
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ladder.cells import identity, without
+from benchmarks.ladder.rungs import expected_losses
 from benchmarks.ladder.simulate import run
 from benchmarks.ladder.suites import SUITES, Line, Suite
 from benchmarks.result_files import ResultFile, chosen
+
+WORDS = ("table", "planner")
+LOSSES = Path(__file__).parents[2] / "dist_ssn" / "cost" / "ladder.json"
 
 
 def table(results: ResultFile) -> Table:
@@ -68,14 +74,16 @@ def measure(results: ResultFile, suite: Suite, jobs: int, until: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}; or table")
+    parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}; or {', '.join(WORDS)}")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cells after this time")
     arguments = parser.parse_args()
     results, began = ResultFile("ladder"), time.monotonic()
-    for suite in chosen(parser, arguments.suites, [*SUITES, "table"]):
-        if suite != "table":
+    for suite in chosen(parser, arguments.suites, [*SUITES, *WORDS]):
+        if suite in SUITES:
             measure(results, SUITES[suite], arguments.jobs, began + 60 * arguments.minutes)
+    if "planner" in arguments.suites:
+        LOSSES.write_text(expected_losses(), encoding="utf-8")
     if "table" in arguments.suites or not arguments.suites:
         Console(width=160).print(table(results))
 
