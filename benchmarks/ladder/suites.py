@@ -127,25 +127,29 @@ def _rungs(
     for base in (*synchronous.values(), *({**one, "every": 4} for one in local.values())):
         yield {**base, "codec": "int4"}
         frontier.append({**base, "codec": "int4"})
-    yield from _budgets(task, {model[0]: {**base, "codec": "int4"} for model, base in local.items()})
+    yield from _budgets(task, known, {model[0]: {**base, "codec": "int4"} for model, base in local.items()})
     for seed in (1, 2):
         yield from ({**one, "seed": seed} for one in frontier)
     for model, base in local.items():
         yield {**sparse[model], "every": LONG, "lr": long[model]["lr"]}
         yield {**base, "codec": "bins2"}
         yield {**base, "codec": "int8"}
-    yield from _budgets(task, {model[0]: base for model, base in synchronous.items()})
+    yield from _budgets(task, known, {model[0]: base for model, base in synchronous.items()})
 
 
-def _budgets(task: str, settings: Mapping[str, Cell]) -> Iterator[Cell]:
+def _budgets(task: str, known: Measured, settings: Mapping[str, Cell]) -> Iterator[Cell]:
     """Cells of other budgets, at the settings of their kind; hashed weights at those of a bank, but at their own learning rate."""
     for kind, budget in (("bank", 0.1), ("small", 0.1), ("bank", 0.5), ("bank", 0.05)):
         yield {**settings[kind], "kind": kind, "budget": budget}
-    yield {**settings["bank"], "kind": "hashed", "budget": 0.25, "lr": FIRST[task, "hashed"]}
+    base = {**settings["bank"], "kind": "hashed", "budget": 0.25}
+    yield from known.by_rate(lambda lr: {**base, "lr": lr}, FIRST[task, "hashed"], [])
 
 
 def seeds(task: str, lines: Iterable[Line]) -> Iterator[Cell]:
-    """Further seeds of the families, synchronous and every 16 steps in 4 bits, at the best settings of seed 0 so far."""
+    """Further seeds of the families, synchronous and every 16 steps in 4 bits, at the best settings of seed 0 so far.
+
+    Of the LSTM, whose losses at high learning rates differ more between seeds, at the two best settings.
+    """
     measured = [line for line in lines if line["task"] == task and not line["seed"]]
     for seed in (1, 2):
         for model in FAMILIES:
@@ -155,8 +159,7 @@ def seeds(task: str, lines: Iterable[Line]) -> Iterator[Cell]:
                     for one in measured
                     if (one["kind"], one["budget"], one["every"], one["codec"]) == (*model, *rung)
                 ]
-                if tried:
-                    best = min(tried, key=lambda one: one["validation_loss"])
+                for best in sorted(tried, key=lambda one: one["validation_loss"])[: 2 if task == "lstm" else 1]:
                     yield cell(task, *model, best["lr"], *rung, (best["outer"][0], best["outer"][1]), seed)
 
 
