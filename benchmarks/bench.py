@@ -23,6 +23,7 @@ from benchmarks.result_files import ResultFile
 
 SHORT = (
     "compute.memory",
+    "compute.codecs",
     "compute.generation size depth --repetitions 5",
     "compute.step_time --models gpt-256 gpt-512 wrn-16-4",
     "network.engine_bytes --ranks 2",
@@ -48,6 +49,7 @@ FULL = (
     "quality.run rates controls low confirm curve curve-confirm budgets morphs",
     "quality.run longer larger larger-confirm distill prune decay wider target target-confirm",
     "quality.architectures rates seeds",
+    "quality.paper_architectures rates",
     "quality.searches --tasks gpt-small lstm digits captions",
     "quality.searches --tasks gpt vit --mappings default shape pretrain",
     "ladder agreement frontier-gpt frontier-lstm",

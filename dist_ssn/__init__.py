@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from dist_ssn.plan import Morph, Plan, make_plan
     from dist_ssn.sharing.attach import share
     from dist_ssn.sharing.bank_set import shared_plan
+    from dist_ssn.sharing.generation import set_generation
+    from dist_ssn.sharing.initialize import initialize
     from dist_ssn.sharing.materialize import materialize
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
+    from dist_ssn.sharing.plan_of import plan_of
     from dist_ssn.sharing.summary import summary
+    from dist_ssn.sync.comm_hook import comm_hook
     from dist_ssn.sync.local_updates import LocalUpdates
 
 __all__ = [
@@ -27,12 +31,16 @@ __all__ = [
     "LocalUpdates",
     "Morph",
     "Plan",
+    "comm_hook",
     "freeze",
+    "initialize",
     "make_plan",
     "materialize",
     "parameter_groups",
     "parameters_of",
+    "plan_of",
     "search",
+    "set_generation",
     "share",
     "shared_plan",
     "summary",
@@ -46,12 +54,16 @@ _PLACES = {
     "LocalUpdates": "dist_ssn.sync.local_updates",
     "Morph": "dist_ssn.plan",
     "Plan": "dist_ssn.plan",
+    "comm_hook": "dist_ssn.sync.comm_hook",
     "freeze": "dist_ssn.sharing.parts",
+    "initialize": "dist_ssn.sharing.initialize",
     "make_plan": "dist_ssn.plan",
     "materialize": "dist_ssn.sharing.materialize",
     "parameter_groups": "dist_ssn.sharing.optimizer_groups",
     "parameters_of": "dist_ssn.sharing.parts",
+    "plan_of": "dist_ssn.sharing.plan_of",
     "search": "dist_ssn.mapping_search",
+    "set_generation": "dist_ssn.sharing.generation",
     "share": "dist_ssn.sharing.attach",
     "shared_plan": "dist_ssn.sharing.bank_set",
     "summary": "dist_ssn.sharing.summary",

@@ -7,7 +7,7 @@ FSDP2 `at_end_of_backward`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -59,3 +59,41 @@ def inside_compiled(model: torch.nn.Module) -> torch.nn.Module:
 def assert_soon(condition: torch.Tensor, message: str) -> None:
     """Asserts a condition that is on a device, without waiting for it."""
     torch._assert_async(condition, message)  # pyright: ignore
+
+
+def storage_uses(tensor: torch.Tensor) -> int:
+    """Number of tensors, of Python or of a graph, that hold the storage of `tensor`."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # pyright: ignore
+
+
+def leave_out_buffers(wrapper: torch.nn.Module, buffers: Sequence[torch.Tensor]) -> bool:
+    """Asks DDP not to broadcast some buffers before each forward; True if it has done so when it was made.
+
+    Args:
+        wrapper: a DistributedDataParallel, or any other wrapper, of which nothing is asked.
+        buffers: of its module.
+    """
+    if not isinstance(wrapper, torch.nn.parallel.DistributedDataParallel):
+        return False
+    names = {name for name, buffer in wrapper.module.named_buffers() if any(buffer is other for other in buffers)}
+    wrapper.parameters_to_ignore |= names
+    wrapper._assign_modules_buffers()  # pyright: ignore
+    return bool(getattr(wrapper, "forward_sync_buffers", getattr(wrapper, "broadcast_buffers", False)))
+
+
+def fsdp_mesh(module: torch.nn.Module) -> Any:
+    """The device mesh over which FSDP2 has sharded the module's own parameters; None if it has not."""
+    states = sys.modules.get("torch.distributed._composable_state")  # there is no FSDP2 before it is imported
+    for reference in list(states._module_state_mapping.values()) if states else ():
+        for group in getattr(reference(), "_fsdp_param_groups", None) or [
+            getattr(reference(), "_fsdp_param_group", None)
+        ]:
+            if group is not None and any(p._module_info.module is module for p in group.fsdp_params):
+                return group.mesh_info.mesh
+    return None
+
+
+def storage_users(tensor: torch.Tensor) -> int:
+    """Number of tensors that have the memory of this one, itself among them; 1 where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return 1 if count is None else count(tensor.untyped_storage()._cdata) - 1

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import dist_ssn
+from dist_ssn.mapping_search import search_recipe
 from dist_ssn.train.recipe.read import load_recipe
 
 settings = ["model=gpt", "model_args={layers: 2, width: 32, heads: 4, context: 32}", "share.budget=10%"]
@@ -15,7 +16,7 @@ settings += ["steps=20", "batch_size=8", "threads=1", "evaluate_batches=2"]
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(None, [*settings, f"output={folder}"])
-        found = dist_ssn.search(recipe, "weights-free", output=Path(folder) / "plan.json")
+        found = search_recipe(recipe, "weights-free", output=Path(folder) / "plan.json")
         saved = dist_ssn.Plan.from_json((Path(folder) / "plan.json").read_text())
     assert saved == found  # share.plan of a recipe reads this file
     for group in found.groups:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.compute import generation, memory
+from benchmarks.compute import codecs, generation, memory
 from benchmarks.markdown import from_rich, grid
 from benchmarks.network import latency, prediction, probe, scaling, time_to_target
 from benchmarks.result_files import lines_of
@@ -12,6 +12,10 @@ from benchmarks.result_files import lines_of
 GENERATION = "2026-11-26T06:38"
 """Time of the last change to how weights are made: lines before it measured other code."""
 MODELS = {
+    "encoder-96": "encoder, width 96, 256 positions",
+    "gpt-128": "GPT, width 128",
+    "lstm-256": "LSTM, width 256, 512 bytes",
+    "wrn-16-1": "Wide ResNet 16-1, 64 images of 16 × 16",
     "gpt-256": "GPT, width 256",
     "gpt-512": "GPT, width 512",
     "gpt-1024": "GPT, width 1024, 8,192 tokens",
@@ -28,9 +32,13 @@ def step_time() -> str:
         digits = ".0f" if device == "one thread" else ".1f"
         both = ("{:{d}} ({:{d}}-{:{d}})".format(*line[side], d=digits) for side in ("dense_ms", "shared_ms"))
         ratios = (f"{line['ratio']:.3f}", f"{line['ratio_of_minima']:.3f}")
-        rows.append([MODELS[line["model"]], device, f"{line['budget']:.0%}", str(line["repetitions"]), *both, *ratios])
+        mode = line.get("generate", "on_demand") + (", compiled" if line.get("compiled") else "")
+        rows.append(
+            [MODELS[line["model"]], mode, device, f"{line['budget']:.0%}", str(line["repetitions"]), *both, *ratios]
+        )
     headings = (
         "model",
+        "generate",
         "on",
         "budget",
         "steps",
@@ -46,6 +54,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-time": step_time,
     "generation-size": lambda: from_rich(generation.tables(lines_of("generation"))[0]),
     "generation-kinds": lambda: from_rich(generation.tables(lines_of("generation"))[1]),
+    "codecs": lambda: from_rich(codecs.table(lines_of("codecs"))),
     "memory": lambda: from_rich(memory.table(lines_of("memory"))),
     "prediction": lambda: from_rich(prediction.table(lines_of("prediction"))),
     "scaling-measured": lambda: from_rich(scaling.tables(lines_of("scaling"))[0]),

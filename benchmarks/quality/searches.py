@@ -22,11 +22,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import dist_ssn
 from benchmarks.markdown import difference, mean
 from benchmarks.quality.cells import Cell, best_rates, cell, recipe_of, seeded, seeds_of
 from benchmarks.quality.run import run
 from benchmarks.result_files import ResultFile, latest, lines_of
+from dist_ssn.mapping_search import search_recipe
 from dist_ssn.mapping_search.methods import STEPS
 
 TASKS = ("digits", "lstm", "gpt-small", "captions", "gpt", "vit", "wrn")
@@ -59,7 +59,7 @@ def measured(wanted: Cell) -> Cell:
         output = Path(folder) / "plan.json"
         began = time.monotonic()
         method, options = METHODS[wanted["mapping"]]
-        plan = dist_ssn.search(recipe_of(wanted, folder), method, output=output, **options)
+        plan = search_recipe(recipe_of(wanted, folder), method, output=output, **options)
         seconds = time.monotonic() - began
         steps = STEPS.get(method, 0)
         if method == "auto":

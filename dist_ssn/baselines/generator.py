@@ -49,6 +49,9 @@ class Generator(nn.Module):
         """Dtype of all parameters."""
         return next(self.parameters()).dtype
 
+    def at_hand(self, index: int) -> None:
+        """None, because each weight is generated on demand."""
+
     def weight_name(self, index: int) -> str:
         """Full name of weight `index` in the model."""
         return self.weights[index].name

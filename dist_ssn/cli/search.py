@@ -10,7 +10,7 @@ from dist_ssn.errors import RecipeError
 
 METHODS = ("auto", "weights-free", "pretrain", "gradients", "network", "random", "manual")
 OPTIONS = ("groups", "split", "short_steps", "templates", "cluster", "max_steps", "max_seconds", "trials")
-"""Options that `dist_ssn.search` takes by the same names."""
+"""Options that `search_recipe` takes by the same names."""
 
 
 def run(given: argparse.Namespace, rest: list[str]) -> None:

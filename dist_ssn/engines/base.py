@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from dist_ssn.engines.overlap.delay import Delay
 from dist_ssn.engines.overlap.exchange import Exchange
 from dist_ssn.engines.whole_state import OptimizerState, load_whole_state, whole_state
 from dist_ssn.errors import UserError
+from dist_ssn.sync.local_updates import LocalUpdates
 
 
 class Engine(ABC):
@@ -79,6 +81,8 @@ class Engine(ABC):
         """True if the current gradients are the mean over all processes."""
         self._exchange: Exchange | None = None
         """Averages gradients instead of the engine, for overlap settings other than "none"."""
+        self.local: LocalUpdates | None = None
+        """Averages what the processes have changed, every so many steps; None if gradients are averaged on every step."""
 
     @property
     def delay(self) -> Delay | None:
@@ -128,6 +132,32 @@ class Engine(ABC):
         if self._exchange is not None:
             self._exchange.stepped()
         return norm
+
+    def common(self) -> AbstractContextManager[None]:
+        """Surrounds an evaluation, or a copy of the model: inside, all processes hold the same model.
+
+        With local updates it is that of the last round, and training goes on as if nobody had looked.
+        """
+        return nullcontext() if self.local is None else self.local.anchored()
+
+    def synchronize(self) -> bool:
+        """Averages what local updates have not averaged yet; all processes call it.
+
+        Returns:
+            True if there was something to average.
+        """
+        return self.local is not None and self.local.synchronize()
+
+    def _train_locally(self, model: nn.Module, sync: Mapping[str, Any], group: Any = None) -> None:
+        """Begins local updates; from now on, processes hold parameters of their own between two rounds.
+
+        Args:
+            model: the module, or its wrapper over an island.
+            sync: keyword arguments of `LocalUpdates`.
+            group: see `LocalUpdates`.
+        """
+        self.local = LocalUpdates(model, self.optimizer, group=group, **sync)
+        self.replicated = False
 
     def _clip(self, clip_norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_([p for p in self.module.parameters() if p.requires_grad], clip_norm)

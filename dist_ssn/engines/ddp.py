@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_ssn.engines.world.divergence import require_one_plan
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, check_compress, parse_overlap
 from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sync.islands import islands_of
 
 MIB = 2**20
 
@@ -45,6 +46,9 @@ class DDPEngine(Engine):
             With "delay" all gradients are, and buffers are not synchronized.
         compress: "fp16" sends gradients as 16-bit floats, by torch's own hook, which first divides them by the number of
             processes.
+        sync: keyword arguments of `dist_ssn.LocalUpdates`: gradients stay local, and every so many steps the processes average
+            what they have changed. None averages gradients on every step.
+        within: "node": DDP averages gradients within each node on every step, and local updates run between the nodes.
 
     Raises:
         UserError: see `Engine`; or an option has an impossible value.
@@ -62,6 +66,8 @@ class DDPEngine(Engine):
         bucket_mb: float | None = None,
         overlap: str | Overlap = "none",
         compress: str = "none",
+        sync: Mapping[str, Any] | None = None,
+        within: str | None = None,
     ) -> None:
         super().__init__(model, optimizer, scheduler=scheduler, clip_norm=clip_norm)
         if bucket_mb is not None and not bucket_mb > 0:
@@ -76,6 +82,16 @@ class DDPEngine(Engine):
         needs_group = dist.is_initialized() and setting.kind != "none"
         process_group: Any = dist.new_group() if needs_group else None
         self._exchange = make_exchange(model, setting, lambda t: ProcessGroupSum(t, process_group), self.world_size)
+        if sync is not None and (setting.kind != "none" or compress != "none"):
+            raise UserError(
+                "overlap and compress are for gradients that are averaged on every step: leave them out with sync"
+            )
+        if sync is not None and within is None:
+            with purpose("initialization"):
+                if self.world_size > 1:
+                    require_one_plan(model)
+            return self._train_locally(model, sync)
+        islands = None if sync is None or within is None else islands_of(within)
         if self.world_size == 1:
             return
         apart = self._exchange.parameters if self._exchange is not None else set()
@@ -97,9 +113,12 @@ class DDPEngine(Engine):
                 gradient_as_bucket_view=True,
                 static_graph=static_graph,
                 find_unused_parameters=find_unused_parameters,
+                process_group=None if islands is None else islands.within,
             )
             if compress == "fp16":
                 self.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        if sync is not None and islands is not None:
+            self._train_locally(self.model, sync, islands.across)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from dist_ssn.engines.world.mpi import load_mpi
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import Overlap, least_alone, parse_overlap
 from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sync.transport import MPITransport
 
 PIECE_BYTES = 2**30
 """A message is sent in pieces of at most this size: before MPI 4, a count had to be below 2³¹."""
@@ -81,6 +82,7 @@ class MPIEngine(Engine):
         clip_norm: see `Engine`.
         cuda_aware: pass gradients on a CUDA device to MPI directly; otherwise they are copied to host memory.
         overlap: the overlap setting, see `dist_ssn.plan.overlap`.
+        sync: as in `DDPEngine`; changes travel over MPI.
 
     Raises:
         UserError: mpi4py is not installed, or no MPI has started these processes.
@@ -95,6 +97,7 @@ class MPIEngine(Engine):
         clip_norm: float | None = None,
         cuda_aware: bool = False,
         overlap: str | Overlap = "none",
+        sync: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(model, optimizer, scheduler=scheduler, clip_norm=clip_norm)
         self._mpi = load_mpi()
@@ -112,6 +115,14 @@ class MPIEngine(Engine):
         )
         self._ends: dict[nn.Parameter, int] = {}  # position of each gradient's last growth in this backward
         self._comm = self._mpi.COMM_WORLD.Dup()
+        self._messages: list[_Message] = []
+        if sync is not None:
+            if parse_overlap(overlap).kind != "none":
+                raise UserError("overlap is for gradients that are averaged on every step: leave it out with sync")
+            if self.world_size > 1:
+                with purpose("initialization"):
+                    require_one_plan(model)
+            return self._train_locally(model, sync, MPITransport(self._comm) if self.world_size > 1 else None)
         exchange_comm = self._mpi.COMM_WORLD.Dup()  # an exchange's collectives have an order of their own
         self._exchange = make_exchange(
             model, parse_overlap(overlap), lambda tensor: self._sum(tensor, exchange_comm), self.world_size
@@ -129,7 +140,7 @@ class MPIEngine(Engine):
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         """Surrounds forward and backward of one micro-batch; gradients are sent only in the step's last one."""
-        self._sends = last and self.world_size > 1
+        self._sends = last and self.world_size > 1 and self.local is None
         try:
             yield
         finally:

@@ -13,8 +13,6 @@ import math
 from dist_ssn.errors import BudgetError
 from dist_ssn.model.specs import LayerSpec, Specs
 from dist_ssn.plan import Group, Plan, Slot
-from dist_ssn.plan.mapping import group_std
-from dist_ssn.plan.rules import spread
 
 
 def aligned_plan(specs: Specs, budget: int, templates: int, seed: int) -> Plan:
@@ -39,22 +37,18 @@ def aligned_plan(specs: Specs, budget: int, templates: int, seed: int) -> Plan:
             f"a budget of {budget:,} parameters is too small to compare {len(weights)} weights by {templates} templates: use the "
             "method weights-free, or fewer templates"
         )
-    std = group_std(weights)
-    slots = tuple(_slot(weight, templates, side, std) for weight in weights)
+    slots = tuple(_slot(weight, templates, side) for weight in weights)
     bank = templates * side * side
-    return Plan((Group("all", bank, std, slots),), bank + templates * len(weights), seed)
+    return Plan((Group("all", bank, slots),), bank + templates * len(weights), seed)
 
 
-def _slot(weight: LayerSpec, templates: int, side: int, std: float) -> Slot:
-    smoothed = spread(side, weight.rows) * spread(side, weight.columns)
+def _slot(weight: LayerSpec, templates: int, side: int) -> Slot:
     return Slot(
         name=weight.name,
         shape=weight.shape,
         morph="inter",
         start=0,
         templates=templates,
-        scale=weight.init_std / std / math.sqrt(smoothed),
-        init_std=weight.init_std,
         coefficients=templates,
         template_shape=(side, side),
         zero_row=weight.zero_row,

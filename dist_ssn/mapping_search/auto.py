@@ -29,8 +29,8 @@ def auto(setting: Setting, trials: Trials, report: Report = lambda _: None) -> t
     """The best plan of the search, and a summary of the trials in words.
 
     Args:
-        setting: recipe, weights and options.
-        trials: the trials of an earlier, killed search of the same recipe; new ones are added.
+        setting: job, weights and options.
+        trials: the trials of an earlier, killed search of the same job; new ones are added.
         report: called with each trial, including those of the earlier search.
 
     Raises:
@@ -47,8 +47,8 @@ class _Auto:
         self.plans: dict[Candidate, Plan] = {}
 
     def run(self) -> tuple[Plan, str]:
-        wanted = candidates(self.setting.recipe.share.morph)
-        most = self.setting.recipe.steps
+        wanted = candidates(self.setting.wanted.morph)
+        most = self.setting.job.steps
         count, first = self._schedule(wanted, most)
         alive = wanted[:count]
         best: list[tuple[float, Candidate]] = []
@@ -74,7 +74,7 @@ class _Auto:
             )
         loss, winner = best[0]
         if loss == math.inf:
-            raise RecipeError("search: every trial diverged: try a lower optimizer.lr than the recipe's")
+            raise RecipeError("search: every trial diverged: try a lower learning rate")
         chosen = f"{winner.mapping} with morph {winner.morph}"
         return self.plans[winner], f"{chosen}: loss {loss:.4f}, best of {len(self.plans)} plans in {tried} trials"
 
@@ -82,7 +82,7 @@ class _Auto:
 
     def _schedule(self, wanted: list[Candidate], most: int) -> tuple[int, int]:
         options = self.setting.options
-        costs = {name: method_steps(name, self.setting) for name in METHODS}
+        costs = {name: method_steps(name, options, most) for name in METHODS}
         if options.max_seconds is None:
             return schedule(wanted, options.max_steps or most, most, costs)
         known = self.trials.find(kind="schedule", max_seconds=options.max_seconds)
@@ -98,7 +98,7 @@ class _Auto:
     def _calibrate(self) -> tuple[float, float]:
         """Seconds of a step, and of a trial besides its steps (building the model, and the evaluation)."""
         start = time.monotonic()
-        run = ShortRun(self.setting.recipe, self.setting.world, self.setting.plan("auto"), LEAST_STEPS)
+        run = ShortRun(self.setting.job, self.setting.world, self.setting.plan("auto"), LEAST_STEPS)
         run.step()
         run.validation_loss()
         ready = time.monotonic()
@@ -129,6 +129,7 @@ class _Auto:
     def _planned(self, wanted: list[Candidate]) -> list[Candidate]:
         """The candidates that have a plan at this budget, each plan once."""
         found: dict[str, Candidate] = {}
+        first: UserError | None = None
         for candidate in wanted:
             try:
                 plan = self.setting.plan(self._mapping(candidate), candidate.morph)
@@ -136,11 +137,14 @@ class _Auto:
                 BudgetError,
                 RecipeError,
             ) as error:  # a budget too small for the number of groups; a short run that diverged
+                first = first or error
                 self.report({"kind": "left out", **self._shown(candidate), "reason": str(error)})
                 continue
             if plan.fingerprint not in found:
                 found[plan.fingerprint] = candidate
                 self.plans[candidate] = plan
+        if first is not None and not found:
+            raise first
         return list(found.values())
 
     def _mapping(self, candidate: Candidate) -> str | dict[str, str]:
@@ -168,7 +172,7 @@ class _Auto:
             if self._left() <= 0:
                 raise OutOfTime
             start = time.monotonic()
-            run = ShortRun(self.setting.recipe, self.setting.world, plan, steps)
+            run = ShortRun(self.setting.job, self.setting.world, plan, steps)
             if not run.run(steps, go_on):
                 raise OutOfTime
             loss = run.validation_loss()

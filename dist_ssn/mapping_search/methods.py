@@ -25,7 +25,7 @@ from dist_ssn.mapping_search.grouping import (
     indices_to_group,
     mapping_of,
 )
-from dist_ssn.mapping_search.setting import Found, OutOfTime, Setting
+from dist_ssn.mapping_search.setting import Found, Options, OutOfTime, Setting
 from dist_ssn.mapping_search.short import ShortRun
 from dist_ssn.plan import Plan
 from dist_ssn.plan.budget import resolve_budget
@@ -40,9 +40,9 @@ COMPARED_ELEMENTS = 2**16
 _RANDOM_GROUPS = 4
 
 
-def method_steps(name: str, setting: Setting) -> int:
-    """Number of training steps that a method takes."""
-    return 0 if name not in STEPS else setting.options.short_steps or min(STEPS[name], setting.recipe.steps)
+def method_steps(name: str, options: Options, most: int) -> int:
+    """Number of training steps that a method takes, where the longest run of the search has `most`."""
+    return 0 if name not in STEPS else options.short_steps or min(STEPS[name], most)
 
 
 def weights_free(setting: Setting) -> Found:
@@ -70,13 +70,13 @@ def sensitivity(setting: Setting) -> dict[str, float]:
     raw = [gradient * weight.init_std for gradient, weight in zip(_first_gradients(setting), weights, strict=True)]
     mean = sum(one * weight.numel for one, weight in zip(raw, weights, strict=True)) / setting.specs.numel
     if not 0 < mean < float("inf"):
-        raise RecipeError("search: no gradient reaches these weights at initialization: use --split=size")
+        raise RecipeError("search: no gradient reaches these weights at initialization: use split=size")
     return {weight.name: min(4.0, max(0.25, one / mean)) for one, weight in zip(raw, weights, strict=True)}
 
 
 def _first_gradients(setting: Setting) -> list[float]:
     """Root mean square of each weight's gradient in the dense model's first step, over all ranks."""
-    run = ShortRun(setting.recipe, setting.world, None, 1)
+    run = ShortRun(setting.job, setting.world, None, 1)
     run.loss(run.model, 0).backward()
     squares = torch.tensor(
         [_square(run.model.get_parameter(weight.name)) for weight in setting.specs.weights],
@@ -97,13 +97,13 @@ def pretrain(setting: Setting) -> Found:
 
     Source: Plummer et al., arXiv 2006.10598, section 3.3.
     """
-    run, bank = _aligned_run(setting, steps := method_steps("pretrain", setting))
+    run, bank = _aligned_run(setting, steps := method_steps("pretrain", setting.options, setting.job.steps))
     _train(run, steps, setting)
     assert bank.coefficients is not None
     weights = setting.specs.weights
     vectors = bank.coefficients.detach().double().cpu().view(len(weights), -1).numpy()
     _check_finite(vectors, "pretrain", steps)
-    labels, note = by_kmeans(vectors[indices_to_group(weights)], setting.options.groups, setting.recipe.share.seed)
+    labels, note = by_kmeans(vectors[indices_to_group(weights)], setting.options.groups, setting.wanted.seed)
     return Found(mapping_of(weights, labels), f"K = {vectors.shape[1]}, {steps} steps, {note}", steps)
 
 
@@ -115,7 +115,7 @@ def gradients(setting: Setting) -> Found:
 
     Source: Yu et al. 2020, "Gradient surgery for multi-task learning", arXiv 2001.06782, section 2.2 (there between tasks).
     """
-    run, bank = _aligned_run(setting, steps := method_steps("gradients", setting))
+    run, bank = _aligned_run(setting, steps := method_steps("gradients", setting.options, setting.job.steps))
     bank.watcher = cosines = Cosines(bank)
     _train(run, steps, setting)
     mean = cosines.mean()
@@ -174,10 +174,9 @@ class Cosines:
 
 
 def _aligned_run(setting: Setting, steps: int) -> tuple[ShortRun, Bank]:
-    share, specs = setting.recipe.share, setting.specs
-    assert share.budget is not None
-    plan = aligned_plan(specs, resolve_budget(share.budget, specs), setting.options.templates, share.seed)
-    run = ShortRun(setting.recipe, setting.world, plan, steps)
+    wanted, specs = setting.wanted, setting.specs
+    plan = aligned_plan(specs, resolve_budget(wanted.budget, specs), setting.options.templates, wanted.seed)
+    run = ShortRun(setting.job, setting.world, plan, steps)
     (bank,) = banks_of(run.model)
     return run, bank
 
@@ -190,7 +189,7 @@ def _train(run: ShortRun, steps: int, setting: Setting) -> None:
 def _check_finite(values: np.ndarray, method: str, steps: int) -> None:
     if not np.isfinite(values).all():
         raise RecipeError(
-            f"the short run of {method} diverged within {steps} steps: try a lower optimizer.lr, or the method weights-free"
+            f"the short run of {method} diverged within {steps} steps: try a lower learning rate, or the method weights-free"
         )
 
 
@@ -205,10 +204,10 @@ def network(setting: Setting) -> Found:
         RecipeError: no cluster is given.
     """
     if setting.options.cluster is None:
-        raise RecipeError("search: the method network needs a cluster's file or name, as in --cluster=ethernet-1g")
+        raise RecipeError("search: the method network needs a cluster's file or name, as in cluster=ethernet-1g")
     cluster = load_cluster(setting.options.cluster)
     fabric = fabric_of(cluster, cluster.nodes * per_node(cluster), per_node(cluster))
-    run = ShortRun(setting.recipe, setting.world, setting.plan("auto"), 1)
+    run = ShortRun(setting.job, setting.world, setting.plan("auto"), 1)
     timeline = measure_timeline(run.model, run.optimizer, lambda step: run.loss(run.model, step))
     own = {n: p.numel() for n, p in run.model.named_parameters() if p.requires_grad and "dist_ssn." not in n}
     costs = {count: _cost(plan, own, timeline, fabric) for count, plan in _stages(setting).items()}
@@ -243,20 +242,20 @@ def _by_depth(setting: Setting, count: int) -> dict[str, str]:
 def _named(setting: Setting, mapping: str) -> dict[str, str]:
     """A named mapping of `plan.mapping`, with the separations that `mapping_of` makes in every found mapping."""
     weights = setting.specs.weights
-    groups = map_weights(weights, mapping, setting.recipe.share.seed)
+    groups = map_weights(weights, mapping, setting.wanted.seed)
     label = {weight.name: i for i, group in enumerate(groups.values()) for weight in group}
     return mapping_of(weights, [label[weights[i].name] for i in indices_to_group(weights)])
 
 
 def random(setting: Setting) -> Found:
-    """A baseline: groups of about equal numbers of weights, drawn by share.seed."""
+    """A baseline: groups of about equal numbers of weights, drawn by the seed of sharing."""
     count = min(setting.options.groups or _RANDOM_GROUPS, len(setting.specs.weights))
-    return Found(_named(setting, f"random:{count}"), f"{count} groups drawn by seed {setting.recipe.share.seed}")
+    return Found(_named(setting, f"random:{count}"), f"{count} groups drawn by seed {setting.wanted.seed}")
 
 
 def manual(setting: Setting) -> Found:
     """A baseline: the recipe's own mapping, by hand or by name."""
-    plan = setting.plan(setting.recipe.share.mapping)
+    plan = setting.plan(setting.wanted.mapping)
     return Found({slot.name: group.name for group, slot in plan.slots()}, "the recipe's own mapping")
 
 

@@ -1,4 +1,4 @@
-"""A search from a recipe to a plan's file: the checks before it, and its output."""
+"""A search: its checks and its plan, from a setting (`find_plan`) or from a recipe (`run`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from dist_ssn.errors import RecipeError, UserError, unknown_choice
 from dist_ssn.files import write_whole
 from dist_ssn.mapping_search.auto import auto
 from dist_ssn.mapping_search.methods import METHODS, sensitivity
-from dist_ssn.mapping_search.setting import Setting, read_options
+from dist_ssn.mapping_search.recipe_job import RecipeJob
+from dist_ssn.mapping_search.setting import Setting, Wanted, read_options
 from dist_ssn.mapping_search.trials import Line, Trials
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Plan
@@ -28,6 +29,31 @@ from dist_ssn.train.recipe.schema import Recipe
 AUTO = "auto"
 
 
+def find_plan(setting: Setting, method: str, report: Callable[[Line], None], trials: Trials | None = None) -> Plan:
+    """The plan that a method finds, the same on every rank.
+
+    Args:
+        setting: job, weights and options.
+        method: a key of METHODS, or "auto".
+        report: called on rank 0 with each trial of auto, and at the end with {"kind": "found", "note": …}.
+        trials: of an earlier, killed search; None: none.
+    """
+    report = report if setting.world.rank == 0 else lambda _: None
+    if setting.options.split == "sensitivity":
+        setting = dataclasses.replace(setting, demand=setting.agree(sensitivity(setting)))
+    if method == AUTO:
+        trials = trials or Trials(None, "")
+        trials.lines = setting.agree(trials.lines)
+        plan, note = auto(setting, trials, report)
+    else:
+        found = METHODS[method](setting)
+        plan, note = setting.plan(found.mapping), f"{method}: {found.note}"
+    # Another kind of processor rounds differently, so ranks could cluster differently: all ranks use rank 0's plan.
+    plan = Plan.from_json(setting.agree(plan.to_json()))
+    report({"kind": "found", "note": note})
+    return plan
+
+
 def run(
     recipe: Recipe,
     method: str,
@@ -35,40 +61,30 @@ def run(
     options: Mapping[str, Any],
     report: Callable[[Line], None] = lambda _: None,
 ) -> Plan:
-    """Does what `dist_ssn.search` documents.
+    """Does what `dist_ssn.mapping_search.search_recipe` documents.
 
     Args:
         recipe: as there.
         method: as there.
         output: as there.
         options: as there.
-        report: called on rank 0 with each trial of auto, and at the end with {"kind": "found", "note": …}.
+        report: see `find_plan`.
     """
     chosen = read_options(options)
     check_search(recipe, method, output)
     check_options(method, options)
     with init_world() as world, processor_threads(recipe.threads):
         validate(recipe, world.world_size)
-        specs = _specs(recipe)
-        setting = Setting(recipe, world, specs, chosen)
-        if chosen.split == "sensitivity":
-            setting = dataclasses.replace(setting, demand=setting.agree(sensitivity(setting)))
-        report = report if world.rank == 0 else lambda _: None
-        if method == AUTO:
-            path = chosen.trials or (None if output is None else Path(output).with_suffix(".trials.jsonl"))
-            trials = Trials(
-                path, _key(recipe, chosen.short_steps, chosen.templates, chosen.split), writes=world.rank == 0
-            )
-            trials.lines = setting.agree(trials.lines)
-            plan, note = auto(setting, trials, report)
-        else:
-            found = METHODS[method](setting)
-            plan, note = setting.plan(found.mapping), f"{method}: {found.note}"
-        # Another kind of processor rounds differently, so ranks could cluster differently: all ranks use rank 0's plan.
-        plan = Plan.from_json(setting.agree(plan.to_json()))
+        share = recipe.share
+        assert share.budget is not None
+        wanted = Wanted(share.budget, share.mapping, share.morph, share.seed)
+        setting = Setting(RecipeJob(recipe, world), world, _specs(recipe), wanted, chosen)
+        path = chosen.trials or (None if output is None else Path(output).with_suffix(".trials.jsonl"))
+        key = _key(recipe, chosen.short_steps, chosen.templates, chosen.split)
+        trials = Trials(path, key, writes=world.rank == 0) if method == AUTO else None
+        plan = find_plan(setting, method, report, trials)
         if output is not None and world.rank == 0:
             write_whole(Path(output), plan.to_json() + "\n")
-        report({"kind": "found", "note": note})
         return plan
 
 
@@ -79,8 +95,7 @@ def check_search(recipe: Recipe, method: str, output: str | os.PathLike[str] | N
         UserError: an unknown method, a recipe that is dense or that already has a plan or mapping, a folder that does not exist.
     """
     share = recipe.share
-    if method not in METHODS and method != AUTO:
-        raise UserError(unknown_choice("method of search", method, [*METHODS, AUTO]))
+    check_method(method, [*METHODS, AUTO])
     if share.plan is not None:
         raise RecipeError(f"share.plan is {share.plan}, and a search finds a plan: set share.plan to null")
     if share.control is not None:
@@ -96,6 +111,16 @@ def check_search(recipe: Recipe, method: str, output: str | os.PathLike[str] | N
         )
     if output is not None and not Path(output).absolute().parent.is_dir():
         raise UserError(f"search: the folder of the output {output} does not exist: make it first")
+
+
+def check_method(method: str, known: Iterable[str]) -> None:
+    """Checks a method's name.
+
+    Raises:
+        UserError: the name is none of `known`.
+    """
+    if method not in (known := list(known)):
+        raise UserError(unknown_choice("method of search", method, known))
 
 
 _OF_METHODS: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""The setting of a search: the recipe, the model's weights, and the options."""
+"""The setting of a search: its job, the model's weights, the wanted plan, and the options."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from dist_ssn.engines import World
 from dist_ssn.errors import RecipeError, unknown_choice
+from dist_ssn.mapping_search.short import Job
 from dist_ssn.model.specs import Specs
 from dist_ssn.plan import Plan, make_plan
-from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.plan.budget import Budget
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Options:
         templates: K of pretrain and gradients: number of coefficients that describe a layer.
         split: the budget is split between groups in proportion to their "size", or also to their weights' "sensitivity".
         cluster: file or name of a cluster (network).
-        max_steps: sum of the steps of an auto search; None: as many as the recipe's run has.
+        max_steps: sum of the steps of an auto search; None: as many as its longest trial may have.
         max_seconds: duration of an auto search, instead of max_steps.
         trials: JSON-lines file of the trials, from which a killed auto search resumes; None: beside the output.
     """
@@ -74,23 +75,40 @@ class OutOfTime(Exception):
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """The plan that a search is for.
+
+    Args:
+        budget: see `make_plan`.
+        mapping: of the method manual; the others find one.
+        morph: see `make_plan`.
+        seed: see `make_plan`.
+    """
+
+    budget: Budget
+    mapping: str | Mapping[str, str] = "auto"
+    morph: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Setting:
     """Input of a method; it calls `go_on` before each step, and stops when that is False (a budget of seconds is spent)."""
 
-    recipe: Recipe
+    job: Job
     world: World
     specs: Specs
+    wanted: Wanted
     options: Options
     go_on: Callable[[], bool] = lambda: True
     demand: Mapping[str, float] | None = None
     """Weight name → sensitivity, where the budget is split by it."""
 
     def plan(self, mapping: str | Mapping[str, str], morph: str | None = None) -> Plan:
-        """The plan of a mapping at the recipe's budget."""
-        share = self.recipe.share
-        assert share.budget is not None
-        how = {"morph": morph or share.morph, "seed": share.seed, "demand": self.demand}
-        return make_plan(self.specs, share.budget, mapping=mapping, **how)
+        """The plan of a mapping at the wanted budget."""
+        wanted = self.wanted
+        how = {"morph": morph or wanted.morph, "seed": wanted.seed, "demand": self.demand}
+        return make_plan(self.specs, wanted.budget, mapping=mapping, **how)
 
     def agree(self, value: T) -> T:
         """Rank 0's value, on every rank."""

@@ -1,57 +1,64 @@
-"""Short runs: the first steps of `train`, without folder, checkpoints or trackers, and with a schedule of that length."""
+"""Short runs: a few training steps on a plan, without folder, checkpoints or trackers."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from dist_ssn.comm import CommMeter
 from dist_ssn.engines import World, engine_class
 from dist_ssn.plan import Plan
-from dist_ssn.sharing.attach import share
-from dist_ssn.train.build import build
-from dist_ssn.train.evaluate import evaluate
-from dist_ssn.train.optim import build_optimizer, build_schedule
-from dist_ssn.train.recipe.schema import EngineConfig, Recipe, ScheduleConfig, ShareConfig
 
 
-def shortened(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe for a run of `steps` steps: warm-up and milestones keep their relative places, and the engine is DDP."""
-    schedule = recipe.schedule
-    part = steps / recipe.steps
-    milestones = sorted({max(1, round(part * milestone)) for milestone in schedule.milestones})
-    shorter: ScheduleConfig = dataclasses.replace(
-        schedule, warmup=min(steps, math.ceil(part * schedule.warmup)), milestones=tuple(milestones)
-    )
-    return dataclasses.replace(recipe, steps=steps, schedule=shorter, engine=EngineConfig())
+class Job(Protocol):
+    """What a search trains: the model, data and optimizer of a recipe (recipe_job.py) or of the caller (own_job.py)."""
+
+    seed: int
+    """Of the random numbers of each step, such as those of dropout."""
+    steps: int
+    """Length of the longest run."""
+    accumulation: int
+    """Micro-batches of a step."""
+    clip_norm: float | None
+    """See `Engine`."""
+
+    def make(self, plan: Plan | None, steps: int) -> tuple[nn.Module, Optimizer, LRScheduler | None]:
+        """A new model in training, the same each time, with optimizer and schedule of a run of `steps` steps.
+
+        Args:
+            plan: of the shared model; None: dense.
+            steps: length of the schedule.
+        """
+        ...
+
+    def loss(self, model: nn.Module, step: int, micro: int) -> Tensor:
+        """This rank's part of the loss of a step's micro-batch, divided by the number of micro-batches."""
+        ...
+
+    def validation_loss(self, model: nn.Module) -> float:
+        """Mean loss over held-out batches and all ranks."""
+        ...
 
 
 class ShortRun:
     """A model, trained on all ranks by DDP.
 
     Args:
-        recipe: gives model, data, optimizer and schedule.
+        job: gives model, data, optimizer and schedule.
         world: this process among the job's.
         plan: of the shared model; None: dense.
         steps: length of the schedule.
     """
 
-    def __init__(self, recipe: Recipe, world: World, plan: Plan | None, steps: int):
-        self.world, self.recipe = world, shortened(recipe, steps)
-        self.task, self.model = build(dataclasses.replace(self.recipe, share=ShareConfig()), world)
-        if plan is not None:
-            share(self.model, plan=plan, include=recipe.share.include, exclude=recipe.share.exclude)
-        self.model.train()
-        self.optimizer = build_optimizer(self.model, self.recipe.optimizer)
-        schedule = build_schedule(self.optimizer, self.recipe.schedule, steps)
-        self.engine = engine_class("ddp")(
-            self.model, self.optimizer, scheduler=schedule, clip_norm=self.recipe.clip_norm
-        )
+    def __init__(self, job: Job, world: World, plan: Plan | None, steps: int):
+        self.job, self.world, self.steps = job, world, steps
+        self.model, self.optimizer, schedule = job.make(plan, steps)
+        self.engine = engine_class("ddp")(self.model, self.optimizer, scheduler=schedule, clip_norm=job.clip_norm)
         self.done = 0
 
     def run(self, steps: int, go_on: Callable[[], bool] = lambda: True) -> bool:
@@ -72,10 +79,10 @@ class ShortRun:
 
     def step(self) -> None:
         """Makes one optimizer step, with the batch and the random numbers of the same step in `train`."""
-        state = np.random.SeedSequence((self.recipe.seed, self.done, self.world.rank)).generate_state(1, np.uint64)
+        state = np.random.SeedSequence((self.job.seed, self.done, self.world.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0]))
-        for micro in range(self.recipe.accumulation):
-            last = micro == self.recipe.accumulation - 1
+        for micro in range(self.job.accumulation):
+            last = micro == self.job.accumulation - 1
             with self.engine.accumulating(last):
                 self.engine.backward(self.loss(self.engine.model, self.done, micro), last)
         self.engine.step()
@@ -83,18 +90,8 @@ class ShortRun:
 
     def loss(self, model: nn.Module, step: int, micro: int = 0) -> Tensor:
         """This rank's part of a step's loss."""
-        recipe, world = self.recipe, self.world
-        batch = self.task.batch(step, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, micro)
-        inputs, targets = (part.to(world.device) for part in batch)
-        with self._autocast():
-            return self.task.loss(model(inputs), targets) / recipe.accumulation
+        return self.job.loss(model, step, micro)
 
     def validation_loss(self) -> float:
-        """Validation loss in nats, the mean over all ranks; infinite if training has diverged."""
-        with CommMeter() as meter:
-            means = evaluate(self.model, self.task, self.recipe, self.world, meter, self._autocast())
-        found = means["validation_loss"]
-        return found if math.isfinite(found) else math.inf
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+        """Validation loss, the mean over all ranks; not finite if training has diverged."""
+        return self.job.validation_loss(self.model)

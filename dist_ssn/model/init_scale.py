@@ -1,6 +1,6 @@
 """The standard deviation a weight was initialized with: usual formulas, recognized by the values' root mean square.
 
-Where a formula is recognized, a plan does not depend on the random seed, and ranks with different seeds agree.
+It is data, and may depend on the random seed. What decides on a plan is `settled_scale.settled_stds`, which does not.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ def init_std_of(
         (standard deviation, True if no usual initialization was recognized).
     """
     values, count = parameter.detach(), parameter.numel()
-    blocks = values.reshape(-1).split(2**20)  # so that no float64 copy of a large weight is ever alive
-    squares = float(torch.stack([block.double().square().sum() for block in blocks]).sum())
+    squares = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2  # sums without a float64 copy of the weight
     if zero_row is not None and not values[zero_row].any():
         count -= values[zero_row].numel()
     measured = math.sqrt(squares / count)
     if not math.isfinite(measured):
         return measured, True
-    default = _default_std(module, tuple(values.shape))
+    default = default_std(module, tuple(values.shape))
     if default is not None and _is_sample(values, measured, count, *default):
         return default[0], False
     fan_in, fan_out = fans
@@ -71,7 +70,7 @@ def init_std_of(
     return float(f"{measured:.3g}"), True
 
 
-def _default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:
+def default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool] | None:
     """Standard deviation of the layer's `reset_parameters`, and True if it draws uniformly; None for unknown layers."""
     if isinstance(module, EMBEDDINGS):
         return 1.0, False
@@ -93,3 +92,15 @@ def _is_sample(values: torch.Tensor, measured: float, count: int, std: float, un
         return False
     # A uniform sample never leaves its interval; one per cent is room for a weight that was rounded to bf16.
     return not uniform or max(abs(float(v)) for v in values.aminmax()) <= 1.01 * math.sqrt(3) * std
+
+
+def assumed_std(module: nn.Module, shape: tuple[int, ...], fans: tuple[int, int], model: nn.Module) -> float:
+    """Standard deviation of a weight that has no values yet, because it is on the meta device.
+
+    It is the model's `config.initializer_range`, which models of `transformers` have, else the layer's own default, else 1/√fan in.
+    """
+    named = getattr(getattr(model, "config", None), "initializer_range", None)
+    if isinstance(named, float) and 0 < named < math.inf:
+        return named
+    default = default_std(module, shape)
+    return default[0] if default is not None else fans[0] ** -0.5

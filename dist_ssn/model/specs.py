@@ -17,8 +17,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dist_ssn.errors import ShareError
-from dist_ssn.model.init_scale import EMBEDDINGS, fans_of, init_std_of
+from dist_ssn.model.init_scale import EMBEDDINGS, assumed_std, default_std, fans_of, init_std_of
 from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
+from dist_ssn.model.settled_scale import Measured, rules_for, settled_stds
 from dist_ssn.model.structure import structure_of
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -39,7 +40,7 @@ class LayerSpec:
     """Class name of the module that holds it, such as "Linear"."""
     fan_in: int
     init_std: float
-    """Standard deviation of the initial values: exact where a usual initialization is recognized, else measured."""
+    """Standard deviation of the initial values: exact where a usual initialization is recognized, else measured. It is data."""
     aliases: tuple[str, ...] = ()
     """Names of a tied weight in the other modules that hold it."""
     zero_row: int | None = None
@@ -48,11 +49,18 @@ class LayerSpec:
     """True if `init_std` was measured on random values, so that another seed gives another value."""
     is_table: bool = False
     """True if an embedding holds it, whose rows are looked up."""
+    settled_std: float | None = None
+    """`init_std` as far as it is the same for every random seed, see `settled_scale.settled_stds`; None: `init_std` is."""
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def deciding_std(self) -> float:
+        """The initial standard deviation that decides on the weight's group."""
+        return self.init_std if self.settled_std is None else self.settled_std
 
     @property
     def rows(self) -> int:
@@ -102,14 +110,15 @@ def find_specs(
     """Lists every weight of `model` once; tied weights are recognized by identity.
 
     Args:
-        model: any module, on any device but "meta", initialized as it would be for dense training.
+        model: any module, initialized as it would be for dense training. On "meta" there are no values: the initial scales are
+            then assumed (`init_scale.assumed_std`), and no structure is recognized.
         include: if given, only weights that one of these selectors matches are shared. A weight with its full name here is shared
             even if its initial values have a structure.
         exclude: weights that one of these selectors matches stay own parameters.
         structure: whether weights whose values have a structure are left out; False for a model that was trained or pruned.
 
     Raises:
-        ShareError: no weight is left; a selector matches nothing; a parameter is lazy, on "meta", or holds NaN; the weights
+        ShareError: no weight is left; a selector matches nothing; a parameter is lazy or holds NaN; the weights
             differ in dtype or device; the model is quantized, scripted, wrapped for training, or shared already.
     """
     _check_model(model)
@@ -138,7 +147,7 @@ def find_specs(
             reason = structure_of(parameter, _zero_row(places))
         if reason is None:
             kinds.setdefault((parameter.dtype, parameter.device), places[0].name)
-            weights.append(_spec(parameter, places))
+            weights.append(_spec(parameter, places, model))
             continue
         own += parameter.numel() if parameter.requires_grad else 0
         if parameter.ndim >= 2:
@@ -146,7 +155,7 @@ def find_specs(
 
     idle = [selector for selector in dict.fromkeys([*wanted, *unwanted]) if selector not in used]
     _raise(model, [*_bad_weights(weights, kinds, left_out, idle)])
-    return Specs(tuple(_residual(weights)), own, tuple(left_out))
+    return Specs(tuple(_settled(_residual(weights), model)), own, tuple(left_out))
 
 
 def _bad_weights(
@@ -195,10 +204,6 @@ def _check_model(model: nn.Module) -> None:
             problems.append(
                 f"{name} is partitioned by DeepSpeed (zero.Init, or an engine made before): share the model first, outside of "
                 "zero.Init; its bank is small enough to be created whole on every process"
-            )
-        elif parameter.is_meta:
-            problems.append(
-                f"{name} is on 'meta' and has no values: use model.to_empty(device=...) and initialize it first"
             )
     _raise(model, problems)
 
@@ -260,11 +265,13 @@ def _zero_row(places: Sequence[_Place]) -> int | None:
 
 
 def _is_constant(parameter: nn.Parameter) -> bool:
+    if parameter.is_meta:
+        return False
     low, high = parameter.detach().aminmax()
     return bool(low == high)
 
 
-def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
+def _spec(parameter: nn.Parameter, places: Sequence[_Place], model: nn.Module) -> LayerSpec:
     name, module, _ = places[0]
     shape = tuple(parameter.shape)
     fans = fans_of(module, shape)
@@ -272,7 +279,10 @@ def _spec(parameter: nn.Parameter, places: Sequence[_Place]) -> LayerSpec:
     holders: dict[tuple[int, str], str] = {}  # a module that is used in two places holds its weight once
     for place in places:
         holders.setdefault((id(place.module), place.local), place.name)
-    init_std, is_measured = init_std_of(parameter, module, fans, zero_row)
+    if parameter.is_meta:
+        init_std, is_measured = assumed_std(module, shape, fans, model), False
+    else:
+        init_std, is_measured = init_std_of(parameter, module, fans, zero_row)
     return LayerSpec(
         name=name,
         shape=shape,
@@ -298,3 +308,17 @@ def _residual(weights: Sequence[LayerSpec]) -> list[LayerSpec]:
         if len(near) == n:
             return [replace(w, init_std=std, is_measured=False) if w.name in near else w for w in weights]
     return list(weights)
+
+
+def _settled(weights: Sequence[LayerSpec], model: nn.Module) -> Iterator[LayerSpec]:
+    """Gives each weight its `settled_std`."""
+    measured = []
+    for weight in weights:
+        module = model.get_submodule(weight.name.rpartition(".")[0])
+        default = default_std(module, weight.shape)
+        kind = weight.kind if default else ""  # all that no layer of torch holds
+        groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+        rules = rules_for(default and default[0], fans_of(module, weight.shape), groups)
+        measured.append(Measured(kind, weight.numel, weight.init_std, rules))
+    for weight, std in zip(weights, settled_stds(measured), strict=True):
+        yield weight if std == weight.init_std else replace(weight, settled_std=std)

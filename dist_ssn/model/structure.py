@@ -1,7 +1,7 @@
 """Structure of a weight's initial values: what was not drawn at random, and so would be lost if a bank generated the weight.
 
 Exact patterns (zeros, repeats, symmetry) are recognized in small weights, too. Statistical ones (mean, smoothness, correlation) are
-recognized only where they are eight standard errors away from what independent values show, so a plan does not depend on the seed.
+recognized only where independent values show them with a probability below 2e-8, so a plan does not depend on the seed.
 A large weight is judged by three stretches of its rows.
 
 Not structure: what `orthogonal_` draws, because it is random, and whole networks start so.
@@ -19,6 +19,8 @@ _ROWS, _COLUMNS = 64, 1024
 """A weight of more than three times `_ROWS` rows is judged by its first, middle and last; of each row by the first `_COLUMNS`."""
 _SIGMAS = 8
 """Standard errors by which a statistic must differ from that of independent values."""
+_UNEVEN = 0.02
+"""Least relative variance of the rows' mean squares, beyond that of independent values, of rows that differ in scale."""
 
 
 def structure_of(values: Tensor, zero_row: int | None = None) -> str | None:
@@ -38,6 +40,36 @@ def structure_of(values: Tensor, zero_row: int | None = None) -> str | None:
     if not bool(sample.isfinite().all()):
         return None
     return _zeros(values) or next((reason for reason, holds in _PATTERNS.items() if holds(sample)), None)
+
+
+def scales_differ(values: Tensor, zero_row: int | None = None) -> bool:
+    """True if rows, or columns, differ in scale by more than the values of one initializer do: they were loaded or trained.
+
+    Args:
+        values: see `structure_of`.
+        zero_row: see `structure_of`.
+    """
+    if values.is_meta:
+        return False
+    values = values.detach()
+    if zero_row is not None:
+        values = torch.cat([values[:zero_row], values[zero_row + 1 :]])
+    sample = _sample(values.flatten(1))
+    return bool(sample.isfinite().all()) and (_has_uneven_rows(sample) or _has_uneven_rows(sample.T))
+
+
+def _has_uneven_rows(sample: Tensor) -> bool:
+    """True if the rows' mean squares vary by more than those of independent values with the sample's own fourth moment."""
+    rows, columns = sample.shape
+    if rows < 16 or columns < 8:
+        return False
+    squares = sample.square()
+    mean = float(squares.mean())
+    if not mean:
+        return False
+    expected = (float(squares.square().mean()) / mean**2 - 1) / columns
+    found = float(squares.mean(1).var()) / mean**2
+    return found - expected > max(_UNEVEN, _SIGMAS * expected * math.sqrt(2 / rows))
 
 
 def _sample(matrix: Tensor) -> Tensor:
@@ -128,9 +160,11 @@ def _is_smooth(sample: Tensor) -> bool:
         return False
     products = (sample[:, 1:] * sample[:, :-1]).sum(1)
     together = float(products.sum() / energy.sum())
-    each = float((products / energy).square().mean())  # 1/columns ± √(2/rows)/columns if values are independent
+    each = float((products / energy).square().mean())
+    # Of independent values, rows · each · columns is chi-square with as many degrees of freedom as there are rows, whose tail above
+    # rows + 2 √(18 rows) + 36 has a probability below exp(-18). Source: Laurent & Massart 2000, lemma 1.
     return (abs(together) > 0.3 and abs(together) * math.sqrt(sample.numel()) > _SIGMAS) or (
-        each > 0.25 and (each * columns - 1) * math.sqrt(rows / 2) > _SIGMAS
+        each > 0.25 and rows * each * columns > rows + 2 * math.sqrt(18 * rows) + 36
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from dist_ssn.model.specs import LayerSpec
-from dist_ssn.plan.mapping import Groups, group_std
+from dist_ssn.plan.mapping import Groups
 from dist_ssn.plan.rules import EMBEDDING_SIZE, MAX_TEMPLATES, Morph, cut, reach
 from dist_ssn.plan.slots import Group, Slot
 
@@ -120,10 +120,8 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
 
     The number of own parameters depends on the bank's size in turn.
     """
-    std = group_std(weights)
     if len(weights) == 1 and share == weights[0].numel:
-        slot = replace(cut(weights[0], share, Morph("repeat")), scale=weights[0].init_std / std)
-        return Group(name, share, std, (slot,))
+        return Group(name, share, (cut(weights[0], share, Morph("repeat")),))
     sizes = _bracket(weights, share, morph)
     if sizes is None:
         least, bank = _least(tuple(weights), morph)
@@ -141,7 +139,7 @@ def _solve(name: str, weights: Sequence[LayerSpec], share: int, morph: Morph) ->
         else:
             bank, slots, rest = middle, tried, left
     size = _out_of_step(rest, slots)
-    return Group(name, size, std, _place(slots, size, std))
+    return Group(name, size, _place(slots, size))
 
 
 def _bracket(weights: Sequence[LayerSpec], share: int, morph: Morph) -> tuple[int, int] | None:
@@ -226,15 +224,13 @@ def _out_of_step(bank: int, slots: list[Slot]) -> int:
     return bank - 1 if bank % 2 == 0 and bank > 1 and all(slot.morph == "offset" for slot in slots) else bank
 
 
-def _place(slots: list[Slot], bank: int, std: float) -> tuple[Slot, ...]:
+def _place(slots: list[Slot], bank: int) -> tuple[Slot, ...]:
     """Gives each slot the stretch after the previous slot's, so that each element of the bank is used equally often.
 
     "hash" is an exception, because each weight draws its own order: near a budget of 1, no weight draws some parts of the bank.
-
-    The scale compensates the morph's change of variance (already in `slot.scale`) and the bank's standard deviation.
     """
     placed, start = [], 0
     for slot in slots:
-        placed.append(replace(slot, start=start, scale=slot.scale * slot.init_std / std))
+        placed.append(replace(slot, start=start))
         start = (start + reach(slot, bank)) % bank
     return tuple(placed)

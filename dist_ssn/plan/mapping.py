@@ -15,11 +15,13 @@ from dist_ssn.model.specs import LayerSpec
 Weights = Sequence[LayerSpec]
 Groups = dict[str, list[LayerSpec]]
 
-_STD_RATIO = 8.0
+_STD_RATIO = 8.25
 """Weights whose initial standard deviations differ by more get separate banks by default: one step of an optimizer moves all
-weights of a bank in proportion to their scale, so that a learning rate can suit only weights of similar scale."""
-_ONE_SCALE = 3.0
-"""Within this factor, initial standard deviations count as equal, such as a GPT's, whose residual projections start lower."""
+weights of a bank in proportion to their scale, so that a learning rate can suit only weights of similar scale. Formulas of
+initializers differ by the square roots of whole numbers mostly: 8.25² is between 64, a usual ratio of fans, and 72."""
+_ONE_SCALE = 3.08
+"""Within this factor, initial standard deviations count as equal, such as a GPT's, whose residual projections start lower.
+3.08² is between 9, the ratio for kernels of 3 x 3, and 10."""
 
 
 def single(weights: Weights, count: int, seed: int) -> Groups:
@@ -57,10 +59,10 @@ def at_random(weights: Weights, count: int, seed: int) -> Groups:
 
 
 def by_scale(weights: Weights, count: int, seed: int) -> Groups:
-    """One bank if the weights' initial standard deviations lie within a factor of eight, else several."""
+    """One bank if the weights' initial standard deviations lie within a factor of about eight, else several."""
     groups: list[list[LayerSpec]] = []
-    for weight in sorted(weights, key=lambda weight: weight.init_std):
-        if groups and weight.init_std <= _STD_RATIO * groups[-1][0].init_std:
+    for weight in sorted(weights, key=lambda weight: weight.deciding_std):
+        if groups and weight.deciding_std <= _STD_RATIO * groups[-1][0].deciding_std:
             groups[-1].append(weight)
         else:
             groups.append([weight])
@@ -98,7 +100,7 @@ def layers_once(weights: Weights) -> list[LayerSpec]:
 
 
 def _is_one_scale(weights: Weights) -> bool:
-    stds = [weight.init_std for weight in weights]
+    stds = [weight.deciding_std for weight in weights]
     return max(stds) <= _ONE_SCALE * min(stds)
 
 

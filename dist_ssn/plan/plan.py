@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dist_ssn.errors import PlanError
@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """Groups, their banks, and a slot for each weight. `share(model, plan=...)` rebuilds exactly this."""
+    """Groups, their banks, and a slot for each weight. `share(model, plan=...)` rebuilds exactly this.
+
+    It is a function of the architecture and the options. Initial standard deviations are no part of it: they are data of a model.
+    """
 
     groups: tuple[Group, ...]
     budget: int
     """Number of trainable parameters that was allowed."""
     seed: int = 0
     """Seed of the pseudo-random signs and orders, and of the bank's initial values."""
+    scales: Mapping[str, tuple[float, ...]] | None = field(default=None, compare=False, repr=False)
+    """Scales of each bank (`plan.scales.Scales`) that a file of format 1 recorded; None: `share` takes the model's own."""
 
     @property
     def parameters(self) -> int:
@@ -41,7 +46,7 @@ class Plan:
     @property
     def fingerprint(self) -> str:
         """Hex digest that is equal for equal plans, on every machine."""
-        return hashlib.sha256(self.to_json(indent=None).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self._structure(), sort_keys=True).encode()).hexdigest()[:16]
 
     def slots(self) -> Iterator[tuple[Group, Slot]]:
         """Every weight's slot with its group, in the plan's order."""
@@ -51,7 +56,12 @@ class Plan:
 
     def to_json(self, indent: int | None = 1) -> str:
         """The plan as JSON, which `from_json` reads."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=indent, sort_keys=True)
+        recorded = {} if self.scales is None else {"scales": self.scales}
+        return json.dumps({**self._structure(), **recorded}, indent=indent, sort_keys=True)
+
+    def _structure(self) -> dict[str, Any]:
+        groups = [dataclasses.asdict(group) for group in self.groups]
+        return {"format": FORMAT, "groups": groups, "budget": self.budget, "seed": self.seed}
 
     @staticmethod
     def from_json(text: str) -> Plan:

@@ -14,8 +14,8 @@ from dist_ssn.plan.mapping import GROUP_NAME
 from dist_ssn.plan.rules import RULES, SLOT_MORPHS
 from dist_ssn.plan.slots import LARGEST, Group, Slot
 
-FORMAT = 1
-"""Number of the JSON format."""
+FORMAT = 2
+"""Number of the JSON format. Format 1 had the initial scales among the fields of groups and slots."""
 _MOST_DIMENSIONS = 64  # as in torch
 
 
@@ -28,16 +28,45 @@ class _Fields:
     seed: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Slot1(Slot):
+    """A slot of format 1."""
+
+    scale: float
+    init_std: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Group1(Group):
+    """A group of format 1."""
+
+    slots: tuple[_Slot1, ...]
+    init_std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields1:
+    """Fields of a plan of format 1."""
+
+    groups: tuple[_Group1, ...]
+    budget: int
+    seed: int
+
+
 def fields_of_plan(data: Any) -> dict[str, Any]:
     """The fields of the `Plan` that the JSON value `data` describes.
 
     Raises:
         PlanError: a field is missing, unknown, of the wrong type or out of range; the message names it.
     """
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if not isinstance(data, dict) or data.get("format") not in (1, FORMAT) or isinstance(data["format"], bool):
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise PlanError(f"not a plan of format {FORMAT} (found {_shown(found)}): give the output of Plan.to_json()")
-    plan = _build(_Fields, {key: value for key, value in data.items() if key != "format"}, "plan")
+        raise PlanError(
+            f"not a plan of format 1 or {FORMAT} (found {_shown(found)}): give the output of Plan.to_json()"
+        )
+    apart = {"format"} if data["format"] == 1 else {"format", "scales"}
+    fields = {key: value for key, value in data.items() if key not in apart}
+    plan = _build(_Fields1 if data["format"] == 1 else _Fields, fields, "plan")
     names = [slot.name for group in plan.groups for slot in group.slots]
     if len(set(names)) != len(names):
         raise PlanError(f"plan: weight {next(n for n in names if names.count(n) > 1)!r} is in it twice")
@@ -50,7 +79,31 @@ def fields_of_plan(data: Any) -> dict[str, Any]:
     parameters = sum(group.parameters for group in plan.groups)
     if parameters > plan.budget:
         raise PlanError(f"plan: its {parameters} parameters are over its budget of {plan.budget}")
-    return {"groups": plan.groups, "budget": plan.budget, "seed": plan.seed}
+    if data["format"] == 1:
+        scales = {group.name: (group.init_std, *(slot.scale for slot in group.slots)) for group in plan.groups}
+        groups = tuple(_without_scales(group) for group in plan.groups)
+    else:
+        scales, groups = _scales(data.get("scales"), plan.groups), plan.groups
+    return {"groups": groups, "budget": plan.budget, "seed": plan.seed, "scales": scales}
+
+
+def _without_scales(group: _Group1) -> Group:
+    slots = tuple(Slot(**{name: getattr(slot, name) for name in Slot.__dataclass_fields__}) for slot in group.slots)
+    return Group(group.name, group.size, slots)
+
+
+def _scales(data: Any, groups: tuple[Group, ...]) -> dict[str, tuple[float, ...]] | None:
+    """The recorded scales, checked: for each bank one number, and one for each of its slots."""
+    if data is None:
+        return None
+    if not isinstance(data, dict) or set(data) != {group.name for group in groups}:
+        raise PlanError("plan.scales: an object with the name of each bank is needed")
+    hint = tuple[float, ...]
+    scales = {group.name: _value(hint, data[group.name], f"plan.scales.{group.name}") for group in groups}
+    for group in groups:
+        if len(scales[group.name]) != 1 + len(group.slots) or min(scales[group.name]) <= 0:
+            raise PlanError(f"plan.scales.{group.name}: {1 + len(group.slots)} numbers above zero are needed")
+    return scales
 
 
 def _build(cls: type, data: Any, where: str) -> Any:
@@ -101,7 +154,7 @@ def _check_group(group: Group) -> None:
     where = f"plan, bank {group.name!r:.200}"
     if not GROUP_NAME.fullmatch(group.name):
         raise PlanError(f"{where}: a group's name has letters, digits, - and _, a letter first")
-    if group.size < 1 or group.init_std <= 0 or not group.slots:
+    if group.size < 1 or not group.slots or (isinstance(group, _Group1) and group.init_std <= 0):
         raise PlanError(f"{where}: it needs at least one element, one weight, and init_std > 0")
     for slot in group.slots:
         problem = _problem(slot, group.size)
@@ -118,7 +171,7 @@ def _problem(slot: Slot, bank: int) -> str | None:
         return f"unknown morph {slot.morph!r:.60}: known are {', '.join(SLOT_MORPHS)}"
     if not 0 <= slot.start < bank or slot.templates < 1 or min(slot.rank, slot.chunk, slot.coefficients) < 0:
         return "start, templates, rank, chunk or coefficients are out of range"
-    if slot.scale <= 0 or slot.init_std <= 0:
+    if isinstance(slot, _Slot1) and (slot.scale <= 0 or slot.init_std <= 0):
         return "scale and init_std must be above zero"
     if slot.rank > min(slot.rows, slot.columns):
         return f"rank {slot.rank} is more than its matrix {slot.rows}×{slot.columns} can have"

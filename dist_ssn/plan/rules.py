@@ -1,4 +1,4 @@
-"""Rules of the morphs: templates, coefficients and scale of one weight. Pure arithmetic.
+"""Rules of the morphs: templates and coefficients of one weight, and its change of variance. Pure arithmetic.
 
 Letters: n elements in a weight, B elements in its bank, K templates.
 
@@ -126,9 +126,7 @@ def cut(weight: LayerSpec, bank: int, morph: Morph, cover: int = 1) -> Slot:
     """
     n = weight.numel
     name = morph.down if bank >= 2 * n else morph.up if bank < n else morph.up if morph.up in _ANY else "repeat"
-    slot = Slot(
-        weight.name, weight.shape, name, 0, 1, 1.0, weight.init_std, zero_row=weight.zero_row, aliases=weight.aliases
-    )
+    slot = Slot(weight.name, weight.shape, name, 0, 1, zero_row=weight.zero_row, aliases=weight.aliases)
     return RULES[name].cut(slot, bank, morph, cover)
 
 
@@ -137,8 +135,7 @@ def _cut_average(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     if slot.morph == "emb":
         templates = min(templates, EMBEDDING_SIZE)
     coefficients = {"avg": 0, "wavg": templates, "emb": EMBEDDING_SIZE}[slot.morph]
-    scale = math.sqrt(templates) if slot.morph == "avg" else 1.0
-    return replace(slot, templates=templates, coefficients=coefficients, scale=scale)
+    return replace(slot, templates=templates, coefficients=coefficients)
 
 
 def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
@@ -146,19 +143,11 @@ def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 
 def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
-    templates = max(
-        1, min(morph.templates or MAX_TEMPLATES, bank // 10)
-    )  # templates of a tiny bank must not become too small
+    # One by default: several are smaller, leave the weight a lower rank, and were worse (docs/results/quality.md).
+    templates = max(1, min(morph.templates or 1, bank // 10))  # templates of a tiny bank must not become too small
     height, width = _template_shape(bank // templates, slot.rows, slot.columns)
-    smoothed = spread(height, slot.rows) * spread(width, slot.columns)
     coefficients = templates if templates > 1 else 0
-    return replace(
-        slot,
-        templates=templates,
-        coefficients=coefficients,
-        template_shape=(height, width),
-        scale=1 / math.sqrt(smoothed),
-    )
+    return replace(slot, templates=templates, coefficients=coefficients, template_shape=(height, width))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -187,6 +176,15 @@ def _cut_signed(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
     if slot.morph == "hash":
         chunk = max(1, min(chunk, bank // 100))  # elements of the bank after its last whole chunk are never read
     return replace(slot, templates=templates, coefficients=templates if templates > 1 else 0, chunk=chunk)
+
+
+def _gain_of_mean(slot: Slot) -> float:
+    return math.sqrt(slot.templates)
+
+
+def _gain_of_resizing(slot: Slot) -> float:
+    height, width = slot.template_shape
+    return 1 / math.sqrt(spread(height, slot.rows) * spread(width, slot.columns))
 
 
 def _needs_average(slot: Slot, bank: int) -> tuple[bool, int]:
@@ -226,18 +224,20 @@ class Rule:
     role: Literal["down", "up", "any"]
     """Used for banks of at least twice the weight's size (down, B ≥ 2n), for smaller ones (up, B < n), or for both (any)."""
     cut: Callable[[Slot, int, Morph, int], Slot]
-    """(slot, B, options, cover) → the slot with its templates, coefficients and scale."""
+    """(slot, B, options, cover) → the slot with its templates and coefficients."""
     needs: Callable[[Slot, int], tuple[bool, int]]
     """(slot, B) → (True if its templates fit the bank, the number of coefficients that it must have)."""
     has_chunks: bool = False
     has_template_shape: bool = False
+    gain: Callable[[Slot], float] = lambda slot: 1.0
+    """Factor with which the weight's initial variance is that of the bank."""
 
 
 RULES: dict[str, Rule] = {
-    "avg": Rule("down", _cut_average, _needs_average),
+    "avg": Rule("down", _cut_average, _needs_average, gain=_gain_of_mean),
     "wavg": Rule("down", _cut_average, _needs_average),
     "emb": Rule("down", _cut_average, _needs_average),
-    "inter": Rule("up", _cut_inter, _needs_inter, has_template_shape=True),
+    "inter": Rule("up", _cut_inter, _needs_inter, has_template_shape=True, gain=_gain_of_resizing),
     "mask": Rule("up", _cut_mask, _needs_mask),
     "repeat": Rule("up", _cut_repeat, _needs_repeat),
     "wavg-up": Rule("up", _cut_mix, _needs_mix, has_template_shape=True),

@@ -22,9 +22,6 @@ class Slot:
     """Index of the first element of the bank that is read; reading wraps around."""
     templates: int
     """K, the number of templates that are mixed."""
-    scale: float
-    """Fixed gain that gives the weight its layer's own initial standard deviation."""
-    init_std: float
     coefficients: int = 0
     """Number of learned coefficients that mix the templates (for "mask": elements of its windows)."""
     template_shape: tuple[int, int] = (0, 0)
@@ -72,11 +69,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Group:
-    """The weights that share one bank of `size` elements, which start normal with standard deviation `init_std`."""
+    """The weights that share one bank of `size` elements."""
 
     name: str
     size: int
-    init_std: float
     slots: tuple[Slot, ...]
 
     @property

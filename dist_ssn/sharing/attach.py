@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dist_ssn.errors import PlanError, ShareError
@@ -18,16 +17,18 @@ from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan import Morph, Plan, make_plan
 from dist_ssn.plan.budget import Budget
 from dist_ssn.plan.compare import require_plan_fits
+from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.bank import Bank
-from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet
+from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.decay_check import watch_decay
-from dist_ssn.sharing.holders import warn_of_holders
-from dist_ssn.sharing.initial_values import initialize
+from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
+from dist_ssn.sharing.holders import views_of, warn_of_holders
 from dist_ssn.sharing.layers import share_layer
 from dist_ssn.sharing.part_check import register_model
+from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
 from dist_ssn.sharing.ties import keep_ties
-from dist_ssn.torch_private import inside_compiled
+from dist_ssn.torch_private import inside_compiled, storage_users
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -42,6 +43,7 @@ def share(
     exclude: Selector | Iterable[Selector] | None = None,
     plan: Plan | None = None,
     seed: int = 0,
+    generate: str = "auto",
 ) -> nn.Module:
     """Replaces the stored weights of `model` by weights generated from a few small banks, in place.
 
@@ -61,6 +63,7 @@ def share(
         plan: follow exactly this plan; given instead of `budget`. A weight without a slot stays dense, with a warning unless
             `include` or `exclude` leave it out.
         seed: see `make_plan`.
+        generate: see `set_generation`.
 
     Returns:
         The model itself.
@@ -84,9 +87,10 @@ def share(
         specs = _specs_of_plan(model, plan)
         _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
-    _warn_of_seeds(specs)
     warn_of_pretrained(model, specs)
+    check_mode(generate)
     _attach(model, plan, specs)
+    set_generation(model, generate)
     guard_saving(model)
     return given
 
@@ -134,8 +138,10 @@ def check_order(model: nn.Module, specs: Specs) -> None:
             id(p) in names for p in thing.module.parameters()
         ):
             raise ShareError(f"the model is wrapped in a {kind.__name__}: share it first and wrap it afterwards")
-    if held_weights:
-        warn_of_holders(held_weights, model)
+    if not warn_of_holders(held_weights, model):
+        weights = ((weight.name, model.get_parameter(weight.name)) for weight in specs.weights)
+        viewed = {name: weight for name, weight in weights if storage_users(weight) > 1}
+        warn_of_holders(views_of(viewed, model), model)
 
 
 def _held(model: nn.Module, specs: Specs) -> dict[str, nn.Parameter]:
@@ -152,17 +158,6 @@ def _held(model: nn.Module, specs: Specs) -> dict[str, nn.Parameter]:
         if sys.getrefcount(parameter) > own:
             found[weight.name] = parameter
     return found
-
-
-def _warn_of_seeds(specs: Specs) -> None:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    if measured := [weight.name for weight in specs.weights if weight.is_measured]:
-        warnings.warn(
-            f"the initial scale of {measured[0]} ({len(measured)} weights in all) was measured on its random values: if the "
-            "ranks have different seeds, they now follow different plans; give them one plan, share(model, plan=...)",
-            stacklevel=3,
-        )
 
 
 def _warn_of_missing_slots(
@@ -187,10 +182,20 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
     """Builds the banks, and turns each layer that holds a weight into a layer that generates it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = parameters[specs.weights[0].name]
-    banks = BankSet(plan, specs.left_out, first.device, first.dtype)
+    scales = scales_of(plan, specs.weights)
+    if first.is_meta and plan.scales is None:
+        weight = specs.weights[0]
+        warnings.warn(
+            f"{type(model).__name__} is on 'meta', so the initial scales of its weights are assumed, such as "
+            f"{weight.init_std:.3g} for {weight.name}: after to_empty(), dist_ssn.initialize(model, {{glob: standard deviation}}) "
+            "sets others",
+            stacklevel=3,
+        )
+    banks = BankSet(plan, scales, specs.left_out, first.device, first.dtype)
     watch_decay(banks.banks())
     for bank in banks.banks():
-        initialize(bank)
+        if not first.is_meta:
+            bank.reset_parameters(scales[bank.group.name])
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
     slots: dict[str, dict[str, tuple[Bank, int]]] = {}
     for bank in banks.banks():
@@ -199,6 +204,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
     install(model, ATTRIBUTE, banks, slots)
+    watch_forward(model, banks)
 
 
 def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[str, dict[str, Any]]) -> None:

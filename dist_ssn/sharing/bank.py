@@ -18,15 +18,21 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from dist_ssn.errors import ShareError
-from dist_ssn.plan.rules import EMBEDDING_SIZE
+from dist_ssn.plan.rules import EMBEDDING_SIZE, RULES
+from dist_ssn.plan.scales import Scales
 from dist_ssn.plan.slots import Group
+from dist_ssn.sharing.agreement import agree_under_fsdp2, structure_of_bank
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
 from dist_ssn.sharing.decay_check import watch_decay
+from dist_ssn.sharing.initial_values import initial_values, write
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
+from dist_ssn.sharing.per_step import PerStep, Placed, fits
+from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
 from dist_ssn.torch_private import active_ddp, graph_task_id, is_tracing
@@ -37,6 +43,8 @@ _OWN = ("coefficients", "gains", "differences")
 """The parameters in which each slot has a stretch of its own; `Slot` gives the stretch's length under the same name."""
 
 
+_ALL = -1
+"""Index with which a forward generates the weights of all slots."""
 _inside: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()  # DDP → its modules' ids
 
 
@@ -51,6 +59,7 @@ class Bank(nn.Module):
         seed: the plan's.
         device: of the parameters.
         dtype: of the parameters.
+        scales: of the bank and its slots; None: those of weights with the bank's own standard deviation, 1.
     """
 
     bank: nn.Parameter
@@ -58,16 +67,31 @@ class Bank(nn.Module):
     projections: nn.Parameter | None
     gains: nn.Parameter | None
     differences: nn.Parameter | None
+    scales: Tensor
+    """[1 + slots] in float32: see `plan.scales.Scales`. Data of this model, which are loaded and broadcast as its values are."""
+    structure: Tensor
+    """[1]: `structure_of_bank` of the rank whose buffers were copied here; not in the state dict, which has the plan."""
     thresholds: Tensor | None
     """For each slot, the magnitude up to which an element of its weight is set to zero; None if weights are not pruned."""
     frozen: frozenset[int] = frozenset()
     """Indices of the slots that send no gradient into the bank (`parts.freeze`)."""
     stopped: bool = False
     """True if the parameters require no gradient because all slots are frozen."""
+    empty: bool = False
+    """True if the parameters have no values, since `to_empty` or on the meta device."""
+    agreed: bool = False
+    """True if all ranks are known to have the same scales (`agreement`)."""
     check_plan: Callable[[], None] | None = None
     """Checks that nobody wrote another plan into the state dict of this bank; None before there is one."""
 
-    def __init__(self, group: Group, seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        group: Group,
+        seed: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        scales: Scales | None = None,
+    ):
         super().__init__()
         self.group, self.seed = group, seed
         self.pure = False
@@ -81,13 +105,56 @@ class Bank(nn.Module):
         for name in PARAMETERS:
             values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
             self.register_parameter(name, nn.Parameter(values) if values is not None else None)
+        if scales is None:
+            scales = 1.0, *(RULES[slot.morph].gain(slot) for slot in group.slots)
+        self._set_fixed(scales)
         self.register_buffer("thresholds", None)
         self._readings = [readings(slot, seed, group.size) for slot in group.slots]
         self._fast_paths = [fast_path(slot, seed, group.size) for slot in group.slots]
+        self.empty, self._emptied = self.bank.is_meta, (self.bank, 0)
         self.watcher: Watcher | None = None
         self.anchor: Anchor | None = None
+        self.per_step: PerStep | None = None
+        """The weights that are generated at once for a forward; None if weights are generated on demand."""
         self._warned = False  # of ZeRO-3, which would partition the bank again after each use
         self._prepare()
+
+    def _set_fixed(self, scales: Scales) -> None:
+        """Makes the buffers that training does not change."""
+        self._scales = scales  # for a bank that has been on "meta", where buffers have no values
+        self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=self.device))
+        structure = structure_of_bank(self.group, self.seed).to(self.device)
+        self.register_buffer("structure", structure, persistent=False)
+
+    def reset_parameters(self, scales: Scales | None = None) -> None:
+        """Gives the bank its initial values.
+
+        Args:
+            scales: new scales; None: the current ones.
+        """
+        if scales is not None:
+            self._set_fixed(scales)
+        std = float(self.scales[0]) if scales is None else scales[0]
+        for name, values in initial_values(self.group, self.seed, std).items():
+            if (parameter := self._parameters[name]) is not None:
+                write(parameter, values)
+        self.empty = False
+
+    def _require_values(self) -> None:
+        """Checks that the parameters have values.
+
+        Raises:
+            ShareError: they have none.
+        """
+        if self.bank.is_meta:
+            return
+        if self.bank is self._emptied[0] and self.bank._version != self._emptied[1]:  # somebody has written to it
+            self.empty = False
+            return
+        raise ShareError(
+            f"the bank of {self.weight_name(0)} has no values since to_empty(): call dist_ssn.initialize(model), or load "
+            "a state dict"
+        )
 
     def _prepare(self) -> None:
         for slot in self.group.slots:
@@ -121,7 +188,54 @@ class Bank(nn.Module):
 
     def values(self) -> Values:
         """The current parameters, from which a weight can be generated again."""
-        return Values.of(self._parameters)
+        return Values.of(self._parameters, self._fixed())
+
+    def _fixed(self) -> dict[str, Tensor | None]:
+        return {"scales": self._buffers["scales"]}
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        """Everything that a weight is generated from, by name."""
+        return {**self._parameters, **self._fixed()}
+
+    def generate_per_step(self, on: bool) -> None:
+        """Generates the weights once per forward of the model, all together; or each on demand.
+
+        Args:
+            on: True for once per forward.
+        """
+        slots = [
+            Placed(index, slot, self._ranges[index]["gains"][0])
+            for index, slot in enumerate(self.group.slots if on else ())
+            if fits(slot)
+        ]
+        self.per_step = PerStep(slots, self.seed, self.group.size) if slots else None
+
+    def at_hand(self, index: int) -> Tensor | None:
+        """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
+        per_step = self.per_step
+        if per_step is None or index not in per_step.indices:
+            return None
+        graph = torch.is_grad_enabled() and not self.stopped
+        made = per_step.current(self._tensors(), graph)
+        if made is None:
+            inside = per_step.forwards or (per_step.made is not None and graph_task_id() != -1)
+            alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(self.bank, "ds_id")
+            if not inside or alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore
+                return None
+            made = self(_ALL)
+        return made.get(index)
+
+    def _make_all(self) -> dict[int, Tensor]:
+        assert self.per_step is not None
+        if self.check_plan is not None:
+            self.check_plan()
+        graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
+        if graph:
+            self._require_agreement()
+            self._require_reduction()
+        self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen)
+        assert self.per_step.made is not None
+        return self.per_step.made
 
     def forward(
         self,
@@ -142,6 +256,8 @@ class Bank(nn.Module):
             ShareError: FSDP1 has flattened the bank, FSDP2 has sharded it outside of the root, DDP wraps a part without it, or
                 a state dict with another plan was loaded in place.
         """
+        if self.empty:
+            self._require_values()
         if values is not None:
             return self.fast(index, rows, dtype, values.checked(self.weight_name(index)))
         if "bank" not in self._parameters:
@@ -160,18 +276,21 @@ class Bank(nn.Module):
             )
         if self.stopped and self.bank.requires_grad:  # `model.requires_grad_(True)` has started it again
             self.set_frozen(())
+        if index == _ALL:
+            return self._make_all()
         frozen = index in self.frozen
-        if self.pure or is_tracing():
-            weight = self._make(index, rows, self._parameters, dtype)
-            return weight.detach() if frozen else weight
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ShareError(
                 f"torch.jit.trace cannot record how {self.weight_name(index)} is generated: trace materialize(model)"
             )
+        if self.pure or is_tracing():
+            weight = self._make(index, rows, self._tensors(), dtype)
+            return weight.detach() if frozen else weight
         if self.check_plan is not None:
             self.check_plan()
+        self._require_agreement()
         if frozen or not torch.is_grad_enabled() or not any(p.requires_grad for p in self.parameters(recurse=False)):
-            return self.fast(index, rows, dtype, self._parameters)
+            return self.fast(index, rows, dtype, self._tensors())
         anchor = self._current_anchor()
         if self.watcher is not None and graph_task_id() == -1:
             self.watcher.read(index)
@@ -234,7 +353,7 @@ class Bank(nn.Module):
         base = MORPHS[slot.morph](mixture)
         if rows is not None and elements is None:
             base = base.view(slot.rows, slot.columns)[rows]
-        return finish(slot, base, own["gains"], own["differences"], rows)
+        return finish(slot, base, own["scale"], own["gains"], own["differences"], rows)
 
     def own(self, values: Tensor | None, index: int, name: str) -> Tensor:
         """The stretch of slot `index` in `values`, which has the length of the parameter `name`."""
@@ -242,7 +361,10 @@ class Bank(nn.Module):
         return values[start : start + length] if values is not None else self.bank.new_empty(0)
 
     def _own_values(self, index: int, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        return {name: self.own(values[name], index, name) for name in _OWN}
+        """The slot's stretches of the parameters, and its scale."""
+        scales = values["scales"]
+        assert scales is not None
+        return {"scale": scales[1 + index], **{name: self.own(values[name], index, name) for name in _OWN}}
 
     def _projection(self, values: Tensor | None, index: int) -> Tensor | None:
         slot = self.group.slots[index]
@@ -284,7 +406,7 @@ class Bank(nn.Module):
             pieces = self._read(index, elements, values)
             projection = self._projection(values["projections"], index)
             leaves: dict[tuple[str, int], Tensor] = {("bank", k): piece for k, piece in enumerate(pieces)}
-            leaves |= {(name, 0): value for name, value in own.items() if value.numel()}
+            leaves |= {(name, 0): own[name] for name in _OWN if own[name].numel()}
             leaves |= {("projections", 0): projection} if projection is not None else {}
             leaves = {key: value.detach().requires_grad_() for key, value in leaves.items() if key[0] in sums}
             if not leaves:
@@ -336,6 +458,22 @@ class Bank(nn.Module):
             anchor = self.anchor = Anchor(self, parameters)
         return anchor
 
+    def require_structure(self) -> None:
+        """Checks that the structure is that of the rank whose buffers were copied here.
+
+        Raises:
+            ShareError: it is not.
+        """
+        if int(self.structure) != int(structure_of_bank(self.group, self.seed)):
+            raise ShareError(
+                f"the bank of {self.weight_name(0)} is read in another way on rank 0, so the ranks' models differ: give all ranks "
+                "the same model, budget, mapping, morph and seed, or one plan, share(model, plan=…)"
+            )
+
+    def _require_agreement(self) -> None:
+        if not self.agreed and dist.is_available() and dist.is_initialized():
+            agree_under_fsdp2(self)
+
     def _require_reduction(self) -> None:
         """Checks that the DDP whose forward runs holds this bank, whose gradient nobody would reduce otherwise."""
         wrapper = active_ddp()
@@ -351,9 +489,29 @@ class Bank(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self.anchor = None  # its node has the parameters' former dtype and device
+        scales, was_meta = self.scales, self.bank.is_meta
         super()._apply(fn, recurse)
+        if not was_meta and self.bank.is_meta:
+            self._scales = tuple(scales.tolist())
+        if self.bank.is_meta or was_meta or "to_empty" in getattr(fn, "__qualname__", ""):
+            self.empty, self._emptied = True, (self.bank, self.bank._version)
+            self._set_fixed(self._scales if was_meta else tuple(scales.tolist()))
+        if self.scales.dtype != scales.dtype:  # `half()` is for values that are computed with
+            self.scales = scales.to(self.scales.device)
         self._prepare()
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
+    ) -> None:
+        """Loads the values; a state dict of version 0.1.0 has the scales in its plan."""
+        key = f"{prefix}scales"
+        if key not in state_dict and (recorded := recorded_scales(state_dict, prefix)) is not None:
+            state_dict[key] = torch.tensor(recorded, dtype=torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        if f"{prefix}bank" in state_dict:
+            self.empty = self.bank.is_meta
+        self.scales = self.scales.float()  # `assign=True` takes the dtype that the state dict has
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -361,10 +519,17 @@ class Bank(nn.Module):
             "anchor": None,
             "watcher": None,
             "check_plan": None,
+            "per_step": self.per_step is not None,
+            "agreed": False,
+            "_emptied": (None, 0),
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.generate_per_step(bool(self.per_step))
+        if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
+            scales = self.group.init_std, *(slot.scale for slot in self.group.slots)  # type: ignore[attr-defined]
+            self._set_fixed(scales)
         watch_decay([self])
 
     def extra_repr(self) -> str:
@@ -379,4 +544,5 @@ def banks_of(model: nn.Module) -> list[Bank]:
 
 def _exact(device: str) -> AbstractContextManager[object]:
     """Context in which weights are generated in the bank's own precision, also under autocast."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    is_on = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()

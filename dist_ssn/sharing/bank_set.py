@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,29 +12,49 @@ from torch import Tensor, nn
 from dist_ssn.errors import PlanError, ShareError
 from dist_ssn.plan import Plan
 from dist_ssn.plan.compare import plan_difference
+from dist_ssn.plan.scales import Scales
 from dist_ssn.sharing.bank import Bank
-
-ATTRIBUTE = "dist_ssn"
-"""Name of the bank set in the module that owns it."""
-_ROUNDING = 0.25
-"""Largest distance of an averaged byte from an integer."""
+from dist_ssn.sharing.plan_of import plan_in
 
 
 class BankSet(nn.Module):
     """All banks of a model, and the plan that they follow. Returns its input if a container calls it."""
 
-    def __init__(self, plan: Plan, left_out: tuple[tuple[str, str], ...], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        plan: Plan,
+        scales: Mapping[str, Scales],
+        left_out: tuple[tuple[str, str], ...],
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self.plan, self.left_out = plan, left_out
         for group in plan.groups:
             if hasattr(self, group.name):
                 raise PlanError(f"group name {group.name!r} is taken by torch.nn.Module: choose another")
-            self.add_module(group.name, Bank(group, plan.seed, device, dtype))
+            self.add_module(group.name, Bank(group, plan.seed, device, dtype, scales[group.name]))
 
     def banks(self) -> Iterator[Bank]:
         """The banks, in the plan's order."""
         for group in self.plan.groups:
             yield self.get_submodule(group.name)  # type: ignore[misc]
+
+    def begin_forward(self) -> None:
+        """A forward of the model begins: weights that are generated once per forward are out of date.
+
+        A bank that some form of FSDP gathers for one layer only is not whole during the forward, so it generates on demand.
+        """
+        for bank in self.banks():
+            whole = bank._parameters.get("bank")
+            if bank.per_step is not None and whole is not None and not hasattr(whole, "device_mesh"):
+                bank.per_step.begin()
+
+    def end_forward(self) -> None:
+        """The forward has ended, perhaps by an exception."""
+        for bank in self.banks():
+            if bank.per_step is not None:
+                bank.per_step.end()
 
     def forward(self, input: Any = None) -> Any:
         """Returns its input."""
@@ -74,27 +94,6 @@ class BankSet(nn.Module):
             raise PlanError(
                 f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)"
             )
-
-
-def plan_in(state: Any) -> Plan:
-    """The plan in a bank set's extra state.
-
-    Args:
-        state: the plan's bytes [n]: uint8 as older versions wrote them, or floating-point numbers, which may have been averaged.
-
-    Raises:
-        PlanError: there is no plan in it, or it was computed from several plans.
-    """
-    if not isinstance(state, Tensor) or state.ndim != 1:
-        raise PlanError("the state dict has no plan: it was not written by dist_ssn")
-    values = state.detach().cpu().double()
-    whole = values.round()
-    if not ((values - whole).abs() <= _ROUNDING).all() or not ((whole >= 0) & (whole <= 255)).all():
-        raise PlanError(
-            "the plan in the state dict is no text: the entry was computed from models of different plans, or by a sum instead of "
-            "a mean; average only models that were built with the same share(model, plan=…)"
-        )
-    return Plan.from_json(bytes(whole.to(torch.uint8).tolist()).decode(errors="replace"))
 
 
 def bank_sets(model: nn.Module) -> list[BankSet]:

@@ -1,63 +1,82 @@
-"""Initial values of a bank: they depend only on the plan, and are the same on every rank and machine."""
+"""Initial values of a bank: they depend only on the plan and the bank's standard deviation, the same on every rank and machine."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from dist_ssn.plan import Slot
+from dist_ssn.plan import Group, Slot
 from dist_ssn.plan.rules import EMBEDDING_SIZE
-from dist_ssn.sharing.bank import Bank
+
+Arrays = dict[str, np.ndarray]
 
 
-@torch.no_grad()
-def initialize(bank: Bank) -> None:
-    """Gives a bank its initial values, which depend only on the plan.
+def initial_values(group: Group, seed: int, std: float) -> Arrays:
+    """The initial values of a bank's parameters, each flat, by name; empty arrays for those that it does not have.
 
-    - The bank is normal, with exactly the group's standard deviation.
+    - The bank is normal, with exactly the standard deviation `std`.
     - Coefficients of weights that mix the same number of templates are orthogonal, with unit rows; signed templates are mixed in
       equal parts.
     - Gains are 1.
     - Of a difference U·V, U has variance 1/rank and V is zero: its first step moves the weight as far as a dense step would.
     """
-    group, seed = bank.group, bank.seed
     draw = np.random.RandomState(_seed_of(seed, group.name))
     values = torch.from_numpy(draw.standard_normal(group.size))
-    bank.bank.copy_(values / values.square().mean().sqrt() * group.init_std)
+    bank = (values / values.square().mean().sqrt() * std).numpy()
     rows = {
         k: orthogonal_rows(sum(_mixes(s) == k for s in group.slots), k, draw) for k in {_mixes(s) for s in group.slots}
     }
     used = dict.fromkeys(rows, 0)
     projections = {k: orthogonal_rows(k, EMBEDDING_SIZE, draw).T for k in group.projections}
-    for k, projection in projections.items():
-        start, end = bank.projection_range(k)
-        assert bank.projections is not None
-        bank.projections[start:end].copy_(torch.from_numpy(projection.reshape(-1).copy()))
-    for index, slot in enumerate(group.slots):
-        for name in ("coefficients", "gains", "differences"):
-            target = bank.own(getattr(bank, name), index, name)
-            if not target.numel():
-                continue
-            if name == "gains":
-                start = np.ones(slot.gains)
-            elif name == "differences":
-                left = draw.standard_normal(slot.rows * slot.rank) / math.sqrt(slot.rank)
-                start = np.concatenate([left, np.zeros(slot.columns * slot.rank)])
-            elif slot.morph in ("offset", "hash"):
-                start = np.full(slot.templates, slot.templates**-0.5)
-            elif slot.morph == "mask":
-                start = draw.randint(0, 2, slot.coefficients) * 2.0 - 1.0
-            elif slot.morph == "wavg-up":
-                start = orthogonal_rows(slot.template_shape[0], slot.templates, draw).reshape(-1)
-            else:
-                start = rows[slot.templates][used[slot.templates]]
+    own: dict[str, list[np.ndarray]] = {"coefficients": [], "gains": [], "differences": []}
+    for slot in group.slots:
+        if slot.coefficients:
+            mixed = None
+            if slot.morph in ("wavg", "emb", "inter"):
+                mixed = rows[slot.templates][used[slot.templates]]
                 used[slot.templates] += 1
-                if slot.morph == "emb":
-                    start = projections[slot.templates] @ start
-            target.copy_(torch.from_numpy(np.ascontiguousarray(start)))
+            own["coefficients"].append(_coefficients(slot, mixed, projections, draw))
+        own["gains"].append(np.ones(slot.gains))
+        if slot.differences:
+            left = draw.standard_normal(slot.rows * slot.rank) / math.sqrt(slot.rank)
+            own["differences"] += [left, np.zeros(slot.columns * slot.rank)]
+    flat = {name: np.concatenate([*parts, np.zeros(0)]) for name, parts in own.items()}
+    return {
+        "bank": bank,
+        "projections": np.concatenate([*(p.reshape(-1) for p in projections.values()), np.zeros(0)]),
+    } | flat
+
+
+def _coefficients(
+    slot: Slot, mixed: np.ndarray | None, projections: Mapping[int, np.ndarray], draw: np.random.RandomState
+) -> np.ndarray:
+    if slot.morph in ("offset", "hash"):
+        return np.full(slot.templates, slot.templates**-0.5)
+    if slot.morph == "mask":
+        return draw.randint(0, 2, slot.coefficients) * 2.0 - 1.0
+    if slot.morph == "wavg-up":
+        return orthogonal_rows(slot.template_shape[0], slot.templates, draw).reshape(-1)
+    assert mixed is not None
+    return projections[slot.templates] @ mixed if slot.morph == "emb" else mixed
+
+
+def write(parameter: nn.Parameter, values: np.ndarray) -> None:
+    """Writes values into a parameter [n], or each rank's part of them into a parameter that FSDP2 has sharded."""
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor  # half a second, which only a sharded bank needs
+
+        sharded: Any = parameter
+        source = source.to(sharded.device_mesh.device_type, parameter.dtype)
+        source = distribute_tensor(source, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    with torch.no_grad():
+        parameter.copy_(source)
 
 
 def _mixes(slot: Slot) -> int:

@@ -73,7 +73,7 @@ class _Scope:
         return self.weights[key]
 
     def __enter__(self) -> _Scope:
-        self.outer: _Scope | None = getattr(_state, "scope", None)
+        self.outer: _Scope | _AtHand | None = getattr(_state, "scope", None)
         _state.scope = self
         # torch calls only the innermost pair of hooks, so ours call the pair around them (such as an activation checkpoint's).
         around = saved_tensor_hooks()
@@ -85,6 +85,20 @@ class _Scope:
         self.hooks.__exit__()
         _state.scope = self.outer
         self.weights.clear()  # a storage's address may be used again from here on, but no tensor is packed any more
+
+
+class _AtHand:
+    """The forward of a layer whose weights have been generated: autograd saves them as ordinary tensors."""
+
+    def read(self, source: WeightSource, index: int) -> Tensor:
+        return source(index)
+
+    def __enter__(self) -> None:
+        self.outer: _Scope | _AtHand | None = getattr(_state, "scope", None)
+        _state.scope = self
+
+    def __exit__(self, *_: object) -> None:
+        _state.scope = self.outer
 
 
 def _hooks(
@@ -120,7 +134,7 @@ def _autocast_dtype(layer: nn.Module, source: WeightSource) -> torch.dtype | Non
     """The dtype to which autocast would cast the layer's weight now; None for the source's own."""
     lowered = isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
     device = source.device.type
-    if not lowered or source.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if not lowered or device == "meta" or source.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
@@ -140,7 +154,9 @@ class SharedLayer:
         """Runs the base class's `forward`; weights that it reads are generated."""
         if is_tracing():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with _Scope(self):  # type: ignore[arg-type]
+        slots: dict[str, tuple[WeightSource, int]] = self.__dict__["_dist_ssn_slots"]
+        at_hand = all(source.at_hand(index) is not None for source, index in slots.values())
+        with _AtHand() if at_hand else _Scope(self):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -328,10 +344,11 @@ def _weight_property(name: str) -> property:
         try:
             if is_tracing():
                 return source(index)
-            scope: _Scope | None = getattr(_state, "scope", None)
-            if scope is not None:
-                return scope.read(source, index)
-            return guarded(source(index), source.weight_name(index))
+            weight = source.at_hand(index)
+            scope: _Scope | _AtHand | None = getattr(_state, "scope", None)
+            if scope is None:
+                return guarded(source(index) if weight is None else weight, source.weight_name(index))
+            return scope.read(source, index) if weight is None else weight
         except AttributeError as error:  # nn.Module.__getattr__ would turn it into "no attribute 'weight'"
             raise RuntimeError(f"generating {name} failed: {error}") from error
         except NameError as error:  # torch.fx does not find the bank

@@ -10,9 +10,11 @@ from torch import nn
 
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.bank import Bank
-from dist_ssn.sharing.bank_set import ATTRIBUTE, BankSet, bank_sets
+from dist_ssn.sharing.bank_set import BankSet, bank_sets
+from dist_ssn.sharing.generation import unwatch_forward
 from dist_ssn.sharing.layers import unshare_layer
 from dist_ssn.sharing.parts import outside
+from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import unguard_saving
 from dist_ssn.sharing.ties import release_ties
 from dist_ssn.sharing.walks import COPIED
@@ -54,5 +56,6 @@ def materialize(model: nn.Module) -> nn.Module:
         if isinstance(module._modules.get(ATTRIBUTE), BankSet):
             del module._modules[ATTRIBUTE]
     unguard_saving(dense)
+    unwatch_forward(dense)
     release_ties(dense)
     return dense

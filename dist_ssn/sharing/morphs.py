@@ -264,17 +264,22 @@ def chunk_order(seed: int, name: str, k: int, count: int, available: int, device
     return _orders[key]
 
 
-def finish(slot: Slot, base: Tensor, gains: Tensor, differences: Tensor, rows: Tensor | None = None) -> Tensor:
+def finish(
+    slot: Slot, base: Tensor, scale: Tensor, gains: Tensor, differences: Tensor, rows: Tensor | None = None
+) -> Tensor:
     """The weight in its shape (or its `rows`, [m, C]) from its base.
 
     Args:
         slot: of the weight.
         base: [n], or [m · C] for m rows.
+        scale: a number in float32: the fixed gain that gives the weight its initial standard deviation.
         gains: [R and/or C]: row gains first.
         differences: [rank · (R + C)]: U [R, rank] first, then V [rank, C].
         rows: indices of the rows in `base` [m]; None: all.
     """
-    weight = base.view(-1, slot.columns) * slot.scale
+    is_low = base.dtype.itemsize < scale.dtype.itemsize  # where some devices would round the scale first
+    weight = (base.to(scale.dtype) * scale).to(base.dtype) if is_low else base * scale
+    weight = weight.view(-1, slot.columns)
     row_gains, column_gains = split_gains(slot, gains)
     if row_gains is not None:
         weight = weight * (row_gains if rows is None else row_gains[rows]).unsqueeze(1)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from dist_ssn.errors import ShareError
-from dist_ssn.sharing.bank_set import ATTRIBUTE
 from dist_ssn.sharing.parts import frozen_by_torch, listed, reads, slots_of
+from dist_ssn.sharing.plan_of import ATTRIBUTE
+from dist_ssn.sharing.trainer_check import warn_of_trainer
 
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all shared layers of this process
 _roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all models that were given to `share`
@@ -65,6 +66,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _checked.get(optimizer) != state:
         check_optimizer(optimizer)
         _checked[optimizer] = state
+        warn_of_trainer(optimizer)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -85,6 +87,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         return
     _require_sharding(held)
     _warn_of_half_frozen(training, held)
+    _warn_of_left_out(optimizer, training, held)
     missing = {source for source in training if not _holds(held, source)}
     if not missing:
         return
@@ -198,6 +201,36 @@ def _warn_of_a_frozen_owner(held: dict[int, Tensor]) -> None:
                     f'{listed(others)} do not train: call requires_grad_(True) of it and dist_ssn.freeze(model, "{path}") instead',
                     stacklevel=2,
                 )
+
+
+def _warn_of_left_out(optimizer: Optimizer, training: dict[Any, set[int]], held: dict[int, Tensor]) -> None:
+    """Warns of layers that are in no optimizer, as a part is that shall stay as it is, and whose weights a held bank trains."""
+    holding = {source for source in training if _holds(held, source)}
+    left: dict[type, list[tuple[set[int], list[str]]]] = {}
+    kinds: set[type] = set()
+    for layer in list(_layers) if holding else ():
+        weights = [s.weight_name(i) for s, i in slots_of(layer).values() if s in holding and i in training[s]]
+        own = {id(p) for p in layer._parameters.values() if p is not None and p.requires_grad}
+        if weights and own & held.keys():
+            kinds.add(type(layer))
+        elif weights and own:
+            left.setdefault(type(layer), []).append((own, weights))
+    candidates = [
+        one for kind in kinds for one in left.get(kind, ())
+    ]  # of a kind that is left out whole, biases are meant
+    if not candidates:
+        return
+    for thing in gc.get_objects():
+        if _is(thing, Optimizer) and thing is not optimizer:
+            others = _held_by(thing)
+            candidates = [one for one in candidates if not one[0] & others.keys()]
+    if names := sorted(name for _, weights in candidates for name in weights):
+        warnings.warn(
+            f"{type(optimizer).__name__} holds the bank that generates {listed(names)}, so they train, though no optimizer holds "
+            "the biases of their layers: if these layers shall stay as they are, give them a bank of their own (mapping=) and "
+            "dist_ssn.freeze(model, …)",
+            stacklevel=2,
+        )
 
 
 def _warn_of_half_frozen(training: dict[Any, set[int]], held: dict[int, Tensor]) -> None:

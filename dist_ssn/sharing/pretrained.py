@@ -19,6 +19,7 @@ from torch import nn
 from dist_ssn.errors import ShareError
 from dist_ssn.files import replace_text
 from dist_ssn.model.specs import Specs
+from dist_ssn.model.structure import scales_differ
 from dist_ssn.sharing.bank_set import bank_sets
 
 METHOD = "save_pretrained"
@@ -46,6 +47,18 @@ def warn_of_pretrained(model: nn.Module, specs: Specs) -> None:
                 stacklevel=3,
             )
             return
+    _warn_of_uneven_scales(model, specs)
+
+
+def _warn_of_uneven_scales(model: nn.Module, specs: Specs) -> None:
+    """Warns of values that no initializer draws: word vectors, a checkpoint that was loaded, or another scale for some rows."""
+    uneven = [w.name for w in specs.weights if scales_differ(model.get_parameter(w.name), w.zero_row)]
+    if uneven:
+        warnings.warn(
+            f"the values of {uneven[0]} ({len(uneven)} weights in all) differ in scale by row or column, as loaded or trained "
+            "ones do, and share() replaces them by new random ones of one scale: to keep a weight's values, name it in exclude=",
+            stacklevel=4,
+        )
 
 
 def guard_saving(model: nn.Module) -> None:

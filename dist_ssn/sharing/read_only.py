@@ -5,6 +5,7 @@ A generated weight is a temporary tensor: values that `nn.init` or `weight.data.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ class GeneratedWeight(Tensor):
                     f"{mine._dist_ssn_name} is generated from a bank, so what is written through DLPack would be lost: export a "
                     "copy, weight.detach().clone()"
                 )
+            if name in _OF_THIS_TENSOR and mine is not None:
+                warnings.warn(
+                    f"{name} on {mine._dist_ssn_name} is for the tensor of this one read: the layer's forward generates another, "
+                    "so the loss does not reach it there; take the gradient with respect to the bank, or train materialize(model)",
+                    stacklevel=3,
+                )
             result = func(*args, **kwargs)
             if isinstance(result, np.ndarray):
                 result.flags.writeable = False  # it may share the weight's memory
@@ -62,6 +69,7 @@ def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
 
 _IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
 _EXPORTS = {"__dlpack__", "to_dlpack"}
+_OF_THIS_TENSOR = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
 _HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
 
 

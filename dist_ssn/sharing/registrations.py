@@ -13,6 +13,8 @@ from torch.fx import GraphModule
 from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_module_registration_hook
 
 from dist_ssn.errors import ShareError
+from dist_ssn.sharing.agreement import is_wrapper, watch_wrapper
+from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.read_only import GeneratedWeight
 
 
@@ -20,6 +22,7 @@ from dist_ssn.sharing.read_only import GeneratedWeight
 def watch_registrations() -> None:
     """Registers the hooks of this file, once in a process."""
     register_module_module_registration_hook(_keep_banks)
+    register_module_module_registration_hook(_watch_wrapper)
     register_module_buffer_registration_hook(_refuse_generated)
 
 
@@ -36,6 +39,12 @@ def _keep_banks(parent: nn.Module, _: str, child: Any) -> None:
             if source not in there:
                 there.add(source)
                 parent.add_module(f"dist_ssn_{source.group.name if hasattr(source, 'group') else 'weights'}", source)
+
+
+def _watch_wrapper(parent: nn.Module, _: str, child: Any) -> None:
+    """Lets the ranks of a wrapper such as DDP agree on the scales of a shared model."""
+    if is_wrapper(parent) and isinstance(child, nn.Module):
+        watch_wrapper(parent, [module for module in child.modules() if isinstance(module, Bank)])
 
 
 def _refuse_generated(module: nn.Module, name: str, buffer: Tensor | None) -> None:

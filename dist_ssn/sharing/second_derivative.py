@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def differentiable_once(facts: Callable[[Any], tuple[str, tuple[Tensor, ...]]]) -> Callable[[Backward], Backward]:
-    """A decorator for a function's `backward` with one incoming gradient, whose results can't be differentiated again.
+    """A decorator for a function's `backward`, whose results can't be differentiated again.
 
     Args:
         facts: context → the name of a weight, for the message, and the parameters that the results depend on.
@@ -25,14 +25,15 @@ def differentiable_once(facts: Callable[[Any], tuple[str, tuple[Tensor, ...]]]) 
 
     def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
-        def wrapper(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        def wrapper(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             with torch.no_grad():
-                outputs = backward(ctx, gradient)
+                outputs = backward(ctx, *gradients)
             if not torch.is_grad_enabled():
                 return outputs
             name, parameters = facts(ctx)
             made = [output for output in outputs if output is not None]
-            refused = iter(_Refuse.apply(name, len(made), *made, gradient, *parameters))  # type: ignore[arg-type]
+            given = [gradient for gradient in gradients if gradient is not None]
+            refused = iter(_Refuse.apply(name, len(made), *made, *given, *parameters))  # type: ignore[arg-type]
             return tuple(None if output is None else next(refused) for output in outputs)
 
         return wrapper

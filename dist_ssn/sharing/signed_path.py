@@ -40,15 +40,15 @@ class SignedPath:
         self.rows_are_chunks = slot.columns % slot.chunk == 0
         self.starts = [sign_start(seed, slot.name, k) for k in range(slot.templates)]
         self.runs = [
-            _cut((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank) for k in range(slot.templates)
+            cut_runs((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank) for k in range(slot.templates)
         ]
 
     def generate(self, bank: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-        """The weight in its shape, from a bank [B]: the result of `morphs.mix` and `finish`, without a graph."""
+        """The weight in its shape, from a bank [B] and the slot's `own` tensors: as `morphs.mix` and `finish`, without a graph."""
         row_gains, column_gains = split_gains(self.slot, own["gains"])
         weight = bank.new_empty(self.rows, self.columns)
         for k, runs in enumerate(self.runs):
-            factor = self._factor(k, bank, row_gains, own["coefficients"])
+            factor = self._factor(k, bank, row_gains, own)
             for run in runs:
                 if k == 0:
                     torch.mul(run.of(bank), run.of_chunks(factor), out=run.at(weight))
@@ -75,7 +75,7 @@ class SignedPath:
         Args:
             gradient: the weight's.
             bank: [B].
-            own: values of the slot's own parameters.
+            own: values of the slot's own parameters, and its scale.
             bank_sum: the bank's gradient [B]; None if it is not needed.
             own_sums: the gradients of the slot's own parameters, of those that are needed.
         """
@@ -95,7 +95,7 @@ class SignedPath:
         if row_gains is not None and not self.rows_are_chunks:
             inner.mul_(row_gains.unsqueeze(1))
         for k, runs in enumerate(self.runs):
-            factor = self._factor(k, bank, row_gains, own["coefficients"])
+            factor = self._factor(k, bank, row_gains, own)
             for run in runs:
                 run.of(bank_sum).addcmul_(run.at(inner), run.of_chunks(factor))
 
@@ -103,7 +103,7 @@ class SignedPath:
         self, gradient: Tensor, bank: Tensor, own: Mapping[str, Tensor], sums: Mapping[str, Tensor], work: Tensor
     ) -> None:
         """Adds to the gradients of gains and coefficients; overwrites `work` [R, C]."""
-        slot = self.slot
+        slot, scale = self.slot, own["scale"]
         row_gains, column_gains = split_gains(slot, own["gains"])
         row_sum, column_sum = split_gains(slot, sums["gains"]) if "gains" in sums else (None, None)
         rows = bank.new_ones(self.rows) if row_gains is None else row_gains
@@ -115,16 +115,16 @@ class SignedPath:
             if slot.coefficients:
                 coefficient = own["coefficients"][k]
                 if "coefficients" in sums:
-                    sums["coefficients"][k].add_(rows @ product @ columns, alpha=slot.scale)
+                    sums["coefficients"][k].add_((rows @ product @ columns) * scale)
                 product.mul_(coefficient)
             if row_sum is not None:
-                row_sum.addmv_(product, columns, alpha=slot.scale)
+                row_sum.addmv_(product, columns * scale)
             if column_sum is not None:
-                column_sum.addmv_(product.T, rows, alpha=slot.scale)
+                column_sum.addmv_(product.T, rows * scale)
 
-    def _factor(self, k: int, bank: Tensor, row_gains: Tensor | None, coefficients: Tensor) -> Tensor:
+    def _factor(self, k: int, bank: Tensor, row_gains: Tensor | None, own: Mapping[str, Tensor]) -> Tensor:
         """Factor of each chunk of template k, [q, 1]; it includes the row gains if a row is a whole number of chunks."""
-        scale: float | Tensor = self.slot.scale * coefficients[k] if self.slot.coefficients else self.slot.scale
+        scale = own["scale"] * own["coefficients"][k] if self.slot.coefficients else own["scale"]
         if row_gains is None or not self.rows_are_chunks:
             return self._signs(k, bank, self.chunks, 1) * scale
         signs = self._signs(k, bank, self.rows, self.chunks // self.rows)
@@ -143,7 +143,7 @@ class SignedPath:
         return work
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """Elements of a template that are contiguous in the bank: some whole chunks, or a part of one."""
 
     bank_start: int
@@ -169,7 +169,7 @@ class _Run(NamedTuple):
         return factor.narrow(0, self.first, self.shape[0])
 
 
-def _cut(bank_start: int, numel: int, chunk: int, bank: int) -> list[_Run]:
+def cut_runs(bank_start: int, numel: int, chunk: int, bank: int) -> list[Run]:
     """Runs of the `numel` elements from `bank_start` on, split at the bank's end, and there also at the borders of the chunk."""
     runs, weight_start = [], 0
     while weight_start < numel:
@@ -180,6 +180,6 @@ def _cut(bank_start: int, numel: int, chunk: int, bank: int) -> list[_Run]:
         elif length > chunk:
             length -= length % chunk
         width = min(chunk, length)
-        runs.append(_Run(bank_start, weight_start, weight_start // chunk, (length // width, width), (width, 1)))
+        runs.append(Run(bank_start, weight_start, weight_start // chunk, (length // width, width), (width, 1)))
         bank_start, weight_start = (bank_start + length) % bank, weight_start + length
     return runs

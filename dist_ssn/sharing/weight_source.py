@@ -10,19 +10,29 @@ from torch import Tensor
 
 
 class Values(NamedTuple):
-    """The parameters from which a weight was generated, and the version of each at that time.
+    """The tensors from which a weight was generated, and the version of each parameter at that time.
 
     The read keeps them, so that its backward uses the same tensors (`functional_call` swaps them), and either the same values
     or raises an error.
     """
 
     tensors: Mapping[str, Tensor | None]
-    versions: tuple[int, ...]
+    versions: Mapping[str, int]
 
     @staticmethod
-    def of(parameters: Mapping[str, Tensor | None]) -> Values:
-        """The current values of `parameters`."""
-        return Values(dict(parameters), _versions(parameters))
+    def of(parameters: Mapping[str, Tensor | None], fixed: Mapping[str, Tensor | None] | None = None) -> Values:
+        """The current values.
+
+        Args:
+            parameters: by name.
+            fixed: tensors that training does not change, by name. DDP may copy rank 0's into them at any time.
+        """
+        return Values({**parameters, **(fixed or {})}, _versions(parameters))
+
+    def are(self, parameters: Mapping[str, Tensor | None]) -> bool:
+        """True if `parameters` are the same tensors, with the same values."""
+        same = all(tensor is parameters[name] for name, tensor in self.tensors.items())
+        return same and self._unchanged()
 
     def checked(self, weight: str) -> Mapping[str, Tensor | None]:
         """The tensors.
@@ -30,16 +40,19 @@ class Values(NamedTuple):
         Raises:
             RuntimeError: one of them was written to after the read.
         """
-        if _versions(self.tensors) != self.versions:
+        if not self._unchanged():
             raise RuntimeError(
                 f"the bank of {weight} was modified in place between forward and backward, by an optimizer step perhaps: "
                 "its gradient would be wrong; call backward() first"
             )
         return self.tensors
 
+    def _unchanged(self) -> bool:
+        return _versions({name: self.tensors[name] for name in self.versions}) == self.versions
 
-def _versions(parameters: Mapping[str, Tensor | None]) -> tuple[int, ...]:
-    return tuple(p._version for p in parameters.values() if p is not None and not p.is_inference())
+
+def _versions(parameters: Mapping[str, Tensor | None]) -> dict[str, int]:
+    return {name: p._version for name, p in parameters.items() if p is not None and not p.is_inference()}
 
 
 class WeightSource(Protocol):
@@ -78,4 +91,8 @@ class WeightSource(Protocol):
 
     def weight_name(self, index: int) -> str:
         """Full name of weight `index` in the model, for messages."""
+        ...
+
+    def at_hand(self, index: int) -> Tensor | None:
+        """Weight `index`, if it has been generated with all others for this forward; None if it is generated on demand."""
         ...

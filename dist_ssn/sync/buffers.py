@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,12 +48,31 @@ class Buffers:
                 )
         return None
 
-    def average(self, workers: Workers) -> None:
-        """Sets all buffers to their mean; one all-reduce, none if there is nothing to average."""
-        if not self.base or (workers.count == 1 and workers.island is None):
-            self.base = {name: buffer.detach().clone() for name, buffer in self._current().items()}
-            return
+    def restart(self, base: Mapping[str, Tensor]) -> None:
+        """Sets buffers to the values of an earlier average."""
+        self.put(base)
+        self.base |= {name: value.to(self.base[name], copy=True) for name, value in base.items() if name in self.base}
+
+    def own(self) -> dict[str, Tensor]:
+        """Copies of the buffers that have changed since the last average, by name."""
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in self._current().items()
+            if not torch.equal(buffer, self.base[name])
+        }
+
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Sets buffers to these values, by name; others keep theirs."""
         current = self._current()
+        for name, value in values.items():
+            if name in current:
+                current[name].copy_(value)
+
+    def mean(self, workers: Workers) -> dict[str, Tensor]:
+        """The mean over all workers, by name; one all-reduce, none if there is nothing to average."""
+        current = self._current()
+        if not current or (workers.count == 1 and workers.island is None):
+            return {name: buffer.detach().clone() for name, buffer in current.items()}
         # inf - inf is not a number, so unchanged elements are left out before the difference is used.
         changes = [
             torch.where(buffer == self.base[name], 0, buffer - self.base[name]).float()
@@ -64,9 +85,15 @@ class Buffers:
             dist.all_reduce(flat, group=workers.island)
         if workers.count > 1:
             dist.all_reduce(flat, group=workers.group)
-        mean = flat[:-1] / flat[-1].clamp(min=1)
-        for (name, buffer), part in zip(current.items(), mean.split([c.numel() for c in changes]), strict=True):
-            buffer.copy_(
-                torch.where(part.view_as(buffer) == 0, self.base[name], self.base[name] + part.view_as(buffer))
-            )
-            self.base[name] = buffer.detach().clone()
+        means = (flat[:-1] / flat[-1].clamp(min=1)).split([change.numel() for change in changes])
+        found = {}
+        for name, part in zip(current, means, strict=True):
+            base = self.base[name]
+            part = part.view_as(base).to(base.dtype)
+            found[name] = torch.where(part == 0, base, base + part)
+        return found
+
+    def average(self, workers: Workers) -> None:
+        """Sets all buffers to their mean."""
+        self.base = self.mean(workers)
+        self.put(self.base)

@@ -152,14 +152,27 @@ def _by_slices(
     return Codec(name, encode, decode, packed_bytes, feedback_decay, is_sparse)
 
 
-def _linear(name: str, bits: int) -> Codec:
-    """Multiples of a scale, from −(2^(bits − 1) − 1) to 2^(bits − 1) − 1, rounded to the nearest."""
+def _linear(name: str, bits: int, shares: tuple[float, ...] = (1.0,)) -> Codec:
+    """Multiples of a scale, from −(2^(bits − 1) − 1) to 2^(bits − 1) − 1, rounded to the nearest.
+
+    Args:
+        name: key in `CODECS`.
+        bits: 4 or 8.
+        shares: shares of a slice's largest magnitude where the multiples may end; the slice takes the one with the least error.
+    """
     top = 2 ** (bits - 1) - 1
 
     def encode_slices(values: Tensor) -> tuple[Tensor, Tensor]:
-        # A scale that was rounded down by 2^-8 still has its largest value within half a step of `top`.
-        scale = (values.abs().amax(1, keepdim=True) / top).to(_SCALE).float()
-        codes = (values / torch.where(scale == 0, 1, scale)).round_().clamp_(-top, top)
+        end = values.abs().amax(1, keepdim=True) / top
+        # A scale that bfloat16 has rounded down still has its largest value within half a step of `top`.
+        scale, codes = _multiples(values, end, top)
+        error = _distance(values, scale, codes) if len(shares) > 1 else end
+        for share in shares[1:]:
+            other_scale, other_codes = _multiples(values, share * end, top)
+            other_error = _distance(values, other_scale, other_codes)
+            better = other_error < error
+            scale, error = torch.where(better, other_scale, scale), torch.where(better, other_error, error)
+            codes = torch.where(better, other_codes, codes)
         return scale, codes.to(torch.int8).view(torch.uint8) if bits == 8 else pack_nibbles(codes.add_(8))
 
     def decode_slices(scale: Tensor, codes: Tensor, length: int) -> Tensor:
@@ -167,6 +180,16 @@ def _linear(name: str, bits: int) -> Codec:
         return found * scale
 
     return _by_slices(name, encode_slices, decode_slices, lambda length: 1, lambda length: -(-length * bits // 8))
+
+
+def _multiples(values: Tensor, scale: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The scale in bfloat16, and the nearest multiples of it."""
+    scale = scale.to(_SCALE).float()
+    return scale, (values / torch.where(scale == 0, 1, scale)).round_().clamp_(-top, top)
+
+
+def _distance(values: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(torch.addcmul(values, codes, scale, value=-1), dim=1, keepdim=True)
 
 
 def _bins(name: str) -> Codec:
@@ -241,7 +264,7 @@ CODECS: dict[str, Codec] = {
     "fp16": _cast("fp16", torch.float16),
     "bf16": _cast("bf16", torch.bfloat16),
     "int8": _linear("int8", 8),
-    "int4": _linear("int4", 4),
+    "int4": _linear("int4", 4, shares=(1.0, 0.7, 0.5, 0.35)),
     "bins2": _bins("bins2"),
     "sparse": _sparse("sparse"),
 }

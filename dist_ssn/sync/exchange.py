@@ -198,7 +198,7 @@ class Exchange:
         if self.ranks == 1:
             return change.clone()
         if not self._compared:
-            self._compare(transport)
+            self._compare(transport, change.device)
         if self.route == "all-reduce":
             return transport.all_reduce(change.clone(), self.purpose).div_(self.ranks)
         parts = zip(self._lanes, self._split(change), strict=True)
@@ -250,7 +250,7 @@ class Exchange:
         ]
         return torch.cat([next(rest[plain]) for _, plain in self._stretches])
 
-    def _compare(self, transport: Transport) -> None:
+    def _compare(self, transport: Transport, device: torch.device) -> None:
         """Compares the ranks' exchanges before their bytes would meet.
 
         Raises:
@@ -259,7 +259,7 @@ class Exchange:
         plain = hashlib.sha256(repr(self._stretches).encode()).hexdigest()[:8]
         card = f"{self.size} values, codec {self.codec.name!r}, route {self.route!r}, stretches {plain}"
         own = torch.frombuffer(bytearray(card.encode()[:_CARD].ljust(_CARD)), dtype=torch.uint8)
-        found = transport.all_gather(own, "initialization")
+        found = transport.all_gather(own.to(device), "initialization")
         texts = [bytes(row.tolist()).decode(errors="replace").strip() for row in found]
         for rank, text in enumerate(texts):
             if text != texts[0]:

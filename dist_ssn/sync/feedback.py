@@ -42,7 +42,9 @@ class Feedback:
         """
         if self.codec.is_exact:
             return self.codec.encode(change), change
-        value = change if self.kept is None else torch.add(change, self.kept, alpha=self.codec.feedback_decay)
+        value = change
+        if self.kept is not None:  # after loading it may be on another device
+            value = torch.add(change, self.kept.to(change.device), alpha=self.codec.feedback_decay)
         packed = self.codec.encode(value)
         sent = self.codec.decode(packed, len(value))
         self.kept = (value - sent).nan_to_num_(0, 0, 0)
@@ -91,4 +93,4 @@ class Lane:
         """Adds float32 [size] to what this rank has not sent yet."""
         if not self.codec.is_exact:
             kept = self.of_values.kept
-            self.of_values.kept = values.clone() if kept is None else kept + values
+            self.of_values.kept = values.clone() if kept is None else kept + values.to(kept.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -21,13 +21,14 @@ from dist_ssn.sync.anchor import Anchor
 from dist_ssn.sync.buffers import Buffers
 from dist_ssn.sync.codecs import Codec
 from dist_ssn.sync.exchange import Exchange
+from dist_ssn.sync.islands import LeaderExchange
 from dist_ssn.sync.outer import Factory, check_outer, outer_optimizer
 from dist_ssn.sync.outliers import left_out
 from dist_ssn.sync.reports import Report, exchange_reports, require_agreement, require_same
 from dist_ssn.sync.sent import Round, Sent
-from dist_ssn.sync.settings import check_settings, held, innermost, taking_part
+from dist_ssn.sync.settings import check_settings, device_of, forget_what_is_not_finite, held, innermost, taking_part
 from dist_ssn.sync.start import send_from_first, workers_of
-from dist_ssn.sync.state import FORMAT, check_state, plan_of, shapes_of
+from dist_ssn.sync.state import FORMAT, check_state, on_device, plan_of, shapes_of
 from dist_ssn.sync.trained import refuse_wrapper, trained_parameters, unwrapped
 from dist_ssn.sync.transport import Transport
 
@@ -96,19 +97,19 @@ class LocalUpdates:
         """The last exchange whose mean has arrived; None before the first."""
         self.every, self.warmup, self.delay, self.outlier = every, warmup, delay, outlier
         self._sent: Sent | None = None
-        self._workers = workers_of(group, None, _device_of(model))
+        self._workers = workers_of(group, device_of(model))
         failure, facts = None, []
         try:
-            self.model, island = unwrapped(model, group)
-            self._workers = workers_of(group, island, _device_of(model))
+            self.model, island, self._sharded = unwrapped(model, group)
+            self._workers = workers_of(group, device_of(model), island, self._sharded)
             check_settings(every, warmup, delay, outlier)
             check_outer(outer, outer_rate, outer_momentum)
             self.optimizer = innermost(optimizer)
             trained = trained_parameters(self.model, self.optimizer)
-            self._sharded = any(isinstance(t.parameter, DTensor) for t in trained)
             self._taking_part = taking_part(self.optimizer)
             self._anchor = Anchor(trained)
-            self.exchange = Exchange(self._anchor.size, codec, group=group, route=route, plain=self._anchor.plain)
+            exchange = Exchange(self._anchor.size, codec, group=group, route=route, plain=self._anchor.plain)
+            self.exchange = exchange if island is None or self._sharded else LeaderExchange(exchange, island)
             """Exchange of changes; `packed_bytes` of it are what this process hands to collectives in a round."""
             self.outer = outer_optimizer(outer, self._anchor.flats, outer_rate, outer_momentum)
             """The outer optimizer. Its learning rate may be changed between rounds, in the same way on all workers."""
@@ -133,36 +134,43 @@ class LocalUpdates:
         ]
         held.add(self.optimizer)
 
-    @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         self.step += 1
         warm = self.step <= self.warmup
         if warm or (self.step - self.warmup) % self.every == 0:
-            with purpose("synchronization"):
+            with torch.no_grad(), purpose("synchronization"):  # not around all: an ordinary step only counts
                 self._meet(plain=warm, late=self.delay > 0 and not warm)
 
     @torch.no_grad()
-    def synchronize(self) -> None:
+    def synchronize(self) -> bool:
         """Averages whatever the workers have changed since the last round, and the buffers, so that all hold the same model.
 
         Call it on all workers at the same step: before an evaluation or a checkpoint of the model, and at the end if the block
         is not left. Where nothing has changed, only some bytes travel. Rounds end after the same steps as without it. With a
         delay, the mean that is on its way is applied first; then nothing is on its way.
 
+        Returns:
+            True if a worker had changed something since the last round, or a mean was on its way.
+
         Raises:
             UserError: a worker cannot take part, or is at another step, or its anchor differs. All workers raise it.
         """
         with purpose("synchronization"):
-            self._meet(asked=True)
+            on_its_way = self._sent is not None
+            moved = self._meet(asked=True)
             self._buffers.average(self._workers)
+        return moved or on_its_way
 
-    def _meet(self, *, asked: bool = False, plain: bool = False, late: bool = False) -> None:
+    def _meet(self, *, asked: bool = False, plain: bool = False, late: bool = False) -> bool:
         """One exchange.
 
         Args:
             asked: by `synchronize`.
             plain: all go on from the mean of their parameters; the outer optimizer takes no step.
             late: the mean is applied in the next exchange.
+
+        Returns:
+            True if a worker had changed something.
         """
         problem = self._problem()
         change = self._anchor.change(self._start)
@@ -185,6 +193,7 @@ class LocalUpdates:
                 self._apply(sent, plain)
         self._anchor.hand_out(change if late else None)
         self._start = [t.values.clone() for t in self._anchor.trained] if late else self._anchor.start()
+        return any(norms)
 
     def _problem(self) -> str | None:
         """The reason why this worker cannot take part in an exchange; None if it can."""
@@ -211,7 +220,7 @@ class LocalUpdates:
             )
         if self._workers.place in found:
             change.zero_()
-            _forget_what_is_not_finite(self.optimizer)
+            forget_what_is_not_finite(self.optimizer)
         return tuple(found)
 
     def _apply(self, sent: Sent, plain: bool = False) -> None:
@@ -251,6 +260,7 @@ class LocalUpdates:
             "parameters": [t.values.clone() for t in trained] if moved else [],
             "start": [start.clone() for start in self._start] if own_start else [],
             "buffers": {name: buffer.clone() for name, buffer in self._buffers.base.items()},
+            "own_buffers": self._buffers.own(),
             "sent": {} if self._sent is None else self._sent.state(),
         }
 
@@ -266,14 +276,18 @@ class LocalUpdates:
         """
         check_state(state, self.model, self._anchor, type(self.outer).__name__)
         mine = (self._workers.count, self._workers.place) == (state["workers"], state["place"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one of ours says the same, below
+            self.exchange.load_state_dict(on_device(state["feedback"], self._workers.device))
         self.step = state["step"]
         for flat, saved in zip(self._anchor.flats, state["anchor"], strict=True):
             flat.copy_(saved)
         self.outer.load_state_dict(state["outer"])
         self._sent = Sent.of_state(state["sent"], self._anchor.flats[0].device) if state["sent"] else None
-        for name, saved in state["buffers"].items():
-            if name in self._buffers.base:
-                self._buffers.base[name].copy_(saved)
+        self._buffers.base |= {
+            name: base.clone() for name, base in state["buffers"].items() if name in self._buffers.base
+        }
+        self._buffers.put(self._buffers.base)
         self._anchor.hand_out()
         self._start = self._anchor.start()
         if not mine:
@@ -283,12 +297,44 @@ class LocalUpdates:
                 stacklevel=2,
             )
             return
-        self.exchange.load_state_dict(state["feedback"])
         if state["start"]:
             self._start = [saved.to(start) for saved, start in zip(state["start"], self._start, strict=True)]
         own = state["parameters"] or self._start
         for t, saved in zip(self._anchor.trained, own, strict=True):
             t.values.copy_(saved)
+        self._buffers.put(state["own_buffers"])
+
+    @torch.no_grad()
+    def restart(self, step: int) -> None:
+        """Begins a first round at the model's current parameters and buffers, which all workers must hold alike.
+
+        Args:
+            step: number of steps that were made.
+        """
+        self.step, self._sent = step, None
+        self._anchor.fill()
+        self._start = self._anchor.start()
+        self._buffers = Buffers(self.model)
+
+    @contextmanager
+    def anchored(self) -> Iterator[None]:
+        """Inside the block, the model has the anchor's parameters and the mean of the workers' buffers: all hold the same model.
+
+        It is for evaluations in a round: training goes on as if it had not been there, and only buffers are sent. All workers
+        enter it together. Take no step of the optimizer inside.
+        """
+        with torch.no_grad(), purpose("synchronization"):
+            own = [t.values.clone() for t in self._anchor.trained], self._buffers.own()
+            mean = self._buffers.mean(self._workers)
+            self._anchor.hand_out()
+            self._buffers.put(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for t, values in zip(self._anchor.trained, own[0], strict=True):
+                    t.values.copy_(values)
+                self._buffers.put({**self._buffers.base, **own[1]})
 
     def close(self) -> None:
         """Ends local updates without another exchange; the optimizer's steps are ordinary again. A second call does nothing."""
@@ -307,16 +353,3 @@ class LocalUpdates:
                 self.synchronize()
         finally:
             self.close()
-
-
-def _device_of(model: object) -> torch.device:
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if first is None else first.device
-
-
-def _forget_what_is_not_finite(optimizer: Optimizer) -> None:
-    """Drops the optimizer's state of parameters for which it is not finite: it would spoil every step from now on."""
-    for parameter, entries in list(optimizer.state.items()):
-        tensors = (value.to_local() if isinstance(value, DTensor) else value for value in entries.values())
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor)):
-            del optimizer.state[parameter]

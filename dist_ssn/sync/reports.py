@@ -43,6 +43,7 @@ class Workers:
         group: across the islands; None for all processes.
         island: the processes of this process's island; None if it is alone in it.
         device: of the collectives.
+        leader: rank that exchanges for the island, whose processes hold the same; None if each process exchanges for itself.
     """
 
     ranks: tuple[int, ...]
@@ -50,6 +51,7 @@ class Workers:
     group: dist.ProcessGroup | None
     island: dist.ProcessGroup | None
     device: torch.device
+    leader: int | None = None
 
     @property
     def place(self) -> int:

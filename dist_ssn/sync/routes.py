@@ -73,6 +73,18 @@ def sent_bytes(route: str, lanes: Lanes, ranks: int) -> float:
     return sum(RING_BYTES[collective](payload, ranks) for collective, payload in handed.items())
 
 
+def check_route(route: str, codec: Codec) -> None:
+    """Checks a route before anything starts.
+
+    Raises:
+        UserError: the route is unknown, or all-reduce is asked for with a codec whose bytes cannot be summed.
+    """
+    if route not in ROUTES:
+        raise UserError(unknown_choice("route", str(route), ROUTES))
+    if route == "all-reduce" and not codec.is_exact:
+        raise UserError(f"route 'all-reduce' goes with codec 'none' only: bytes of {codec.name!r} cannot be summed")
+
+
 def choose_route(route: str, lanes: Lanes, ranks: int) -> str:
     """The route that "auto" stands for; any other is checked.
 
@@ -85,13 +97,10 @@ def choose_route(route: str, lanes: Lanes, ranks: int) -> str:
         ranks: n.
 
     Raises:
-        UserError: the route is unknown, or all-reduce is asked for with a codec whose bytes cannot be summed.
+        UserError: see `check_route`.
     """
     codec = lanes[0][0]
-    if route not in ROUTES:
-        raise UserError(unknown_choice("route", str(route), ROUTES))
-    if route == "all-reduce" and not codec.is_exact:
-        raise UserError(f"route 'all-reduce' goes with codec 'none' only: bytes of {codec.name!r} cannot be summed")
+    check_route(route, codec)
     if route != "auto":
         return route
     if codec.is_exact:

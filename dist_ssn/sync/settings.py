@@ -1,10 +1,13 @@
-"""Checks of what `LocalUpdates` is given."""
+"""Checks of what `LocalUpdates` is given, and what it needs to know of an optimizer."""
 
 from __future__ import annotations
 
 import weakref
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dist_ssn.errors import UserError
@@ -51,3 +54,17 @@ def innermost(optimizer: Any) -> Optimizer:
 def taking_part(optimizer: Optimizer) -> list[tuple[int, bool]]:
     """The optimizer's parameters, by id, and whether they are trained."""
     return [(id(p), p.requires_grad) for group in optimizer.param_groups for p in group["params"]]
+
+
+def device_of(model: object) -> torch.device:
+    """The device of a model's first parameter; the CPU if there is none."""
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+def forget_what_is_not_finite(optimizer: Optimizer) -> None:
+    """Drops the optimizer's state of parameters for which it is not finite: it would spoil every step from now on."""
+    for parameter, entries in list(optimizer.state.items()):
+        tensors = (value.to_local() if isinstance(value, DTensor) else value for value in entries.values())
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor)):
+            del optimizer.state[parameter]

@@ -16,7 +16,10 @@ from dist_ssn.sync.transport import Transport
 
 
 def workers_of(
-    group: dist.ProcessGroup | Transport | None, island: dist.ProcessGroup | None, device: torch.device
+    group: dist.ProcessGroup | Transport | None,
+    device: torch.device,
+    island: dist.ProcessGroup | None = None,
+    sharded: bool = False,
 ) -> Workers:
     """The workers of a process group; this process alone without torch.distributed.
 
@@ -43,13 +46,12 @@ def workers_of(
         raise UserError(
             f"rank {rank} is not in the group that LocalUpdates got: give each process a group that it belongs to"
         )
-    return Workers(tuple(dist.get_process_group_ranks(group)), rank, group, island, device)
+    leader = None if island is None or sharded else dist.get_process_group_ranks(island)[0]
+    return Workers(tuple(dist.get_process_group_ranks(group)), rank, group, island, device, leader)
 
 
 def send_from_first(model: nn.Module, trained: Sequence[Trained], workers: Workers) -> None:
-    """Sets all parameters and buffers to those of the first worker, by one broadcast per dtype."""
-    if workers.count == 1:
-        return
+    """Sets all parameters and buffers to those of the first worker, by one broadcast per dtype; a second one in an island."""
     whole = [t.detach() for t in (*model.parameters(), *model.buffers()) if not isinstance(t, DTensor)]
     of_shards = [t.values for t in trained if isinstance(t.parameter, DTensor)]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -57,6 +59,9 @@ def send_from_first(model: nn.Module, trained: Sequence[Trained], workers: Worke
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for same in by_dtype.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        dist.broadcast(flat.view(torch.uint8), src=workers.ranks[0], group=workers.group)
+        if workers.count > 1 and workers.leader in (None, workers.rank):
+            dist.broadcast(flat.view(torch.uint8), src=workers.ranks[0], group=workers.group)
+        if workers.leader is not None:
+            dist.broadcast(flat.view(torch.uint8), src=workers.leader, group=workers.island)
         for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view(tensor.shape))

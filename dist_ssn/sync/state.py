@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dist_ssn.errors import CheckpointError
@@ -26,9 +27,12 @@ KEYS = {
     "parameters": list,
     "start": list,
     "buffers": dict,
+    "own_buffers": dict,
     "sent": dict,
 }
 """Entries of a state, with their types."""
+OWN = ("workers", "place", "feedback", "parameters", "start", "own_buffers")
+"""Entries that each worker has for itself; all others are the same on all."""
 
 
 def plan_of(model: nn.Module) -> str:
@@ -40,6 +44,15 @@ def plan_of(model: nn.Module) -> str:
 def shapes_of(anchor: Anchor) -> dict[str, list[int]]:
     """Name → shape of the trained parameters on this process, in the anchor's order."""
     return {t.name: list(t.values.shape) for t in anchor.trained}
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """A nested value with its tensors on this device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: on_device(part, device) for key, part in value.items()}
+    return [on_device(part, device) for part in value] if isinstance(value, list) else value
 
 
 def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, outer_class: str) -> None:

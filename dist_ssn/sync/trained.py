@@ -74,12 +74,15 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[Trained]:
     return sorted(found, key=lambda trained: trained.plain)  # sorted() keeps the order of equal ones
 
 
-def unwrapped(model: nn.Module, group: Any) -> tuple[nn.Module, dist.ProcessGroup | None]:
-    """The model without its wrappers, and the process group of the island that it is trained in; None without an island.
+def unwrapped(model: nn.Module, group: Any) -> tuple[nn.Module, dist.ProcessGroup | None, bool]:
+    """The model without its wrappers, and its island.
 
     Args:
         model: as the user's script calls it.
         group: the processes that the changes are averaged over; None for all.
+
+    Returns:
+        (the model itself, the processes of its island or None, True if its parameters are sharded over the island).
 
     Raises:
         UserError: its wrapper or its engine would average over the same processes on every step, or keeps parameters in a form
@@ -106,7 +109,8 @@ def unwrapped(model: nn.Module, group: Any) -> tuple[nn.Module, dist.ProcessGrou
     if (mesh_group := _mesh_group(model)) is not None:
         _require_apart(mesh_group, group, "FSDP2")
         island = mesh_group
-    return model, island if island is not None and dist.get_world_size(island) > 1 else None
+    island = island if island is not None and dist.get_world_size(island) > 1 else None
+    return model, island, island is not None and mesh_group is not None
 
 
 def _mesh_group(model: nn.Module) -> Any:
@@ -144,7 +148,8 @@ def refuse_wrapper(wrapper: nn.Module | None) -> Callable[..., None]:
     """
 
     def before_forward(*_: object) -> None:
-        if not torch.compiler.is_compiling() and (active := active_ddp()) is not None and active is not wrapper:
+        active = active_ddp()
+        if active is not None and active is not wrapper and not torch.compiler.is_compiling():
             raise UserError(
                 "this forward runs in a DistributedDataParallel, which averages gradients on every step, and LocalUpdates got the "
                 "model inside of it: call the model itself, or, for islands, give LocalUpdates the wrapper"

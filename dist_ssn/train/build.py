@@ -69,7 +69,7 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
     """
     if config.plan is not None:
         plan = plan_of_file(config.plan)
-        return share(model, None, plan=plan, include=config.include, exclude=config.exclude)
+        return share(model, None, plan=plan, include=config.include, exclude=config.exclude, generate=config.generate)
     if config.budget is None:
         return model
     if config.control is not None:
@@ -84,6 +84,7 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
         include=config.include,
         exclude=config.exclude,
         seed=config.seed,
+        generate=config.generate,
     )
 
 

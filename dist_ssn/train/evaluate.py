@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ssn.comm import CommMeter
+from dist_ssn.comm.meter import purpose
 from dist_ssn.engines import World
+from dist_ssn.sharing.bank import banks_of
 from dist_ssn.train.data import Task
 from dist_ssn.train.recipe.schema import Recipe
 
@@ -24,7 +26,7 @@ def evaluate(
     autocast: AbstractContextManager[object],
 ) -> dict[str, float]:
     """Means of the task's metrics over the validation samples of all ranks; "validation_" is put before each key."""
-    _equal_buffers(model, world, meter)
+    equal_buffers(model, world)
     model.eval()
     sums: dict[str, Tensor] = {}
     for batch in task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches):
@@ -43,12 +45,18 @@ def evaluate(
     return {f"validation_{key}": value / count for key, value in totals.items()}
 
 
-def _equal_buffers(model: nn.Module, world: World, meter: CommMeter) -> None:
-    """Gives every rank the running statistics of rank 0, which are also the saved ones; DDP does so before its next forward."""
+def equal_buffers(model: nn.Module, world: World) -> None:
+    """Gives every rank the running statistics of rank 0, which are also the saved ones; DDP does so before its next forward.
+
+    Args:
+        model: its buffers that are saved are overwritten.
+        world: this process among the job's.
+    """
     if world.world_size == 1:
         return
     kept = model.state_dict(keep_vars=True)
-    with meter.purpose("metrics"):
+    fixed = {id(bank.scales) for bank in banks_of(model)}
+    with purpose("metrics"):
         for name, buffer in model.named_buffers():
-            if name in kept:
+            if name in kept and id(buffer) not in fixed:
                 dist.broadcast(buffer, src=0)

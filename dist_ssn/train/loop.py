@@ -29,6 +29,7 @@ from dist_ssn.engines.world.heartbeat import Heartbeat
 from dist_ssn.errors import Preempted, UserError
 from dist_ssn.files import write_whole
 from dist_ssn.sharing.bank_set import shared_plan
+from dist_ssn.sync.sent import Round
 from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside
 from dist_ssn.tracking.wandb_settings import Draw
 from dist_ssn.train.build import build
@@ -160,6 +161,7 @@ class _Run:
             scheduler=self.schedule,
             clip_norm=recipe.clip_norm,
             **{name: getattr(recipe.engine, name) for name in ENGINE_OPTIONS[recipe.engine.name]},
+            **_sync_options(recipe),
         )
         resumes = self.saver.resumes()
         if resumes:
@@ -221,6 +223,8 @@ class _Run:
         while counters.step < recipe.steps and not self._out_of_patience():
             with self.clock.step():
                 loss = self._step(counters.step)
+                if counters.step + 1 == recipe.steps:
+                    self.engine.synchronize()  # the last round may be a short one
             counters.step += 1
             self.heartbeat.step = counters.step
             if counters.step == first + 1:
@@ -313,7 +317,9 @@ class _Run:
         if evaluate:
             values |= self._evaluate()
         values["ring_bytes"] = self.account.ring_bytes()
-        values["exposed_seconds"] = self.meter.ledger.totals("gradients").exposed_seconds  # of this process
+        values["exposed_seconds"] = self.account.exposed_seconds()
+        if self.engine.local is not None:
+            values |= _of_round(self.engine.local.last)
         if evaluate:
             kept = ("seconds", "ring_bytes", *(key for key in values if key.startswith("validation_")))
             counters.history.append({"step": counters.step, **{key: values[key] for key in kept}})
@@ -330,7 +336,8 @@ class _Run:
         raise AssertionError("rank 0 has raised, and all with it")
 
     def _evaluate(self) -> dict[str, float]:
-        means = evaluate(self.engine.module, self.task, self.recipe, self.world, self.meter, self._autocast())
+        with self.engine.common():
+            means = evaluate(self.engine.module, self.task, self.recipe, self.world, self.meter, self._autocast())
         counters, loss = self.account.counters, means["validation_loss"]
         improved = counters.best is None or loss < counters.best
         counters.best = loss if improved else counters.best
@@ -344,6 +351,8 @@ class _Run:
         if self.teacher is not None:
             self.teacher.leave()
         counters = self.account.counters
+        if self.engine.synchronize() and counters.history and counters.history[-1]["step"] == counters.step:
+            counters.history.pop()  # the run ends in a round, because of `patience`
         if not counters.history or counters.history[-1]["step"] != counters.step:  # it resumed at its last step
             so_far = {"step": counters.step, "seconds": counters.seconds, "ring_bytes": self.account.ring_bytes()}
             counters.history.append({**so_far, **self._evaluate()})
@@ -393,3 +402,19 @@ class _Run:
     def _agree(self, action: Callable[[], T], purpose: str = "other") -> T:
         with self.meter.purpose(purpose):
             return raise_together(action, self.world.device)
+
+
+def _sync_options(recipe: Recipe) -> dict[str, Any]:
+    """Options of the engine for local updates; empty without them."""
+    sync = recipe.sync.options()
+    if sync is None:
+        return {}
+    return {"sync": sync} if recipe.sync.within is None else {"sync": sync, "within": recipe.sync.within}
+
+
+def _of_round(last: Round | None) -> dict[str, Any]:
+    """Metrics of the last round of local updates; empty before the first."""
+    if last is None:
+        return {}
+    agreement = {} if last.agreement is None else {"agreement": last.agreement}
+    return {"change_norm": statistics.fmean(last.norms), **agreement}

@@ -57,9 +57,10 @@ class Pruner:
         self._config, self._steps = config, steps
         self._banks = banks_of(model)
         self._thresholds = config.what == "weights" and bool(self._banks)
-        self._held: list[tuple[nn.Parameter, float]] = []  # parameters with elements held at zero, and their units
+        # Parameters with elements held at zero, and their units.
+        self._held: list[tuple[nn.Parameter, float | Tensor]] = []
         if config.what == "bank":
-            self._held = [(bank.bank, bank.group.init_std) for bank in self._banks]
+            self._held = [(bank.bank, bank.scales[0]) for bank in self._banks]
         elif not self._banks:
             weights = find_specs(model, share.include, share.exclude, structure=False).weights
             self._held = [(model.get_parameter(weight.name), 1.0) for weight in weights]

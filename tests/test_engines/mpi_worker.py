@@ -40,7 +40,9 @@ class Branches(nn.Module):
         return x
 
 
-def difference(world: World, branches: Callable[[int], str], reentrant: bool = False) -> dict[str, Any]:
+def difference(
+    world: World, branches: Callable[[int], str], reentrant: bool = False, sync: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The largest difference, after some steps, between the engine's parameters and plain autograd's on all ranks' batches."""
     results, sent = [], 0
     data = torch.randn(STEPS, world.world_size, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -54,7 +56,7 @@ def difference(world: World, branches: Callable[[int], str], reentrant: bool = F
                 optimizer.step()
                 optimizer.zero_grad()
         else:
-            engine = mpi.MPIEngine(model, optimizer)
+            engine = mpi.MPIEngine(model, optimizer, sync=sync)
             with CommMeter() as meter:
                 for step in range(STEPS):
                     with engine.accumulating(True):
@@ -82,6 +84,12 @@ def reentrant(world: World) -> dict[str, Any]:
     return difference(world, lambda rank: "left right left", reentrant=True)
 
 
+def local(world: World) -> dict[str, Any]:
+    """Local updates of one step, averaged plainly, are steps with mean gradients; only changes are sent."""
+    found = difference(world, lambda rank: "left right", sync={"every": 1, "outer": "average"})
+    return {"difference": found["difference"], "gradients": found["sent"]}
+
+
 def crash(world: World) -> None:
     """Rank 1 raises in its third step, and the others wait for it."""
     die(world, lambda: (_ for _ in ()).throw(UserError("rank 1 has had enough")))
@@ -107,7 +115,7 @@ def world(found: World) -> dict[str, Any]:
     return {"rank": found.rank, "world_size": found.world_size, "local_rank": found.local_rank}
 
 
-SCENARIOS = {f.__name__: f for f in (pieces, order, missing, reentrant, crash, killed, world)}
+SCENARIOS = {f.__name__: f for f in (pieces, order, missing, reentrant, local, crash, killed, world)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

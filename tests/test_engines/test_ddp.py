@@ -127,7 +127,7 @@ class Banks(nn.Module):
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
-        groups = [Group(f"group{i}", size, 0.01, slots=()) for i, size in enumerate(sizes)]
+        groups = [Group(f"group{i}", size, slots=()) for i, size in enumerate(sizes)]
         self.dist_ssn = nn.ModuleDict({group.name: Bank(group, seed=0) for group in groups})
         for parameter in self.dist_ssn.parameters():
             nn.init.constant_(parameter, 0.01)

@@ -33,8 +33,10 @@ def scenarios(ranks: int, *names: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gradients_are_those_of_one_process_whatever_the_ranks_do(ranks: int) -> None:
-    found = scenarios(ranks, "pieces", "order", "missing", "reentrant", "world")
+    found = scenarios(ranks, "pieces", "order", "missing", "reentrant", "local", "world")
     assert found.pop("world") == {"rank": 0, "world_size": ranks, "local_rank": 0}
+    local = found.pop("local")
+    assert local["difference"] <= 1e-6 and local["gradients"] == 0
     assert len(found) == 4
     for name, cell in found.items():
         assert cell["difference"] <= 1e-12, name

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ssn import CommMeter, parameter_groups, share
+from dist_ssn import CommMeter, comm_hook, parameter_groups, share
 from testing.ranks import run_ranks
 
 accelerate = pytest.importorskip("accelerate")
@@ -112,7 +112,19 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def train_on_ranks(rank: int, world_size: int, port: int) -> tuple[float, int, int, bytes]:
+def train_with_a_hook(rank: int, world_size: int) -> tuple[list[float], float, bytes]:
+    """Losses, bytes per trainable parameter and step, and the parameters, with gradients in 8 bits."""
+    torch.manual_seed(0)
+    model = share(nn.Sequential(nn.Linear(8, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 4)), 0.9)
+    parts = prepared(model)
+    parts[1].register_comm_hook(*comm_hook("int8"))
+    with CommMeter() as meter:
+        losses = steps(*parts, batches(2)[rank::world_size] * 8)
+    state = torch.cat([p.detach().flatten() for p in model.parameters()])
+    return losses, meter.totals("gradients").logical_bytes / 8 / state.numel(), state.numpy().tobytes()
+
+
+def train_on_ranks(rank: int, world_size: int, port: int) -> tuple[Any, ...]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     model = net()
@@ -122,12 +134,18 @@ def train_on_ranks(rank: int, world_size: int, port: int) -> tuple[float, int, i
     with CommMeter() as meter:
         losses = steps(*parts, batches(16)[rank::world_size])
     state = torch.cat([p.detach().flatten() for p in model.parameters()])
-    return losses[-1], meter.totals("gradients").logical_bytes, state.numel(), state.numpy().tobytes()
+    sent = meter.totals("gradients").logical_bytes
+    GradientState._reset_state()
+    return losses[-1], sent, state.numel(), state.numpy().tobytes(), train_with_a_hook(rank, world_size)
 
 
 @pytest.mark.distributed
 def test_two_processes() -> None:
-    """Ranks stay equal; eight batches accumulated by two send four times the trainable parameters."""
+    """Ranks stay equal; eight batches accumulated by two send four times the trainable parameters; a hook sends a quarter."""
     first, second = run_ranks(train_on_ranks, 2, free_port(), group=False)
     assert first[3] == second[3] and first[0] != second[0]
     assert first[1] == 4 * 4 * first[2]
+    (losses, sent, state), (_, _, other) = first[4], second[4]
+    assert state == other
+    assert losses[-1] < losses[0]
+    assert 1 < sent < 1.2  # the own parameters, in 16 bits, are a twentieth

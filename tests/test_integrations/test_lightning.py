@@ -56,10 +56,10 @@ class Classifier(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.1)
 
 
-def data() -> DataLoader:
+def data(rows: int = 8) -> DataLoader:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(32, 8, generator=generator)
-    return DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), batch_size=8)
+    return DataLoader(TensorDataset(inputs, inputs[:, :4].argmax(1)), batch_size=rows)
 
 
 def trainer_of(folder: Path, **options: Any) -> Any:
@@ -129,11 +129,22 @@ def test_a_plain_optimizer_is_warned_of(tmp_path: Path) -> None:
         trainer_of(tmp_path, callbacks=[LedgerCallback()], max_steps=1).fit(Classifier(groups=False), data())
 
 
-def train_on_ranks(rank: int, world_size: int, folder: str, port: int) -> tuple[dict[str, float], int, bytes]:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def set_environment(rank: int, world_size: int, port: int) -> None:
+    """As torchrun would."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="1", GROUP_RANK="0")
+
+
+def train_on_ranks(rank: int, world_size: int, folder: str, port: int) -> tuple[dict[str, float], int, bytes]:
+    set_environment(rank, world_size, port)
     strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
     module = Classifier()
     trainer = trainer_of(Path(folder), callbacks=[LedgerCallback()], strategy=strategy, devices=world_size, plugins=[])
@@ -148,9 +159,12 @@ def train_on_ranks(rank: int, world_size: int, folder: str, port: int) -> tuple[
 
 @pytest.mark.distributed
 def test_two_processes_and_the_ledger(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (logs, trained, state), other = run_ranks(train_on_ranks, 2, str(tmp_path), port, group=False)
+    (logs, trained, state), other = run_ranks(train_on_ranks, 2, str(tmp_path), free_port(), group=False)
     assert other[2] == state
     assert logs["bytes_per_step_logical"] == logs["bytes_per_step_ring"] == 4 * trained
+
+
+def test_lightnings_fsdp_is_for_gpus(tmp_path: Path) -> None:
+    """As the guide says."""
+    with pytest.raises(ValueError, match="`fsdp` requires a GPU accelerator"):
+        trainer_of(tmp_path, strategy="fsdp")

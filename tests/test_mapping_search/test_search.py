@@ -18,12 +18,13 @@ import dist_ssn
 from dist_ssn.cli.entry import main
 from dist_ssn.engines import World
 from dist_ssn.errors import RecipeError, UserError
-from dist_ssn.mapping_search import auto
+from dist_ssn.mapping_search import auto, search_recipe
 from dist_ssn.mapping_search.aligned import aligned_plan
 from dist_ssn.mapping_search.methods import METHODS, Cosines, sensitivity
+from dist_ssn.mapping_search.recipe_job import RecipeJob, shortened
 from dist_ssn.mapping_search.run import _key, run
-from dist_ssn.mapping_search.setting import Options, Setting
-from dist_ssn.mapping_search.short import ShortRun, shortened
+from dist_ssn.mapping_search.setting import Options, Setting, Wanted
+from dist_ssn.mapping_search.short import ShortRun
 from dist_ssn.mapping_search.trials import Trials
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Plan
@@ -62,13 +63,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_each_method_finds_a_plan_that_train_takes(method: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     options = OPTIONS.get(method, {})
-    plan = dist_ssn.search(recipe(), method, output=file, **options)
+    plan = search_recipe(recipe(), method, output=file, **options)
     assert Plan.from_json(file.read_text()) == plan
     names = {weight.name for weight in find_specs(build_model("gpt", ARGS)).weights}
     assert {slot.name for _, slot in plan.slots()} == names
     assert 0.98 * plan.budget <= plan.parameters <= plan.budget
     if method != "network":  # whose compute is measured
-        assert dist_ssn.search(recipe(), method, **options) == plan
+        assert search_recipe(recipe(), method, **options) == plan
     settings = [*SMALL, "steps=2", "schedule.warmup=0", "share.budget=null", f"share.plan={file}", f"output={tmp_path}"]
     row = train(load_recipe(None, settings), progress=False).row
     assert row["parameters"] == plan.parameters + find_specs(build_model("gpt", ARGS)).own_parameters
@@ -76,14 +77,16 @@ def test_each_method_finds_a_plan_that_train_takes(method: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("method", ["weights-free", "pretrain", "gradients", "random", "network"])
 def test_the_number_of_groups_can_be_given(method: str) -> None:
-    assert len(dist_ssn.search(recipe(), method, groups=3, **OPTIONS.get(method, {})).groups) == 3
+    assert len(search_recipe(recipe(), method, groups=3, **OPTIONS.get(method, {})).groups) == 3
 
 
 def test_the_budget_can_follow_sensitivity() -> None:
-    found = sensitivity(Setting(recipe(), ALONE, find_specs(build_model("gpt", ARGS)), Options()))
+    found = sensitivity(
+        Setting(RecipeJob(recipe(), ALONE), ALONE, find_specs(build_model("gpt", ARGS)), Wanted("30%"), Options())
+    )
     assert all(0.25 <= value <= 4 for value in found.values()) and len(set(found.values())) > 3
     settings = "share.mapping={'blocks.*.mlp.*': b, '*': a}"
-    plain, split = (dist_ssn.search(recipe(settings), "manual", split=split) for split in ("size", "sensitivity"))
+    plain, split = (search_recipe(recipe(settings), "manual", split=split) for split in ("size", "sensitivity"))
     asked = {
         group.name: sum(slot.numel * found[slot.name] for slot in group.slots) / group.numel for group in split.groups
     }
@@ -94,12 +97,12 @@ def test_the_budget_can_follow_sensitivity() -> None:
 
 
 def test_manual_is_the_recipes_own_mapping() -> None:
-    plan = dist_ssn.search(recipe("share.mapping={'blocks.*': deep, '*': rest}"), "manual")
+    plan = search_recipe(recipe("share.mapping={'blocks.*': deep, '*': rest}"), "manual")
     assert [group.name for group in plan.groups] == ["rest", "deep"]
 
 
 def test_random_follows_the_seed_of_sharing() -> None:
-    first, second = (groups_of(dist_ssn.search(recipe(f"share.seed={seed}"), "random")) for seed in (0, 1))
+    first, second = (groups_of(search_recipe(recipe(f"share.seed={seed}"), "random")) for seed in (0, 1))
     assert first != second
 
 
@@ -125,7 +128,7 @@ def test_gradients_part_layers_that_conflict_and_join_those_that_agree() -> None
 @pytest.mark.parametrize("more", [(), ("accumulation=2", "schedule.warmup=0", "precision=bf16")])
 def test_a_short_run_is_the_beginning_of_train(more: tuple[str, ...], tmp_path: Path) -> None:
     here = recipe("steps=5", *more)
-    short = ShortRun(here, ALONE, dist_ssn.make_plan(build_model("gpt", ARGS), "30%"), 5)
+    short = ShortRun(RecipeJob(here, ALONE), ALONE, dist_ssn.make_plan(build_model("gpt", ARGS), "30%"), 5)
     short.run(5)
     row = train(load_recipe(None, [*SMALL, "steps=5", *more, f"output={tmp_path}"]), progress=False).row
     assert short.validation_loss() == pytest.approx(row["validation_loss"], abs=1e-9)
@@ -147,14 +150,14 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_auto_keeps_its_budget_of_steps_and_takes_the_best(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    plan = dist_ssn.search(recipe(), output=file, max_steps=110, short_steps=4)
+    plan = search_recipe(recipe(), output=file, max_steps=110, short_steps=4)
     lines = lines_of(tmp_path / "plan.trials.jsonl")
     trials = [line for line in lines if line["kind"] == "trial"]
     assert 55 < sum(line["steps"] for line in lines) <= 110
     last = [line for line in trials if line["rung"] == max(line["rung"] for line in trials)]
     assert plan.fingerprint == min(last, key=lambda line: line["loss"])["plan"]
     assert len({line["plan"] for line in trials}) > 3 and Plan.from_json(file.read_text()) == plan
-    again = dist_ssn.search(recipe(), output=tmp_path / "again.json", max_steps=110, short_steps=4)
+    again = search_recipe(recipe(), output=tmp_path / "again.json", max_steps=110, short_steps=4)
     assert again == plan  # and the same trials, but for their seconds
     repeated = lines_of(tmp_path / "again.trials.jsonl")
     assert [{**line, "seconds": 0} for line in repeated] == [{**line, "seconds": 0} for line in lines]
@@ -162,7 +165,7 @@ def test_auto_keeps_its_budget_of_steps_and_takes_the_best(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_killed_search_loses_the_trial_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = dist_ssn.search(recipe(), output=tmp_path / "whole.json", max_steps=150, short_steps=4)
+    whole = search_recipe(recipe(), output=tmp_path / "whole.json", max_steps=150, short_steps=4)
     steps = sum(line["steps"] for line in lines_of(tmp_path / "whole.trials.jsonl"))
     made: list[int] = []
     step = ShortRun.step
@@ -175,7 +178,7 @@ def test_a_killed_search_loses_the_trial_under_way(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(ShortRun, "step", counted)
     with pytest.raises(KeyboardInterrupt):
-        dist_ssn.search(recipe(), output=tmp_path / "plan.json", max_steps=150, short_steps=4)
+        search_recipe(recipe(), output=tmp_path / "plan.json", max_steps=150, short_steps=4)
     file = tmp_path / "plan.trials.jsonl"
     kept = lines_of(file)
     file.write_text(file.read_text() + '{"search": "torn')  # the kill may also come while a line is written
@@ -183,7 +186,7 @@ def test_a_killed_search_loses_the_trial_under_way(tmp_path: Path, monkeypatch: 
     longest = max(line["steps"] for line in lines_of(tmp_path / "whole.trials.jsonl"))
     assert 70 - longest < done <= 70 and not (tmp_path / "plan.json").exists()
     made[:] = [1] * 1000  # no kill any more
-    assert dist_ssn.search(recipe(), output=tmp_path / "plan.json", max_steps=150, short_steps=4) == whole
+    assert search_recipe(recipe(), output=tmp_path / "plan.json", max_steps=150, short_steps=4) == whole
     assert len(made) - 1000 == steps - done
     assert lines_of(file)[: len(kept)] == kept
 
@@ -191,7 +194,7 @@ def test_a_killed_search_loses_the_trial_under_way(tmp_path: Path, monkeypatch: 
 def test_another_recipe_does_not_take_over_trials(tmp_path: Path) -> None:
     file = str(tmp_path / "trials.jsonl")
     for lr in (0.01, 0.02):
-        dist_ssn.search(recipe(f"optimizer.lr={lr}"), max_steps=20, trials=file)
+        search_recipe(recipe(f"optimizer.lr={lr}"), max_steps=20, trials=file)
     trials = [line for line in lines_of(Path(file)) if line["kind"] == "trial"]
     assert len({line["search"] for line in trials}) == 2
     assert len(trials) == 2 * len({(line["mapping"], line["morph"], line["steps"]) for line in trials})
@@ -199,7 +202,7 @@ def test_another_recipe_does_not_take_over_trials(tmp_path: Path) -> None:
 
 def test_auto_keeps_its_budget_of_seconds(tmp_path: Path) -> None:
     start = time.monotonic()
-    plan = dist_ssn.search(recipe("steps=10000"), output=tmp_path / "plan.json", max_seconds=4)
+    plan = search_recipe(recipe("steps=10000"), output=tmp_path / "plan.json", max_seconds=4)
     assert time.monotonic() - start < 6
     trials = [line for line in lines_of(tmp_path / "plan.trials.jsonl") if line["kind"] == "trial"]
     assert plan.fingerprint in {line["plan"] for line in trials}
@@ -213,7 +216,7 @@ def test_a_search_that_is_cut_short_takes_the_last_whole_rung(tmp_path: Path, mo
     real = ShortRun.validation_loss
 
     def slow(self: ShortRun) -> float:
-        now[0] += 1e6 if self.recipe.steps == 16 else 0
+        now[0] += 1e6 if self.steps == 16 else 0
         return real(self)
 
     monkeypatch.setattr(ShortRun, "validation_loss", slow)
@@ -237,11 +240,11 @@ def test_a_diverged_trial_ranks_last(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return float("inf") if len(plan.groups) == 1 else real(self)
 
     monkeypatch.setattr(ShortRun, "validation_loss", first_diverges)
-    plan = dist_ssn.search(recipe(), output=tmp_path / "plan.json", max_steps=100, short_steps=4)
+    plan = search_recipe(recipe(), output=tmp_path / "plan.json", max_steps=100, short_steps=4)
     assert len(plan.groups) > 1
     monkeypatch.setattr(ShortRun, "validation_loss", lambda self: float("inf"))
-    with pytest.raises(RecipeError, match=r"every trial diverged: try a lower optimizer\.lr"):
-        dist_ssn.search(recipe(), max_steps=20)
+    with pytest.raises(RecipeError, match=r"every trial diverged: try a lower learning rate"):
+        search_recipe(recipe(), max_steps=20)
 
 
 def test_trials_refuse_what_is_none(tmp_path: Path) -> None:
@@ -295,16 +298,16 @@ def test_mistakes_are_one_sentence(
     method: str, settings: tuple[str, ...], options: dict[str, Any], wanted: str
 ) -> None:
     with pytest.raises(UserError, match=wanted) as caught:
-        dist_ssn.search(recipe(*settings), method, **options)
+        search_recipe(recipe(*settings), method, **options)
     assert "\n" not in str(caught.value)
 
 
 def test_a_recipe_with_a_plan_is_refused(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(RecipeError, match=r"a search finds a plan: set share\.plan to null"):
-        dist_ssn.search(recipe(f"share.plan={tmp_path / 'plan.json'}"))
+        search_recipe(recipe(f"share.plan={tmp_path / 'plan.json'}"))
     with pytest.raises(UserError, match=r"the folder of the output .* does not exist"):
-        dist_ssn.search(recipe(), "random", output=tmp_path / "nowhere" / "plan.json")
+        search_recipe(recipe(), "random", output=tmp_path / "nowhere" / "plan.json")
 
 
 # ------------------------------------------------------------------------------------------- command line and picture
@@ -353,8 +356,8 @@ def test_a_picture_of_many_banks(tmp_path: Path) -> None:
 
 def search_on(rank: int, world_size: int, folder: str) -> list[str]:
     torch.set_num_threads(1)
-    found = dist_ssn.search(recipe(), "gradients", short_steps=4)
-    best = dist_ssn.search(recipe(), output=f"{folder}/plan.json", short_steps=4, max_steps=40)
+    found = search_recipe(recipe(), "gradients", short_steps=4)
+    best = search_recipe(recipe(), output=f"{folder}/plan.json", short_steps=4, max_steps=40)
     return [found.to_json(), best.to_json()]
 
 
@@ -363,7 +366,7 @@ def test_ranks_search_together(tmp_path: Path) -> None:
     first, second = run_ranks(search_on, 2, str(tmp_path))
     assert first == second and Plan.from_json((tmp_path / "plan.json").read_text()).to_json() == first[1]
     trials = [line for line in lines_of(tmp_path / "plan.trials.jsonl") if line["kind"] == "trial"]
-    dist_ssn.search(recipe(), output=tmp_path / "alone.json", short_steps=4, max_steps=40)
+    search_recipe(recipe(), output=tmp_path / "alone.json", short_steps=4, max_steps=40)
     alone = [line for line in lines_of(tmp_path / "alone.trials.jsonl") if line["kind"] == "trial"]
     assert len(trials) > 1
     for one, two in zip(alone, trials, strict=True):

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_ssn import share, summary
 from dist_ssn.model.specs import find_specs
-from dist_ssn.model.structure import structure_of
+from dist_ssn.model.structure import scales_differ, structure_of
 from dist_ssn.plan import make_plan
 from dist_ssn.train.models.gpt import build_gpt
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
@@ -116,6 +117,46 @@ def test_random_values_have_no_structure(name: str, dtype: torch.dtype) -> None:
             weight = torch.empty(shape)
             RANDOM[name](weight)
             assert structure_of(weight.to(dtype)) is None, (seed, shape)
+            assert not scales_differ(weight.to(dtype)), (seed, shape)
+
+
+def word_vectors(rows: int = 200) -> Tensor:
+    """Random vectors of which frequent words have longer ones, as GloVe's have."""
+    return torch.randn(rows, 48) * torch.linspace(0.5, 1.5, rows)[:, None]
+
+
+def trained() -> Tensor:
+    """The weight of a small network after some steps."""
+    layer, head = nn.Linear(16, 48), nn.Linear(48, 4)
+    optimizer = torch.optim.Adam([*layer.parameters(), *head.parameters()], 1e-2)
+    inputs = torch.randn(32, 16)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(head(layer(inputs).tanh()), inputs[:, :4].argmax(1)).backward()
+        optimizer.step()
+    return layer.weight.detach()
+
+
+@pytest.mark.parametrize("make", [word_vectors, lambda: word_vectors().T, trained])
+def test_values_that_no_initializer_draws_are_told_when_they_are_replaced(make: Callable[[], Tensor]) -> None:
+    torch.manual_seed(0)
+    values = make()
+    assert structure_of(values) is None
+    assert scales_differ(values)
+    model = nn.Sequential(nn.Embedding.from_pretrained(values, freeze=False), nn.Linear(values.shape[1], 16))
+    with pytest.warns(UserWarning, match=r"0\.weight \(1 weights in all\) differ in scale by row or column.*exclude="):
+        share(model, 0.5)
+    kept = nn.Sequential(nn.Embedding.from_pretrained(values, freeze=False), nn.Linear(values.shape[1], 16))
+    assert torch.equal(share(kept, 0.5, exclude="0").get_parameter("0.weight"), values)
+
+
+def test_a_padding_row_does_not_count_as_a_scale() -> None:
+    torch.manual_seed(0)
+    table = nn.Embedding(40, 64, padding_idx=3)
+    assert not scales_differ(table.weight, zero_row=3)
+    assert not scales_differ(torch.zeros(40, 64))
+    assert not scales_differ(torch.full((40, 64), torch.nan))
+    assert not scales_differ(torch.empty(40, 64, device="meta"))
 
 
 def test_a_padding_row_and_what_is_not_finite_are_no_structure() -> None:

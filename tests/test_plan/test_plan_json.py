@@ -8,6 +8,8 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from dist_ssn.model.specs import LayerSpec, Specs
 from dist_ssn.plan import Plan, make_plan
 from dist_ssn.sharing.morphs import MORPHS, readings
 
+WRITTEN = Path(__file__).parents[1] / "fixtures" / "written_by_0_1_0"
 WEIGHTS = (
     LayerSpec("table.weight", (50, 8), "Embedding", 8, 1.0, ("head.weight",), 3),
     LayerSpec("a.weight", (24, 16), "Linear", 16, 0.1),
@@ -84,9 +87,9 @@ def text_of(plan: Plan) -> str:
     return plan.to_json()
 
 
-def changed(plan: Plan, path: tuple[Any, ...], value: Any) -> str:
+def changed(plan: Plan | str, path: tuple[Any, ...], value: Any) -> str:
     """The plan's JSON with another value at `path`."""
-    data = json.loads(text_of(plan))
+    data = json.loads(plan if isinstance(plan, str) else text_of(plan))
     if not path:
         return json.dumps(value)
     inner = data
@@ -187,9 +190,9 @@ def test_what_is_no_json(text: Any) -> None:
         ("{", "the plan is not valid JSON"),
         ("[" * 100_000, "the plan is not valid JSON"),
         ("1" * 5_000, "the plan is not valid JSON"),
-        ("[]", "not a plan of format 1 .found 'list'.: give the output of Plan.to_json"),
-        ('{"format": 2}', "not a plan of format 1 .found 2."),
-        ('{"format": [[1]]}', "not a plan of format 1 .found a list."),
+        ("[]", "not a plan of format 1 or 2 .found 'list'.: give the output of Plan.to_json"),
+        ('{"format": 3}', "not a plan of format 1 or 2 .found 3."),
+        ('{"format": [[1]]}', "not a plan of format 1 or 2 .found a list."),
         ('{"format": 1, "budget": 3}', "plan: field 'groups' is missing"),
         ('{"format": 1, "budget": 3, "seed": 0, "groups": []}', "plan: it has no weights"),
     ],
@@ -218,9 +221,7 @@ OFFSET, HASH, WAVG, MIX, EMB, AVG, INTER, MASK, REPEAT = PLANS.values()
         (OFFSET, "start", 2**40, "start, templates, rank, chunk or coefficients are out of range"),
         (OFFSET, "templates", 0, "start, templates, rank, chunk or coefficients are out of range"),
         (OFFSET, "templates", 3, "morph 'offset' needs 3 coefficients, not 2"),
-        (OFFSET, "scale", 0.0, "scale and init_std must be above zero"),
-        (OFFSET, "scale", True, "scale: True is no valid"),
-        (OFFSET, "init_std", -1, "scale and init_std must be above zero"),
+        (OFFSET, "scale", 1.0, "field 'scale' is unknown"),
         (OFFSET, "rank", 10**6, "rank 1000000 is more than its matrix 50×8 can have"),
         (OFFSET, "rank", 8, "parameters are over its budget"),
         (OFFSET, "zero_row", 50, "zero_row 50 is outside its 50 rows"),
@@ -252,7 +253,6 @@ def test_the_message_says_which_field(plan: Plan, field: str, value: Any, messag
         (("groups", 1, "name"), "scale-0", "two groups have the same name"),
         (("groups", 0, "size"), 0, "needs at least one element"),
         (("groups", 0, "size"), 10**400, "size: 1000.* is no valid int"),
-        (("groups", 0, "init_std"), 1e999, "init_std: inf is no valid float"),
         (("groups", 0, "slots"), [], "needs at least one element, one weight"),
         (("groups", 1, "slots", 0, "name"), "table.weight", "weight 'table.weight' is in it twice"),
         (("budget",), 5, "parameters are over its budget of 5"),
@@ -264,6 +264,57 @@ def test_the_message_says_where(path: tuple[Any, ...], value: Any, message: str)
     assert [group.name for group in OFFSET.groups] == ["scale-0", "scale-1"]
     with pytest.raises(PlanError, match=message):
         Plan.from_json(changed(OFFSET, path, value))
+
+
+FORMAT_1 = (WRITTEN / "plans" / "random-mask.json").read_text()
+
+
+def test_format_1_has_the_scales_among_its_fields() -> None:
+    data, plan = json.loads(FORMAT_1), Plan.from_json(FORMAT_1)
+    assert plan.scales == {
+        group["name"]: (group["init_std"], *(slot["scale"] for slot in group["slots"])) for group in data["groups"]
+    }
+    for indent in (None, 1):
+        again = Plan.from_json(plan.to_json(indent))
+        assert again == plan and again.scales == plan.scales and again.fingerprint == plan.fingerprint
+    without = replace(plan, scales=None)
+    assert without == plan and without.fingerprint == plan.fingerprint and "scales" not in without.to_json()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("groups", 0, "slots", 0, "scale"), 0.0, "scale and init_std must be above zero"),
+        (("groups", 0, "slots", 0, "scale"), True, "scale: True is no valid"),
+        (("groups", 0, "slots", 0, "init_std"), -1, "scale and init_std must be above zero"),
+        (("groups", 0, "init_std"), 1e999, "init_std: inf is no valid float"),
+        (("groups", 0, "init_std"), 0, "init_std > 0"),
+        (("format",), 2, "field 'init_std' is unknown"),
+        (("format",), True, "not a plan of format 1 or 2 .found True"),
+    ],
+)
+def test_format_1_is_checked(path: tuple[Any, ...], value: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(changed(FORMAT_1, path, value))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "plan.scales: an object with the name of each bank"),
+        ({"random-0": [1.0]}, "plan.scales: an object with the name of each bank"),
+        ({"random-0": [1.0], "random-1": [1.0]}, "plan.scales.random-0: 4 numbers above zero are needed"),
+        ({"random-0": [1.0, 0.0, 1.0, 1.0], "random-1": [1.0] * 4}, "plan.scales.random-0: 4 numbers above zero"),
+        (
+            {"random-0": [1.0, 1.0, None, 1.0], "random-1": [1.0] * 4},
+            r"plan.scales.random-0.2.: None is no valid float",
+        ),
+    ],
+)
+def test_recorded_scales_are_checked(value: Any, message: str) -> None:
+    text = changed(Plan.from_json(FORMAT_1).to_json(), ("scales",), value)
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(text)
 
 
 @by_plan
@@ -289,7 +340,7 @@ def test_rows_and_table(plan: Plan) -> None:
 def test_a_key_twice_is_refused(plan: Plan) -> None:
     """Of two values JSON would keep the last, without a word."""
     text = plan.to_json(None)
-    for key in ("seed", "budget", "groups", "name", "scale", "shape"):
+    for key in ("seed", "budget", "groups", "name", "start", "shape"):
         place = text.index(f'"{key}": ')
         twice = f'{text[:place]}"{key}": 5, {text[place:]}'
         with pytest.raises(PlanError, match=f"not valid JSON .the key '{key}' is there twice"):

@@ -22,6 +22,7 @@ from dist_ssn.errors import BudgetError, PlanError, ShareError, UserError
 from dist_ssn.model.specs import LayerSpec, Specs, find_specs
 from dist_ssn.plan import MAPPINGS, Group, Morph, Plan, make_plan
 from dist_ssn.plan.rules import EMBEDDING_SIZE, reach
+from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.morphs import MORPHS, Chunks, readings
 
 MORPH_TEXTS = (
@@ -155,11 +156,12 @@ def check_slots(specs: Specs, plan: Plan) -> None:
     assert sorted(slot.name for _, slot in plan.slots()) == sorted(weight.name for weight in specs.weights)
     for weight in specs.weights:
         slot = slots[weight.name]
-        assert (slot.shape, slot.init_std, slot.zero_row) == (weight.shape, weight.init_std, weight.zero_row)
-        assert slot.morph in MORPHS and 0 < slot.scale < math.inf
-    for group in plan.groups:
-        scales = sum(slot.numel * slot.init_std**2 for slot in group.slots) / group.numel
-        assert group.init_std == pytest.approx(math.sqrt(scales))
+        assert (slot.shape, slot.zero_row) == (weight.shape, weight.zero_row) and slot.morph in MORPHS
+    stds = {weight.name: weight.init_std for weight in specs.weights}
+    for group, (std, *scales) in zip(plan.groups, scales_of(plan, specs.weights).values(), strict=True):
+        squares = sum(slot.numel * stds[slot.name] ** 2 for slot in group.slots) / group.numel
+        assert std == pytest.approx(math.sqrt(squares), rel=1e-6)
+        assert len(scales) == len(group.slots) and all(0 < scale < math.inf for scale in scales)
         assert all(0 <= slot.start < group.size for slot in group.slots)
 
 
@@ -267,7 +269,7 @@ def test_a_lone_weight_with_room_stays_dense() -> None:
         (LayerSpec("a", (10, 10), "Linear", 10, 0.1), *(LayerSpec(n, (5, 8), "Linear", 8, 0.2) for n in "bc"))
     )
     lone, pair = make_plan(specs, 2.0, mapping="shape").groups
-    assert (lone.size, lone.slots[0].morph, lone.slots[0].scale) == (100, "repeat", 1.0)
+    assert (lone.size, lone.slots[0].morph) == (100, "repeat")
     assert lone.parameters + pair.parameters == 360
     everything = make_plan(Specs(specs.weights[:1]), 3.0)
     assert (everything.parameters, everything.budget) == (100, 300)
@@ -277,7 +279,18 @@ def test_a_small_group_gets_what_it_needs() -> None:
     """In proportion it would get half a number, and the plan would fail although the budget is ample."""
     small, large = LayerSpec("a", (1, 5), "Linear", 5, 0.1), LayerSpec("b", (100, 100), "Linear", 100, 0.1)
     plan = make_plan(Specs((small, large)), 0.01, mapping="shape", morph="inter")
-    assert [group.size for group in plan.groups] == [1, 95] and plan.parameters == 100
+    assert [group.size for group in plan.groups] == [1, 99] and plan.parameters == 100
+
+
+def test_inter_reads_one_template_as_the_papers_code_does() -> None:
+    """Several are smaller, so that a resized one has a lower rank."""
+    weights = tuple(LayerSpec(name, (64, 64, 3, 3), "Conv2d", 576, 0.06) for name in "ab")
+    one, four = (
+        make_plan(Specs(weights), 0.1, morph=morph).groups[0].slots[0] for morph in ("inter", "inter:templates=4")
+    )
+    assert (one.morph, one.templates, one.coefficients) == ("inter", 1, 0)
+    assert (four.morph, four.templates, four.coefficients) == ("inter", 4, 4)
+    assert min(one.template_shape) > 1.6 * min(four.template_shape)
 
 
 @pytest.mark.parametrize("morph", ["auto", "inter", "mask", "wavg", "emb", "hash"])

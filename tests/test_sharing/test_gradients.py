@@ -6,6 +6,7 @@ embeddings with a row that stays zero. What a budget cannot hold must raise; not
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any
@@ -14,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ssn import Morph, Plan, make_plan, materialize, share
+import dist_ssn
+from dist_ssn import Morph, Plan, make_plan, materialize
 from dist_ssn.errors import BudgetError, PlanError
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Group, Slot
@@ -47,6 +49,7 @@ CASES = covering([*CHOICES], least=2)
 TOLERANCE = 1e-10
 
 Gradients = dict[str, Tensor | None]
+share = functools.partial(dist_ssn.share, generate="on_demand")  # test_per_step.py compares the other mode with it
 
 
 def run(model: nn.Module, inputs: Inputs) -> tuple[Gradients, Gradients]:
@@ -159,9 +162,10 @@ def test_a_bank_larger_than_the_weights_can_be_read_by_every_upward_morph(kind: 
                 elif morph == "wavg-up":
                     fields |= {"template_shape": (2, weight.numel // 2 + 1), "coefficients": 4}
                 templates, start = 2 if morph == "wavg-up" else 1, (7 * place) % size
-                slots.append(Slot(weight.name, weight.shape, morph, start, templates, 1.3, 1.0, **fields))
+                slots.append(Slot(weight.name, weight.shape, morph, start, templates, **fields))
             extras = sum(slot.extras for slot in slots)
-            plan = Plan((Group("by-hand", size, 0.5, tuple(slots)),), size + extras)
+            scales = {"by-hand": (0.5, *[1.3] * len(slots))}
+            plan = Plan((Group("by-hand", size, tuple(slots)),), size + extras, scales=scales)
             share(model, plan=Plan.from_json(plan.to_json()))
             check(model, KINDS[kind].inputs(), f"{morph}, {kind}, bank {budget}")
 
@@ -170,9 +174,9 @@ def test_a_bank_larger_than_the_weights_can_be_read_by_every_upward_morph(kind: 
 def test_templates_larger_than_the_bank_are_refused(morph: str) -> None:
     """A mixture of whole templates needs a bank that holds them."""
     coefficients = {"avg": 0, "wavg": 1, "emb": 8}[morph]
-    slot = Slot("weight", (10, 10), morph, 0, 1, 1.0, 1.0, coefficients=coefficients)
+    slot = Slot("weight", (10, 10), morph, 0, 1, coefficients=coefficients)
     for size in (2, 50, 99):
-        plan = Plan((Group("all", size, 1.0, (slot,)),), 1000)
+        plan = Plan((Group("all", size, (slot,)),), 1000)
         with pytest.raises(PlanError, match="do not fit"):
             Plan.from_json(plan.to_json())
 

@@ -1,7 +1,8 @@
-"""Memory, measured: generated weights are temporaries, and backward allocates one sum per bank, not one per layer."""
+"""Memory of generation on demand, measured: generated weights are temporaries, and backward allocates one sum per bank, not one per layer."""
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from dist_ssn import parameter_groups, share
+import dist_ssn
+from dist_ssn import parameter_groups
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.train.models import MODELS
 from testing.layer_kinds import KINDS, Unknown, banks_of, tensors
 
 Batch = tuple[nn.Module, Tensor]
+share = functools.partial(dist_ssn.share, generate="on_demand")
 
 
 def gpt() -> Batch:

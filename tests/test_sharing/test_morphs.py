@@ -19,10 +19,11 @@ from torch import nn
 
 from dist_ssn import Morph, Plan, make_plan, share
 from dist_ssn.errors import BudgetError
+from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Group, Slot
 from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
+from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.bank import PARAMETERS, Bank
-from dist_ssn.sharing.initial_values import initialize
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Chunks, Stretch, readings
 from testing.layer_kinds import banks_of, relative_error, shake
 
@@ -146,7 +147,7 @@ def naive_weight(bank: Bank, index: int) -> np.ndarray:
     weight = np.zeros((slot.rows, slot.columns))
     for i in range(slot.rows):
         for j in range(slot.columns):
-            number = slot.scale * base[i * slot.columns + j]
+            number = float(bank.scales[1 + index]) * base[i * slot.columns + j]
             number *= gains[i] if slot.row_gains else 1.0
             number *= column_gains[j] if slot.column_gains else 1.0
             number += sum(left[i, r] * right[r, j] for r in range(slot.rank))
@@ -185,15 +186,13 @@ def slots_by_hand(morph: str, size: int) -> list[Slot]:
             else:
                 fields |= {"coefficients": {"avg": 0, "wavg": templates, "emb": EMBEDDING_SIZE, "repeat": 0}[morph]}
             name = f"weight-{place}-{templates}"
-            slots.append(
-                Slot(name, shape, morph, (11 * place) % size, scale=0.7 + place, init_std=1.0, **fields, **options)
-            )
+            slots.append(Slot(name, shape, morph, (11 * place) % size, **fields, **options))
     return slots
 
 
 def bank_by_hand(morph: str, size: int, seed: int = 3) -> Bank:
     """A bank in float64, every number of it random."""
-    bank = Bank(Group("by-hand", size, 1.0, tuple(slots_by_hand(morph, size))), seed, dtype=torch.float64)
+    bank = Bank(Group("by-hand", size, tuple(slots_by_hand(morph, size))), seed, dtype=torch.float64)
     with torch.no_grad():
         for parameter in bank.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -289,14 +288,17 @@ def test_weights_start_with_their_layers_own_standard_deviation(choice: str, bud
     independent: dict[str, int] = {}
     wanted: dict[str, float] = {}
     seeds = range(6)
+    model = layers()
+    weights = find_specs(model).weights
+    stds = {weight.name: weight.init_std for weight in weights}
     for seed in seeds:
-        plan = plan_for(budget, mapping, choice, seed=seed)
-        for group in plan.groups:
-            bank = Bank(group, plan.seed)
-            initialize(bank)
+        plan = plan_for(budget, mapping, choice, model, seed=seed)
+        for group, scales in zip(plan.groups, scales_of(plan, weights).values(), strict=True):
+            bank = Bank(group, plan.seed, scales=scales)
+            bank.reset_parameters()
             for index, slot in enumerate(group.slots):
                 squares.setdefault(slot.name, []).append(float(bank(index).detach().double().square().mean()))
-                wanted[slot.name] = slot.init_std
+                wanted[slot.name] = stds[slot.name]
                 read = math.prod(slot.template_shape) if slot.morph == "inter" else min(slot.numel, group.size)
                 independent[slot.name] = max(1, read // slot.templates if slot.morph == "wavg-up" else read)
     for name, values in squares.items():
@@ -314,7 +316,7 @@ def test_gains_and_differences_do_not_change_the_start(choice: str) -> None:
         plan = plan_for(budget, mapping, options)
         for group in plan.groups:
             bank = Bank(group, plan.seed, dtype=torch.float64)
-            initialize(bank)
+            bank.reset_parameters()
             weights = [bank(index) for index in range(len(group.slots))]
             assert bank.gains is not None and bank.differences is not None
             with torch.no_grad():
@@ -323,7 +325,7 @@ def test_gains_and_differences_do_not_change_the_start(choice: str) -> None:
                     slot = group.slots[index]
                     bare = Slot(**(slot.__dict__ | {"row_gains": False, "column_gains": False, "rank": 0}))
                     slots = tuple(bare if i == index else other for i, other in enumerate(group.slots))
-                    alone = Bank(Group(group.name, group.size, group.init_std, slots), plan.seed, dtype=torch.float64)
+                    alone = Bank(Group(group.name, group.size, slots), plan.seed, dtype=torch.float64)
                     for name in ("bank", "coefficients", "projections"):
                         mine, theirs = getattr(alone, name), getattr(bank, name)
                         if mine is not None:
@@ -379,10 +381,9 @@ def test_pseudo_random_draws_are_frozen() -> None:
         Group(
             "all",
             32,
-            1.0,
             (
-                Slot("a.weight", (8, 8), "offset", 5, 2, 1.0, 1.0, coefficients=2, chunk=4),
-                Slot("b.weight", (8, 8), "hash", 0, 2, 1.0, 1.0, coefficients=2, chunk=4),
+                Slot("a.weight", (8, 8), "offset", 5, 2, coefficients=2, chunk=4),
+                Slot("b.weight", (8, 8), "hash", 0, 2, coefficients=2, chunk=4),
             ),
         ),
         seed=7,
@@ -399,16 +400,16 @@ def test_pseudo_random_draws_are_frozen() -> None:
 def test_initial_values_are_frozen() -> None:
     """Every rank makes them for itself, on its own machine, from the plan alone, whatever its random state is."""
     slots = (
-        Slot("a.weight", (8, 8), "wavg", 0, 2, 1.0, 1.0, coefficients=2, row_gains=True, rank=1),
-        Slot("b.weight", (8, 8), "mask", 0, 1, 1.0, 1.0, coefficients=9),
-        Slot("c.weight", (8, 8), "emb", 0, 3, 1.0, 1.0, coefficients=8),
+        Slot("a.weight", (8, 8), "wavg", 0, 2, coefficients=2, row_gains=True, rank=1),
+        Slot("b.weight", (8, 8), "mask", 0, 1, coefficients=9),
+        Slot("c.weight", (8, 8), "emb", 0, 3, coefficients=8),
     )
     starts = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        bank = Bank(Group("all", 200, 0.5, slots), seed=7)
-        initialize(bank)
+        bank = Bank(Group("all", 200, slots), seed=7, scales=(0.5, 1.0, 1.0, 1.0))
+        bank.reset_parameters()
         starts.append({name: parameter.detach().clone() for name, parameter in bank.named_parameters()})
     first, second = starts
     assert all(torch.equal(first[name], second[name]) for name in first) and set(first) == set(PARAMETERS)
@@ -433,8 +434,8 @@ def test_half_precision_comes_close(morph: str) -> None:
 def test_seeds_and_names_give_different_weights() -> None:
     """Two weights that read the same stretch with other signs are not copies of each other."""
     for morph in ("offset", "hash"):
-        slots = tuple(Slot(name, (16, 16), morph, 0, 1, 1.0, 1.0, chunk=4) for name in ("a", "b"))
-        banks = [Bank(Group("all", 64, 1.0, slots), seed) for seed in (0, 1)]
+        slots = tuple(Slot(name, (16, 16), morph, 0, 1, chunk=4) for name in ("a", "b"))
+        banks = [Bank(Group("all", 64, slots), seed) for seed in (0, 1)]
         for bank in banks:
             with torch.no_grad():
                 bank.bank.copy_(torch.arange(1.0, 65.0))

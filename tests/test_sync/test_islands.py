@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ssn import LocalUpdates
+from dist_ssn import CommMeter, LocalUpdates
 from dist_ssn.errors import UserError
 from testing.ranks import run_ranks
 from tests.test_sync.test_local_updates import Tied, adam, batch, by_hand_nesterov, loss_of, written_out
@@ -40,12 +40,15 @@ def _islands(rank: int, n: int) -> dict[str, Any]:
                 mesh = DeviceMesh.from_group(within, "cpu")
                 wrapped = fully_shard(model, mesh=mesh)  # pyright: ignore[reportAssignmentType]
             optimizer = adam(model)
-            with LocalUpdates(wrapped, optimizer, every=3, delay=delay, group=across):
+            with LocalUpdates(wrapped, optimizer, every=3, delay=delay, group=across) as local:
                 for step in range(1, STEPS + 1):
                     optimizer.zero_grad()
                     loss_of(wrapped, batch(step, rank // 2, 2)[rank % 2 :: 2]).backward()
                     optimizer.step()
+                with CommMeter() as meter:
+                    local.synchronize()
             found[name, str(delay)] = _whole(model)
+            found[name, str(delay), "bytes"] = meter.totals("synchronization").logical_bytes
     found["refused"] = _refused(within, across)
     return found
 
@@ -71,6 +74,12 @@ def test_two_islands_of_two_equal_two_workers_of_double_batch() -> None:
             for found in ranks:
                 assert (found[name, str(delay)] - expected).abs().max() < 1e-6, (name, delay)
                 assert torch.equal(found[name, str(delay)], ranks[0][name, str(delay)])
+    reports, change = 2 * 6 * 8, 4 * 28
+    for rank, found in enumerate(
+        ranks
+    ):  # of an island whose processes hold the same, one exchanges and tells the other
+        assert found["ddp", "0", "bytes"] == reports + (2 * change if rank % 2 == 0 else change)
+    assert sum(found["fsdp", "0", "bytes"] for found in ranks) == 4 * reports + 2 * change
     for rank, found in enumerate(ranks):
         other = rank + 1 if rank % 2 == 0 else rank - 1
         assert found["refused"][0].startswith(f"FSDP2 averages over rank {other} on every step")

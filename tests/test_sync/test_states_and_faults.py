@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_ssn import CommMeter, LocalUpdates
+from dist_ssn import CommMeter, LocalUpdates, share
 from dist_ssn.errors import CheckpointError, UserError
+from dist_ssn.sharing.bank import Bank
 from testing.ranks import run_ranks
 from tests.test_sync.test_local_updates import Tied, adam, batch, flat, loss_of, sgd
 
@@ -248,7 +249,10 @@ class Normed(nn.Module):
 
 
 def _buffers(rank: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Running means in a round, and after it; the mask; the flags; bytes of the buffers' exchange."""
+    """Running means in a round, and after it; the mask; the flags; bytes of the buffers' exchange.
+
+    A look at the anchor in the round changes nothing.
+    """
     model = Normed()
     with torch.no_grad():
         model.mask[2] += rank
@@ -256,10 +260,19 @@ def _buffers(rank: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     optimizer = sgd(model)
     with LocalUpdates(model, optimizer, every=2, outer="average") as local:
         steps(model, optimizer, rank, n, 1, 2)
-        between = model.norm.running_mean.clone()  # pyright: ignore
+        between, before = model.norm.running_mean.clone(), flat(model)  # pyright: ignore
+        with torch.no_grad():
+            model.layer.weight += 1
+        with local.anchored():
+            common = model.norm.running_mean.clone()  # pyright: ignore
+            assert torch.equal(flat(model), before)
+        assert torch.equal(model.norm.running_mean, between)  # pyright: ignore
+        with torch.no_grad():
+            assert torch.equal(model.layer.weight - 1, before[:16].view(4, 4) + 1 - 1)
+            model.layer.weight.copy_(before[:16].view(4, 4))
         with CommMeter() as meter:
             local.synchronize()
-    assert model.norm.running_mean is not None
+    assert model.norm.running_mean is not None and torch.equal(model.norm.running_mean, common)
     return between, model.norm.running_mean, model.mask, model.count, meter.totals().logical_bytes
 
 
@@ -359,6 +372,20 @@ def test_one_worker_takes_the_outer_step_alone() -> None:
         assert local.last is not None and local.last.agreement is None
     steps(model, optimizer, 0, 1, 4, 6)
     assert local.step == 3  # the block is left
+
+
+def test_what_travels_in_16_bits() -> None:
+    """Gains, coefficients, biases and norms; banks, differences and matrices are for the codec. Tied parameters travel once."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 32))
+    share(model, 0.2, exclude=["3"], morph="offset:templates=2,gains=true,rank=2")
+    banks = [module for module in model.modules() if isinstance(module, Bank)]
+    with LocalUpdates(model, sgd(model)) as local:
+        names = {t.name.rpartition(".")[2]: t.plain for t in local._anchor.trained}
+        (plain,) = local._anchor.plain
+    assert not any(names[name] for name in ("bank", "differences"))
+    small = sum(p.numel() for bank in banks for p in (bank.coefficients, bank.gains) if p is not None)
+    assert small and plain.stop - plain.start == small + 64 + 2 * 64 + 64 + 32
+    assert plain.stop == sum(p.numel() for p in model.parameters())
 
 
 def test_an_exception_does_not_synchronize() -> None:

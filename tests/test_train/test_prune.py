@@ -57,7 +57,7 @@ def test_the_smallest_go_first_and_stay_away(tmp_path: Path) -> None:
     at_once = PruneConfig(final=0.5, begin=1, end=1, every=1)
     before = train(recipe(tmp_path / "a", steps=1, schedule=schedule), progress=False)
     after = train(recipe(tmp_path / "b", prune=at_once, schedule=schedule), progress=False)
-    sizes = torch.cat([bank.bank.abs() / bank.group.init_std for bank in banks_of(before.model)])
+    sizes = torch.cat([bank.bank.abs() / bank.scales[0] for bank in banks_of(before.model)])
     stays = sizes > sizes.kthvalue(int(0.5 * len(sizes))).values
     assert torch.equal(torch.cat([bank.bank for bank in banks_of(after.model)]) != 0, stays)
 
@@ -81,7 +81,7 @@ def test_pruned_weights_have_the_gradient_of_what_is_left() -> None:
     model = with_thresholds(share(layers, 0.3), WEIGHTS)
     for bank in banks_of(model):
         assert bank.thresholds is not None
-        bank.thresholds.fill_(0.5 * bank.group.init_std)
+        bank.thresholds.fill_(0.5 * bank.scales[0])
     pure = copy.deepcopy(model)
     be_pure(pure)
     for tokens in (torch.arange(3), torch.randint(40, (64,))):  # a few rows of the embedding, and the whole of it

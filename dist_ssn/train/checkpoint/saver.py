@@ -18,6 +18,7 @@ from dist_ssn.errors import Preempted, UserError
 from dist_ssn.plan import Plan
 from dist_ssn.train.checkpoint import store as checkpoint
 from dist_ssn.train.checkpoint.folder import checkpoints, latest
+from dist_ssn.train.checkpoint.parts import clean
 from dist_ssn.train.checkpoint.snapshot import NotFinite, take
 from dist_ssn.train.checkpoint.writer import Writer
 from dist_ssn.train.metrics.account import Account, Counters
@@ -37,7 +38,9 @@ class Saver:
     def __init__(self, recipe: Recipe, world: World, stop: Stop) -> None:
         self._recipe, self._world, self.stop = recipe, world, stop
         self._folder = folder_of(recipe)
-        self._writer = Writer(self._folder, recipe.checkpoint.keep)
+        self._writer = Writer(self._folder, recipe.checkpoint.keep, recipe.engine.timeout_seconds)
+        if world.rank == 0:
+            clean(self._folder)  # before any process writes its part: collectives lie between
         self._agreement = Agreement(world.world_size, world.device)
         self._saved_at = time.monotonic()
         self._saved_step: int | None = None
@@ -179,6 +182,7 @@ class Saver:
 
     def resume_point(self) -> str:
         """The last complete checkpoint, as a clause of a message; waits for the one that is being written, never fails."""
+        self._writer.hurry()
         try:
             self._writer.wait()
         except UserError as error:

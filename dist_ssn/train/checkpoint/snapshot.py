@@ -9,8 +9,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from dist_ssn.engines.base import Engine, OptimizerState
 from dist_ssn.errors import CheckpointError
 from dist_ssn.plan import Plan
 from dist_ssn.train.checkpoint import folder as folders
+from dist_ssn.train.checkpoint.parts import COMMON, Part, collect, name_of, split_state
 
 FORMAT = 1
 
@@ -41,6 +42,8 @@ class Snapshot:
         optimizer: tensors of `optimizer.safetensors`, as `<key>/<name of the parameter>`.
         texts: text of the other files except `state.json`, by name.
         state: entries of `state.json` for the run, the modules and the optimizer.
+        parts: tensors of further files, by name: what local updates need.
+        workers: number of processes that write a part of their own; 0 without local updates.
     """
 
     step: int
@@ -48,12 +51,16 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     texts: dict[str, str]
     state: dict[str, Any]
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    workers: int = 0
 
 
 def take(
     *, step: int, engine: Engine, recipe_json: str, plan: Plan | None, run: Mapping[str, Any] | None = None
-) -> Snapshot | None:
+) -> Snapshot | Part | None:
     """Takes a snapshot. All processes call it, and sharded state is gathered.
+
+    With local updates, the model in it is that of the last round.
 
     Args:
         step: number of steps that were made.
@@ -63,15 +70,39 @@ def take(
         run: counters of the run, as JSON.
 
     Returns:
-        The snapshot on rank 0, None on the other ranks.
+        The snapshot on rank 0. On the other ranks None, or their parts with local updates.
 
     Raises:
         NotFinite: a parameter is not finite.
         CheckpointError: the model's state has a value that is neither a tensor nor JSON.
     """
-    parameters, optimizer_state = engine.gathered()
-    if engine.rank != 0:
-        return None
+    common, own = _local_state(engine)
+    with engine.common():
+        parameters, optimizer_state = engine.gathered()
+        if engine.rank != 0:
+            return Part(step, engine.rank, own) if own else None
+        taken = _taken(step, engine, parameters, optimizer_state)
+    texts = {"plan.json": "null" if plan is None else plan.to_json(), "recipe.json": recipe_json}
+    parts = {COMMON: common, name_of(0): own} if own else {}
+    workers = engine.world_size if own else 0
+    sync = {"sync": {"workers": workers}} if own else {}
+    return replace(
+        taken, texts=texts, state={"run": dict(run or {}), **taken.state, **sync}, parts=parts, workers=workers
+    )
+
+
+def _local_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of the tensors of local updates that all processes have in common, and of this one's own; empty without them."""
+    if engine.local is None:
+        return {}, {}
+    tensors, scalars = _split_state(engine.gathered()[1])
+    found = split_state(engine.local.state_dict(), {"tensors": tensors, "scalars": scalars})
+    common, own = ({name: _copied(tensor) for name, tensor in part.items()} for part in found)
+    return common, own
+
+
+def _taken(step: int, engine: Engine, parameters: dict[str, Tensor], optimizer_state: OptimizerState) -> Snapshot:
+    """Copies of the model and of the optimizer's state."""
     if bad := [name for name, tensor in parameters.items() if not torch.isfinite(tensor).all()]:
         raise NotFinite(f"after step {step} {bad[0]} is not finite, so no checkpoint was written")
     entries = entries_of(engine.module)
@@ -81,17 +112,24 @@ def take(
         step,
         {name: _copied(tensor) for name, tensor in tensors.items()},
         {name: _copied(tensor) for name, tensor in optimizer_tensors.items()},
-        {"plan.json": "null" if plan is None else plan.to_json(), "recipe.json": recipe_json},
+        {},
         {
-            "run": dict(run or {}),
             "extra": entries.extra,
             "optimizer": {"class": type(engine.optimizer).__name__, "scalars": scalars},
         },
     )
 
 
-def write(snapshot: Snapshot, folder: str | os.PathLike[str], keep: int) -> Path:
+def write(
+    snapshot: Snapshot, folder: str | os.PathLike[str], keep: int, give_up: Callable[[], bool] = lambda: False
+) -> Path:
     """Writes `folder/step-<step>` atomically, then removes all checkpoints but the newest `keep`.
+
+    Args:
+        snapshot: the content.
+        folder: of the run's checkpoints.
+        keep: number of checkpoints to keep.
+        give_up: True when the other processes' parts are not waited for any more.
 
     Returns:
         The checkpoint's path.
@@ -110,6 +148,9 @@ def write(snapshot: Snapshot, folder: str | os.PathLike[str], keep: int) -> Path
         save_file(snapshot.optimizer, temporary / "optimizer.safetensors")
         for name, text in snapshot.texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        for name, tensors in snapshot.parts.items():
+            save_file(tensors, temporary / name)
+        collect(folder, snapshot.step, snapshot.workers, temporary, give_up)
         state = {
             "format": FORMAT,
             "step": snapshot.step,

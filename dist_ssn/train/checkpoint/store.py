@@ -8,6 +8,11 @@ A checkpoint `step-00000100/` holds
     recipe.json            the run's recipe
     state.json             step, counters, the optimizer's scalars, versions; size and SHA-256 of the other files
 
+and with local updates
+
+    sync.safetensors          what all processes hold in common: anchor, outer state, a mean that is on its way
+    worker-00000.safetensors  a process's own state: parameters in a round that is not over, feedback, optimizer
+
 `torch.distributed.checkpoint` is not used for the optimizer's state, because it keeps its metadata as a pickle.
 """
 
@@ -20,17 +25,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_ssn.engines.base import Engine, OptimizerState
 from dist_ssn.engines.overlap.delay import without_delay
-from dist_ssn.errors import CheckpointError
+from dist_ssn.errors import CheckpointError, describe
 from dist_ssn.files import parse_json, read_json, read_tensors, read_text
 from dist_ssn.plan import Plan
 from dist_ssn.plan.compare import plan_difference
+from dist_ssn.sharing.plan_of import recorded_scales
+from dist_ssn.sync.local_updates import LocalUpdates
 from dist_ssn.train.checkpoint.folder import checkpoints, fingerprint, latest, name_of
-from dist_ssn.train.checkpoint.snapshot import FORMAT, Entries, NotFinite, entries_of, take, write
+from dist_ssn.train.checkpoint.parts import COMMON, Part, read_state, write_part
+from dist_ssn.train.checkpoint.parts import name_of as worker_file
+from dist_ssn.train.checkpoint.snapshot import FORMAT, Entries, NotFinite, Snapshot, entries_of, take, write
 
 __all__ = ["Damaged", "NotFinite", "State", "latest", "load", "load_model", "save"]
 
@@ -93,7 +103,9 @@ def save(
     if keep < 1:
         raise CheckpointError(f"checkpoint.keep is {keep}: at least one checkpoint must be kept")
     snapshot = take(step=step, engine=engine, recipe_json=recipe_json, plan=plan, run=run)
-    return Path(folder) / name_of(step) if snapshot is None else write(snapshot, folder, keep)
+    if isinstance(snapshot, Part):
+        write_part(snapshot, Path(folder))
+    return write(snapshot, folder, keep) if isinstance(snapshot, Snapshot) else Path(folder) / name_of(step)
 
 
 def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> State:
@@ -113,13 +125,16 @@ def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> 
     model = engine.module
     path, state, entries, loaded = _fitting(Path(path), model, plan)
     trained = {name: _shape(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained)
+    local, own_optimizer = _local_state(path, state, engine)
+    optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained, own_optimizer)
     recipe = _recipe(path)
     parameters = {name: loaded[entries.first_names[name]] for name, _ in model.named_parameters()}
     # The rest is outside of an engine: buffers, and values of modules that are not tensors.
     rest = {name: loaded[first] for name, first in entries.first_names.items() if first not in parameters}
     _put(model, {**rest, **entries.extra, **state["extra"]}, path)
     engine.scatter(parameters, optimizer_state)
+    if engine.local is not None:
+        _restore_local(engine.local, local, state["step"], path)
     return State(path, state["step"], state["run"], recipe)
 
 
@@ -149,10 +164,48 @@ def _fitting(
     _check_plan(path, plan)
     entries = entries_of(model)
     loaded = _read_tensors(path / "model.safetensors")
+    for name in entries.tensors.keys() - loaded.keys():
+        if (scales := recorded_scales(loaded, name.removesuffix("scales"))) is not None:
+            loaded[name] = torch.tensor(scales, dtype=torch.float32)
     _check_tensors(path, loaded, entries.tensors)
     if strangers := sorted(state["extra"].keys() - entries.extra.keys()):
         raise CheckpointError(f"the checkpoint {path} is of another model: {strangers[0]} is not in this one")
     return path, state, entries, loaded
+
+
+def _local_state(
+    path: Path, state: dict[str, Any], engine: Engine
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The state of local updates for this process, and that of its optimizer; None for what the checkpoint or the run has not."""
+    sync = state.get("sync")
+    if sync is None or engine.local is None:
+        return None, None
+    workers = sync.get("workers") if isinstance(sync, dict) else None
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise Damaged(
+            f"the checkpoint {path} is damaged: in state.json, sync must have a number of workers{_remedy(path)}"
+        )
+    for name in (COMMON, worker_file(engine.rank if engine.rank < workers else 0)):
+        _verify(path, name, state["files"])
+    try:
+        return read_state(path, workers, engine.rank)
+    except (OSError, ValueError) as error:
+        raise Damaged(
+            f"the checkpoint {path} is damaged: the state of local updates cannot be read ({error}){_remedy(path)}"
+        ) from None
+
+
+def _restore_local(local: LocalUpdates, state: dict[str, Any] | None, step: int, path: Path) -> None:
+    if state is None:
+        return local.restart(step)
+    try:
+        local.load_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint {path}: {error}") from None
+    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise Damaged(
+            f"the checkpoint {path} is damaged: the state of local updates is malformed ({describe(error)}){_remedy(path)}"
+        ) from None
 
 
 def _put(model: nn.Module, values: Mapping[str, Any], path: Path) -> None:
@@ -185,21 +238,24 @@ def _verified_state(path: Path) -> dict[str, Any]:
         raise Damaged(
             f"the checkpoint {path} is damaged: its step is {state['step']}, and must be 0 or more{_remedy(path)}"
         )
-    files: dict[str, Any] = state["files"]
-    remedy = _remedy(path)
     for name in FILES:
-        file = path / name
-        if not file.is_file() or not isinstance(files.get(name), dict) or "bytes" not in files[name]:
-            raise Damaged(f"the checkpoint {path} is damaged: {name} is missing{remedy}")
-        found, expected = fingerprint(file), files[name]
-        if found["bytes"] != expected["bytes"]:
-            raise Damaged(
-                f"the checkpoint {path} is damaged: {name} has {found['bytes']} bytes and was written with "
-                f"{expected['bytes']}{remedy}"
-            )
-        if found != expected:
-            raise Damaged(f"the checkpoint {path} is damaged: {name} was changed after it was written{remedy}")
+        _verify(path, name, state["files"])
     return state
+
+
+def _verify(path: Path, name: str, files: dict[str, Any]) -> None:
+    """Checks that a file of a checkpoint is whole and as it was written."""
+    file, remedy = path / name, _remedy(path)
+    if not file.is_file() or not isinstance(files.get(name), dict) or "bytes" not in files[name]:
+        raise Damaged(f"the checkpoint {path} is damaged: {name} is missing{remedy}")
+    found, expected = fingerprint(file), files[name]
+    if found["bytes"] != expected["bytes"]:
+        raise Damaged(
+            f"the checkpoint {path} is damaged: {name} has {found['bytes']} bytes and was written with "
+            f"{expected['bytes']}{remedy}"
+        )
+    if found != expected:
+        raise Damaged(f"the checkpoint {path} is damaged: {name} was changed after it was written{remedy}")
 
 
 def _remedy(path: Path) -> str:
@@ -244,9 +300,10 @@ def _check_tensors(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[s
         ]
         raise CheckpointError(f"the checkpoint {path} is of another model: {'; '.join(parts)}")
     for name, tensor in expected.items():
+        if name.endswith("_extra_state"):  # which its module reads and checks itself
+            continue
         shape = _shape(tensor)
-        mixed = loaded[name].is_floating_point() != tensor.is_floating_point()
-        if mixed and not name.endswith("_extra_state"):  # which its module reads and checks itself
+        if loaded[name].is_floating_point() != tensor.is_floating_point():
             raise CheckpointError(
                 f"the checkpoint {path} is of another model: {name} is of {loaded[name].dtype} there and {tensor.dtype} here"
             )
@@ -280,7 +337,11 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def _optimizer_state(
-    path: Path, saved: dict[str, Any], optimizer: Optimizer, trained: Mapping[str, Any]
+    path: Path,
+    saved: dict[str, Any],
+    optimizer: Optimizer,
+    trained: Mapping[str, Any],
+    own: dict[str, Any] | None,
 ) -> OptimizerState:
     """The optimizer's state by parameter name, checked.
 
@@ -289,6 +350,7 @@ def _optimizer_state(
         saved: the optimizer's entry in state.json.
         optimizer: of this run.
         trained: name → shape, of each trainable parameter.
+        own: tensors and scalars of this process instead of those that all share.
     """
     if not isinstance(saved.get("scalars"), dict) or not isinstance(saved.get("class"), str):
         raise CheckpointError(
@@ -300,7 +362,8 @@ def _optimizer_state(
             f"{type(optimizer).__name__}: set optimizer.name as it was"
         )
     state: OptimizerState = {}
-    for entry, value in {**_read_tensors(path / "optimizer.safetensors"), **saved["scalars"]}.items():
+    whole = {"tensors": _read_tensors(path / "optimizer.safetensors"), **saved} if own is None else own
+    for entry, value in {**whole["tensors"], **whole["scalars"]}.items():
         key, _, name = entry.partition("/")
         state.setdefault(name, {})[key] = value
     if strangers := sorted(state.keys() - trained):

@@ -20,6 +20,10 @@ from dist_ssn.train.metrics.clock import Clock
 from dist_ssn.train.recipe.schema import Recipe
 
 _NUMBER = (int, float)
+OF_STEPS = ("gradients", "synchronization", "parameters", "buffers")
+"""Purposes of what training sends."""
+OF_WAITING = ("gradients", "synchronization")
+"""Purposes whose waiting time counts."""
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Account:
 
     def step_bytes(self) -> tuple[int, float]:
         """Logical and ring bytes of all steps of this process."""
-        totals = [self.meter.ledger.totals(purpose) for purpose in ("gradients", "parameters", "buffers")]
+        totals = [self.meter.ledger.totals(purpose) for purpose in OF_STEPS]
         return sum(part.logical_bytes for part in totals), sum(part.ring_bytes for part in totals)
 
     def per_step(self) -> dict[str, float]:
@@ -102,9 +106,14 @@ class Account:
         }
 
     def exposed_per_step(self) -> dict[str, float]:
-        """Milliseconds that a step of this process has waited for gradients; empty if that was not measured."""
-        exposed, steps = self.meter.ledger.totals("gradients").exposed_seconds, len(self.clock.times)
+        """Milliseconds that a step of this process has waited for gradients and changes; empty if that was not measured."""
+        exposed, steps = self.exposed_seconds(), len(self.clock.times)
         return {} if exposed is None or not steps else {"exposed_ms_per_step": 1000 * exposed / steps}
+
+    def exposed_seconds(self) -> float | None:
+        """Seconds that this process has waited for gradients and changes; None if that was not measured."""
+        parts = [self.meter.ledger.totals(purpose).exposed_seconds for purpose in OF_WAITING]
+        return None if None in parts else sum(part for part in parts if part is not None)
 
     def ledger(self) -> list[dict[str, Any]]:
         """Rows of the ledger, summed over this process and those before it."""

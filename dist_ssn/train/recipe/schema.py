@@ -151,6 +151,8 @@ class ShareConfig:
     """Baseline method to train with this budget instead of sharing; null: none."""
     seed: Ordinal = 0
     """Seed of the plan's pseudo-random choices."""
+    generate: Literal["auto", "on_demand", "per_step"] = "auto"
+    """Weights are generated on demand (no copy in memory) or once per forward (quicker); auto: the latter for small models."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""
@@ -162,7 +164,9 @@ class ShareConfig:
                 f"is {self.control}, which needs a budget: set share.budget too, such as --share.budget=10%",
                 ("share.budget",),
             )
-        for name, unset, shown in (("plan", None, "null"), ("mapping", "auto", "auto"), ("morph", "auto", "auto")):
+        unset_values = {"plan": None, "mapping": "auto", "morph": "auto", "generate": "auto"}
+        for name, unset in unset_values.items():
+            shown = "null" if unset is None else unset
             if getattr(self, name) != unset:
                 yield Problem(
                     f"share.{name}",
@@ -273,6 +277,65 @@ class PruneConfig:
         if self.what == "weights" and share.control is not None:
             text = f"is weights, which the control {share.control} makes in its own way: leave one of them out"
             yield Problem("prune.what", text, reads)
+
+
+@checked(RecipeError)
+class SyncConfig:
+    """Local updates: processes train apart, and average what they have changed (engines ddp and mpi)."""
+
+    every: Annotated[Count | None, Field(examples=[16])] = None
+    """Number of steps in a round; null: gradients are averaged on every step."""
+    outer: Literal["nesterov", "average"] = "nesterov"
+    """Optimizer of what all processes hold in common, whose gradient is the mean change."""
+    outer_rate: Annotated[Positive | None, Says("a number above 0, or null")] = None
+    """Learning rate of the outer optimizer; null: 0.7 (nesterov) or 1 (average)."""
+    outer_momentum: Annotated[BelowOne | None, Says("at least 0 and below 1, or null")] = None
+    """Momentum of the outer optimizer; null: 0.6 (nesterov)."""
+    codec: Literal["none", "fp16", "bf16", "int8", "int4", "bins2", "sparse"] = "none"
+    """Number format of changes on the network; what it loses is sent later."""
+    delay: Annotated[StrictInt, Ge(0), Le(1)] = 0
+    """Number of rounds during which a mean change travels."""
+    warmup: Ordinal = 0
+    """Number of first steps after each of which parameters are averaged plainly."""
+    outlier: Annotated[StrictFloat | None, Field(gt=1), Says("a number above 1, or null")] = 10.0
+    """Multiple of the median norm above which a process's change is left out of a round; null: only what is not finite."""
+    within: Annotated[Literal["node"] | None, Field(examples=["node"])] = None
+    """Processes that average gradients on every step, so that only nodes train apart; null: none (ddp)."""
+
+    def options(self) -> dict[str, Any] | None:
+        """Keyword arguments of `LocalUpdates`; None without local updates."""
+        if self.every is None:
+            return None
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "within"}
+
+    def rules(self, recipe: Recipe) -> Iterator[Problem]:
+        """Rules across keys."""
+        if self.every is None:
+            for field in dataclasses.fields(self):
+                if getattr(self, field.name) != field.default:
+                    text = "needs local updates: set sync.every too, such as --sync.every=16"
+                    yield Problem(f"sync.{field.name}", text, ("sync.every",))
+            return
+        engine, reads = recipe.engine, ("sync.every", "engine.name")
+        if engine.name == "fsdp":
+            text = "goes with the engine ddp or mpi; a script can train islands of FSDP2, by LocalUpdates(group=...)"
+            yield Problem("sync.every", text, reads)
+        if engine.name == "deepspeed":
+            text = "goes with the engine ddp or mpi, not with deepspeed, which averages gradients on every step"
+            yield Problem("sync.every", text, reads)
+        if self.within is not None and engine.name == "mpi":
+            yield Problem("sync.within", "goes with the engine ddp, not with mpi", ("engine.name",))
+        if self.outer_momentum is not None and self.outer == "average":
+            yield Problem("sync.outer_momentum", "goes with sync.outer nesterov, not with average", ("sync.outer",))
+        for name, unset in (("overlap", "none"), ("compress", "none")):
+            if getattr(engine, name) != unset:
+                text = "is for gradients that are averaged on every step: leave it none with sync.every"
+                yield Problem(f"engine.{name}", text, ("sync.every",))
+        if recipe.prune.final:
+            text = "needs processes that hold the same parameters after every step: leave out prune.final or sync.every"
+            yield Problem("prune.final", text, ("sync.every",))
+        if recipe.predicted is not None:
+            yield Problem("predicted", "is for gradients that are averaged on every step, not for sync.every", reads)
 
 
 @checked(RecipeError)
@@ -391,6 +454,7 @@ class Recipe:
     patience: Annotated[Count | None, Field(examples=[5])] = None
     """Number of evaluations without a better one after which a run stops; null: never."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    sync: SyncConfig = SyncConfig()
     engine: EngineConfig = EngineConfig()
     wandb: WandbConfig = WandbConfig()
     predicted: Annotated[str | None, Field(examples=["predicted.json"])] = None
@@ -408,6 +472,7 @@ class Recipe:
             yield Problem("predicted", text, ("engine.name",))
         yield from self.distill.rules()
         yield from self.prune.rules(self)
+        yield from self.sync.rules(self)
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> Self:
@@ -421,7 +486,9 @@ class Recipe:
 
 def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In which settings two recipes differ, other than those that say how a run is started."""
-    old, new = (dict(_flat(recipe)) for recipe in (before, now))
+    # A recipe of an older version lacks keys, and was trained as their defaults say.
+    default, old, new = (dict(_flat(recipe)) for recipe in (json.loads(Recipe().to_json()), before, now))
+    old = default | old
     return [f"{key} was {old.get(key)} and is {value}" for key, value in new.items() if old.get(key) != value]
 
 

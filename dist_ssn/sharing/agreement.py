@@ -1,0 +1,78 @@
+"""Agreement of the ranks on a bank's scales and structure: rank 0's scales are everybody's, and all structures are equal.
+
+A bank has its scales and a fingerprint of its structure in buffers. DDP copies rank 0's buffers to all ranks when it is made. Other
+wrappers, and DDP with `broadcast_buffers=False`, don't: then the first forward that all ranks must be in sends them, once. These
+buffers never change afterwards, so DDP is asked to leave them out of the broadcast before each forward.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ssn.plan.slots import Group
+from dist_ssn.torch_private import fsdp_mesh, leave_out_buffers
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+"""Classes around a model, by name, whose forward with gradients all ranks run together."""
+
+
+def structure_of_bank(group: Group, seed: int) -> Tensor:
+    """Fingerprint [1] of a bank's structure, equal on every machine."""
+    digest = hashlib.sha256(f"{group!r}/{seed}".encode()).digest()
+    return torch.tensor([int.from_bytes(digest[:8], "little", signed=True)])
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """True for a wrapper whose ranks must agree."""
+    return any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__)
+
+
+def watch_wrapper(wrapper: nn.Module, banks: list[Any]) -> None:
+    """Lets a wrapper's first forward check that its ranks agree.
+
+    Args:
+        wrapper: its constructor is about to take a shared model.
+        banks: of the model.
+    """
+    if not banks:
+        return
+
+    @torch.compiler.disable
+    def before_forward(wrapper: nn.Module, *_: Any) -> None:
+        synced = leave_out_buffers(wrapper, [buffer for bank in banks for buffer in (bank.scales, bank.structure)])
+        if not synced and not torch.is_grad_enabled():  # perhaps an evaluation by rank 0 alone
+            return
+        handle.remove()
+        for bank in banks:
+            if not synced:
+                _send(bank, getattr(wrapper, "process_group", None) or getattr(wrapper, "data_parallel_group", None))
+            bank.require_structure()
+            bank.agreed = True
+
+    handle = wrapper.register_forward_pre_hook(before_forward)
+
+
+def agree_under_fsdp2(bank: Any) -> None:
+    """Gives all ranks rank 0's scales, if FSDP2 has sharded the bank: it has just gathered it, so all ranks are here."""
+    mesh = fsdp_mesh(bank)
+    if mesh is None:
+        return
+    bank.agreed = True
+    for group in mesh.get_all_groups():
+        _send(bank, group)
+    bank.require_structure()
+
+
+def _send(bank: Any, process_group: Any) -> None:
+    """Copies the buffers of the group's first rank to the others."""
+    from dist_ssn.comm.meter import purpose  # only where something is sent: `import dist_ssn` stays light
+
+    first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    with purpose("initialization"), torch.no_grad():
+        for buffer in (bank.scales, bank.structure):
+            dist.broadcast(buffer, src=first, group=process_group)

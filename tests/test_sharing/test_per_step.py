@@ -1,0 +1,363 @@
+"""All weights at once, per forward: the same as on demand in float64, whatever a script does between and inside of steps."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dist_ssn import freeze, materialize, set_generation, share
+from dist_ssn.errors import ShareError
+from testing.layer_kinds import KINDS, Twins, banks_of, loss_of, relative_error, shake
+
+TOLERANCE = 1e-10
+
+
+class Net(nn.Module):
+    """Two blocks around a repeated layer, with matrices whose rows are, and are not, whole chunks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(32, 48)
+        self.middle = nn.Linear(48, 48)
+        self.odd = nn.Linear(48, 21)
+        self.last = nn.Linear(21, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.middle(torch.tanh(self.first(x))))
+        return self.last(torch.tanh(self.odd(torch.tanh(self.middle(hidden)))))
+
+
+def net(**options: object) -> Net:
+    torch.manual_seed(0)
+    model = share(Net().double(), 0.3, morph="offset:gains=true", **options)  # type: ignore[arg-type]
+    shake(model)
+    assert isinstance(model, Net)
+    return model
+
+
+def pair() -> tuple[Net, Net]:
+    """(generated on demand, generated per step): the same model twice."""
+    one = net(generate="on_demand")
+    other = copy.deepcopy(one)
+    set_generation(other, "per_step")
+    return one, other
+
+
+def batch(seed: int = 1) -> Tensor:
+    return torch.randn(6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def made(model: nn.Module) -> int:
+    """Number of weights that were generated at once for the last forward."""
+    return sum(len(bank.per_step.made or ()) for bank in banks_of(model) if bank.per_step is not None)
+
+
+def same(one: nn.Module, other: nn.Module) -> None:
+    for name, gradient in gradients(one).items():
+        error = relative_error(gradients(other)[name], gradient)
+        assert error <= TOLERANCE, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("gains", [True, False], ids=["gains", "no gains"])
+@pytest.mark.parametrize("budget", [0.35, 0.8])
+@pytest.mark.parametrize("name", KINDS)
+def test_equals_on_demand_and_the_dense_model(name: str, budget: float, gains: bool) -> None:
+    torch.manual_seed(0)
+    kind = KINDS[name]
+    model: nn.Module = Twins(kind, 600).double()
+    share(model, budget, morph=f"offset:templates=1,gains={str(gains).lower()}", generate="on_demand")
+    shake(model)
+    inputs = kind.inputs()
+    loss = loss_of(model(*inputs))
+    loss.backward()
+    other = copy.deepcopy(model)
+    other.zero_grad()
+    set_generation(other, "per_step")
+    loss_of(other(*inputs)).backward()
+    assert made(other) > 0
+    same(model, other)
+    dense = materialize(other)
+    assert relative_error(loss_of(dense(*inputs)), loss) <= TOLERANCE
+
+
+def _accumulate(model: Net) -> None:
+    for seed in range(3):
+        loss_of(model(batch(seed))).backward()
+
+
+def _two_forwards(model: Net) -> None:
+    (loss_of(model(batch(1))) + loss_of(model(batch(2)))).backward()
+
+
+def _kept_graph(model: Net) -> None:
+    loss = loss_of(model(batch()))
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def _losses_of_one_forward(model: Net) -> None:
+    output = model(batch())
+    output[:3].sum().backward(retain_graph=True)
+    model(batch(2))
+    output[3:].square().sum().backward()
+
+
+def _checkpoint(reentrant: bool) -> Callable[[Net], None]:
+    class Around(nn.Module):
+        def __init__(self, inner: Net):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = checkpoint(
+                lambda x: torch.tanh(self.inner.middle(self.inner.first(x))), x, use_reentrant=reentrant
+            )
+            assert isinstance(hidden, Tensor)
+            return self.inner.last(self.inner.odd(hidden))
+
+    def run(model: Net) -> None:
+        plain = Net.forward
+        try:
+            Net.forward = lambda self, x: Around(self)(x)  # type: ignore[method-assign]
+            loss_of(model(batch().requires_grad_())).backward()
+        finally:
+            Net.forward = plain  # type: ignore[method-assign]
+
+    return run
+
+
+def _part_without_gradient(model: Net) -> None:
+    plain = Net.forward
+
+    def forward(self: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher = self.middle(self.first(x))
+        return self.last(torch.tanh(self.odd(self.middle(self.first(x)) - teacher.cos())))
+
+    try:
+        Net.forward = forward  # type: ignore[method-assign]
+        loss_of(model(batch())).backward()
+    finally:
+        Net.forward = plain  # type: ignore[method-assign]
+
+
+def _frozen(model: Net) -> None:
+    with pytest.warns(UserWarning, match="other weights train their bank"):
+        freeze(model, "middle")
+    loss_of(model(batch())).backward()
+
+
+def _frozen_parameters(model: Net) -> None:
+    for bank in banks_of(model):
+        bank.bank.requires_grad_(False)
+    loss_of(model(batch())).backward()
+
+
+def _alone(model: Net) -> None:
+    loss_of(model.middle(model.first(batch()))).backward()
+
+
+def _written_to_data(model: Net) -> None:
+    """As old optimizers and averages of weights do it: autograd's version counters don't see it."""
+    loss_of(model(batch())).backward()
+    for parameter in model.parameters():
+        parameter.data.mul_(0.9)
+    loss_of(model(batch())).backward()
+
+
+def _steps(model: Net) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss_of(model(batch(seed))).backward()
+        optimizer.step()
+
+
+def _modes_in_turn(model: Net) -> None:
+    on = any(bank.per_step is not None for bank in banks_of(model))
+    for seed, mode in enumerate(["per_step", "on_demand", "per_step"]):
+        set_generation(model, mode if on else "on_demand")
+        loss_of(model(batch(seed))).backward()
+
+
+def _read_directly(model: Net) -> None:
+    plain = Net.forward
+    try:
+        Net.forward = lambda self, x: self.first(x) @ self.middle.weight.T  # type: ignore[method-assign]
+        loss_of(model(batch())).backward()
+    finally:
+        Net.forward = plain  # type: ignore[method-assign]
+
+
+def _functional(model: Net) -> None:
+    swapped = {name: (p.detach() * 1.1).requires_grad_() for name, p in model.named_parameters()}
+    loss_of(torch.func.functional_call(model, swapped, (batch(),))).backward()
+    for name, parameter in model.named_parameters():
+        parameter.grad = swapped[name].grad
+
+
+SCRIPTS: dict[str, Callable[[Net], None]] = {
+    "accumulation": _accumulate,
+    "two forwards before a backward": _two_forwards,
+    "a graph that is kept": _kept_graph,
+    "two losses, a forward between": _losses_of_one_forward,
+    "checkpoint": _checkpoint(False),
+    "reentrant checkpoint": _checkpoint(True),
+    "a part without gradient": _part_without_gradient,
+    "a frozen layer": _frozen,
+    "frozen banks, trained gains": _frozen_parameters,
+    "a part alone": _alone,
+    "values written to .data": _written_to_data,
+    "steps": _steps,
+    "modes in turn": _modes_in_turn,
+    "a weight read outside of its layer": _read_directly,
+    "functional_call": _functional,
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_whatever_a_script_does(script: str) -> None:
+    one, other = pair()
+    SCRIPTS[script](one)
+    SCRIPTS[script](other)
+    assert any(gradient is not None for gradient in gradients(one).values())
+    same(one, other)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert relative_error(b, a) <= TOLERANCE
+
+
+def test_without_gradient_and_in_inference_mode() -> None:
+    one, other = pair()
+    with torch.no_grad():
+        assert relative_error(other(batch()), one(batch())) <= TOLERANCE and made(other)
+    with torch.inference_mode():
+        assert relative_error(other(batch()), one(batch())) <= TOLERANCE
+    same_loss = loss_of(other(batch()))
+    same_loss.backward()
+    loss_of(one(batch())).backward()
+    same(one, other)
+
+
+def test_autocast() -> None:
+    one, other = (model.float() for model in pair())
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, got = one(batch().float()), other(batch().float())
+    assert got.dtype == wanted.dtype == torch.bfloat16
+    assert torch.equal(got, wanted)
+
+
+def test_the_buffer_is_used_again_unless_a_graph_holds_it() -> None:
+    _, model = pair()
+    (bank,) = banks_of(model)
+
+    def place() -> int:
+        assert bank.per_step is not None and bank.per_step.sheet is not None
+        return bank.per_step.sheet.values.data_ptr()
+
+    loss = loss_of(model(batch()))
+    first = place()
+    loss.backward()
+    model(batch())
+    assert place() == first
+    held = model(batch())
+    second = place()
+    model(batch())
+    assert place() != second
+    loss_of(held).backward()
+
+
+def test_a_step_between_forward_and_backward_is_an_error() -> None:
+    _, model = pair()
+    loss = loss_of(model(batch()))
+    with torch.no_grad():
+        banks_of(model)[0].bank.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified"):
+        loss.backward()
+
+
+def test_an_exception_in_forward_leaves_nothing_stale() -> None:
+    one, other = pair()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        other(batch()[:, :5])
+    for model in (one, other):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+    assert relative_error(other.first(batch()), one.first(batch())) <= TOLERANCE
+
+
+def test_copies_and_pickles_keep_the_mode_and_share_nothing() -> None:
+    one, other = pair()
+    loss = loss_of(other(batch()))
+    for copied in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(2)
+        copied(batch())
+        assert made(copied)
+    loss.backward()
+    loss_of(one(batch())).backward()
+    same(one, other)
+
+
+def test_a_materialized_copy_has_no_hooks() -> None:
+    _, model = pair()
+    dense = materialize(model)
+    assert not dense._forward_pre_hooks and not dense._forward_hooks and not dense._forward_hooks_always_called
+
+
+@pytest.mark.parametrize("mode", ["on_demand", "per_step"])
+def test_compile_has_no_graph_break(mode: str) -> None:
+    model = net(generate=mode)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    loss_of(compiled(batch())).backward()
+    other = net(generate=mode)
+    loss_of(other(batch())).backward()
+    same(other, model)
+
+
+def test_other_morphs_and_pruned_weights_are_generated_on_demand() -> None:
+    model = share(Net().double(), 0.3, morph="inter", generate="per_step")
+    assert all(bank.per_step is None for bank in banks_of(model))
+    model = net(generate="per_step")
+    for bank in banks_of(model):
+        bank.thresholds = torch.full((len(bank.group.slots),), 0.01, dtype=torch.float64)
+    model(batch())
+    assert not made(model)
+
+
+def test_auto_decides_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def modes(model: nn.Module) -> list[bool]:
+        return [bank.per_step is not None for bank in banks_of(model)]
+
+    assert modes(net(generate="auto")) == [True]
+    monkeypatch.setattr("dist_ssn.sharing.generation.LARGEST", 100)
+    assert modes(net(generate="auto")) == [False]
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ShareError, match=r"generate 'per-step'.*did you mean 'per_step'"):
+        share(Net(), 0.3, generate="per-step")
+    with pytest.raises(ShareError, match="not shared"):
+        set_generation(Net(), "per_step")
+
+
+def test_a_step_runs_fewer_operations() -> None:
+    """Less than a third of what generation on demand adds to the dense step's operations."""
+    counts = {}
+    one, other = pair()
+    for name, model in {"on_demand": one, "per_step": other, "dense": materialize(one)}.items():
+        loss_of(model(batch())).backward()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss_of(model(batch())).backward()
+        counts[name] = sum(event.count for event in profile.key_averages() if event.key.startswith("aten::"))
+    assert counts["per_step"] - counts["dense"] < (counts["on_demand"] - counts["dense"]) / 2, counts
