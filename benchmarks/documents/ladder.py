@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.ladder.cells import AVERAGE, NAMES
-from benchmarks.ladder.rungs import DENSE, Rung, lines_by_cell, loss_of, rungs
+from benchmarks.ladder.rungs import DENSE, Rung, above_dense, lines_by_cell, loss_of, rungs
 from benchmarks.ladder.suites import DILOCO, LONG, NESTEROV, SHORT
 from benchmarks.markdown import grid, mean, short
 
@@ -36,7 +36,7 @@ def frontier(task: str) -> str:
         line = runs[0]
         outer = "" if every == 1 else OUTERS[tuple(line["outer"])]
         fewer = f"{dense[0]['bytes'] / line['bytes']:,.0f}" if line is not dense[0] else ""
-        apart = f"{loss_of(runs) / loss_of(dense) - 1:+.1%}" if line is not dense[0] else ""
+        apart = f"{above_dense(runs, dense):+.1%}" if line is not dense[0] else ""
         settings = (model_name(kind, budget), str(every), CODECS[codec], short(line["lr"]), outer)
         sizes = (megabytes(line["bytes"]), megabytes(line["ring_bytes"]), fewer)
         rows.append([*settings, *sizes, f"**{loss}**" if lowest else loss, apart])

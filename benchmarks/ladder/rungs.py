@@ -25,6 +25,13 @@ def loss_of(runs: Iterable[Line]) -> float:
     return statistics.mean(run["validation_loss"] for run in runs)
 
 
+def above_dense(runs: Iterable[Line], dense: Iterable[Line]) -> float:
+    """Mean loss above that of dense with the same seeds, as a fraction."""
+    losses = {run["seed"]: run["validation_loss"] for run in dense}
+    pairs = [(run["validation_loss"], losses[run["seed"]]) for run in runs if run["seed"] in losses]
+    return sum(mine for mine, _ in pairs) / sum(theirs for _, theirs in pairs) - 1
+
+
 def rungs(task: str) -> dict[Rung, list[Line]]:
     """Rung → its runs, a seed each, at the setting with the most seeds; among equals, the one with the least mean loss."""
     settings: dict[Rung, dict[tuple[Any, ...], list[Line]]] = {}
@@ -39,16 +46,15 @@ def rungs(task: str) -> dict[Rung, list[Line]]:
 def expected_losses() -> str:
     """JSON: loss above dense's on every step, as a fraction, by budget, period and codec; dense and banks alone.
 
-    Keys: "limits" in words; "workers"; "tasks", for each its name, steps and dense loss; "rungs", each with budget (null: dense),
+    Seeds are compared one by one. Keys: "limits" in words; "workers"; "tasks", for each its name, steps and dense loss; "rungs", each with budget (null: dense),
     every, codec, and for each task [fraction above dense's loss, seeds].
     """
     tasks = {task: rungs(task) for task in NAMES if DENSE in rungs(task)}
     made: dict[tuple[float | None, int, str], dict[str, list[float]]] = {}
     for task, found in tasks.items():
-        dense = loss_of(found[DENSE])
         for (kind, budget, every, codec), runs in found.items():
             if kind in ("dense", "bank"):
-                above = round(loss_of(runs) / dense - 1, 4)
+                above = round(above_dense(runs, found[DENSE]), 4)
                 made.setdefault((budget, every, codec), {})[task] = [above, len(runs)]
     rows = [
         {"budget": budget, "every": every, "codec": codec, **losses}
