@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
+from collections.abc import Sequence
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
 
@@ -46,12 +47,13 @@ def table(results: ResultFile) -> Table:
     return made
 
 
-def measure(results: ResultFile, suite: Suite, jobs: int, until: float) -> None:
+def measure(results: ResultFile, suite: Suite, only: Sequence[str], jobs: int, until: float) -> None:
     """Measures the cells of a suite, `jobs` at once, each in a process of its own. Every new line may change what comes next.
 
     Args:
         results: Gets a line per cell.
         suite: Cells from the lines so far.
+        only: Texts, of which a cell's identity has at least one.
         jobs: Number of processes.
         until: Time of `time.monotonic` after which no further cell starts.
     """
@@ -59,7 +61,8 @@ def measure(results: ResultFile, suite: Suite, jobs: int, until: float) -> None:
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
         while True:
             lines = list(results.lines())
-            wanted = [one for one in without(suite(lines), lines) if identity(one) not in running]
+            named = {identity(one): one for one in without(suite(lines), lines)}
+            wanted = [one for name, one in named.items() if name not in running and any(text in name for text in only)]
             if time.monotonic() < until:
                 running |= {identity(one): pool.apply_async(run, (one,)) for one in wanted[: jobs - len(running)]}
             if not running:
@@ -75,13 +78,14 @@ def measure(results: ResultFile, suite: Suite, jobs: int, until: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}; or {', '.join(WORDS)}")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="cells whose identity has one of these")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cells after this time")
     arguments = parser.parse_args()
     results, began = ResultFile("ladder"), time.monotonic()
     for suite in chosen(parser, arguments.suites, [*SUITES, *WORDS]):
         if suite in SUITES:
-            measure(results, SUITES[suite], arguments.jobs, began + 60 * arguments.minutes)
+            measure(results, SUITES[suite], arguments.only, arguments.jobs, began + 60 * arguments.minutes)
     if "planner" in arguments.suites:
         LOSSES.write_text(expected_losses(), encoding="utf-8")
     if "table" in arguments.suites or not arguments.suites:

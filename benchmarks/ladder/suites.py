@@ -124,9 +124,14 @@ def _rungs(
         frontier.append({**long[model], "codec": "int4"})
         if model == DENSE:
             yield {**long[model], "outer": list(DILOCO)}
-    for base in (*synchronous.values(), *({**one, "every": 4} for one in local.values())):
+    for base in synchronous.values():
         yield {**base, "codec": "int4"}
         frontier.append({**base, "codec": "int4"})
+    for base in local.values():
+        outers = dict.fromkeys((AVERAGE, (base["outer"][0], base["outer"][1])))
+        tried = [{**base, "every": 4, "codec": "int4", "outer": list(outer)} for outer in outers]
+        yield from tried
+        frontier.append(known.best(tried))
     yield from _budgets(task, known, {model[0]: {**base, "codec": "int4"} for model, base in local.items()})
     for seed in (1, 2):
         yield from ({**one, "seed": seed} for one in frontier)
