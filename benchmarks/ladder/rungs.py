@@ -46,8 +46,8 @@ def rungs(task: str) -> dict[Rung, list[Line]]:
 def expected_losses() -> str:
     """JSON: loss above dense's on every step, as a fraction, by budget, period and codec; dense and banks alone.
 
-    Seeds are compared one by one. Keys: "limits" in words; "workers"; "tasks", for each its name, steps and dense loss; "rungs", each
-    with budget (null: dense), every, codec, and for each task [fraction above dense's loss, seeds].
+    Seeds are compared one by one. Keys: "limits" in words; "workers"; "tasks", for each its name, steps and dense loss; "rungs",
+    each with budget (null: dense), every, codec, and for each task [fraction above dense's loss, seeds].
     """
     tasks = {task: rungs(task) for task in NAMES if DENSE in rungs(task)}
     made: dict[tuple[float | None, int, str], dict[str, list[float]]] = {}
