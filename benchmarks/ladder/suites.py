@@ -21,7 +21,8 @@ DILOCO = (0.7, 0.9)
 OUTER = (NESTEROV, AVERAGE, DILOCO)
 """Outer learning rates and momenta that are tried. Plain averaging is that of post-local SGD and of SparseLoCo."""
 CLOSE = 1.02
-"""Plain averaging gets learning rates of its own, if at the best rate of NESTEROV its loss is below this multiple."""
+"""Plain averaging gets learning rates of its own, if at the best rate of NESTEROV its loss is below this multiple; dense always,
+because post-local SGD is that."""
 FIRST: dict[tuple[str, str], float] = {
     **{("gpt", "dense"): 3e-3, ("gpt", "bank"): 3e-3, ("gpt", "small"): 6e-3, ("gpt", "hashed"): 6e-3},
     **{("lstm", "dense"): 1.2e-2, ("lstm", "bank"): 6e-3, ("lstm", "small"): 2.4e-2, ("lstm", "hashed"): 2.4e-2},
@@ -93,7 +94,7 @@ def frontier(task: str, lines: Iterable[Line]) -> Iterator[Cell]:
         chosen = known.best(tried)
         others = [{**chosen, "outer": list(outer)} for outer in OUTER]
         yield from others
-        if known.ratio(others[1], chosen) < CLOSE:
+        if model == DENSE or known.ratio(others[1], chosen) < CLOSE:
             yield from known.by_rate(
                 lambda lr, of=model: cell(task, *of, lr, SHORT, outer=AVERAGE), chosen["lr"], others
             )
@@ -123,7 +124,8 @@ def _rungs(
         yield {**long[model], "codec": "int4"}
         frontier.append({**long[model], "codec": "int4"})
         if model == DENSE:
-            yield {**long[model], "outer": list(DILOCO)}
+            base = {**long[model], "outer": list(DILOCO)}
+            yield from known.by_rate(lambda lr, base=base: {**base, "lr": lr}, base["lr"], [])
     for base in synchronous.values():
         yield {**base, "codec": "int4"}
         frontier.append({**base, "codec": "int4"})
