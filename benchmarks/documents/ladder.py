@@ -84,23 +84,19 @@ def _bold(loss: float, is_best: bool) -> str:
 
 
 def agreements() -> str:
-    """Mean over a run (first quarter → last quarter), by model and period, each at its best measured learning rate."""
+    """Mean over a run (first quarter → last quarter), by model and period, each at its best measured setting."""
     best: dict[tuple[str, str, float | None], dict[int, Line]] = {}
     for line in sorted(lines_by_cell().values(), key=lambda line: -line["validation_loss"]):
-        if (
-            line["codec"] == "none"
-            and line["every"] in (SHORT, LONG)
-            and tuple(line["outer"]) == NESTEROV
-            and not line["seed"]
-        ):
+        if line["codec"] == "none" and line["every"] in (SHORT, LONG) and not line["seed"]:
             best.setdefault((line["task"], line["kind"], line["budget"]), {})[line["every"]] = line
     rows = []
     for task, kind, budget in sorted(best, key=lambda model: (list(NAMES).index(model[0]), *_order(*model[1:]))):
         for every, line in sorted(best[task, kind, budget].items()):
             texts = [NAMES[task], model_name(kind, budget), f"{line['parameters']:,}", str(every), short(line["lr"])]
+            texts.append(OUTERS[tuple(line["outer"])])
             texts += [_over_run([point[key] for point in line["agreement"]]) for key in ("cosine", "largest")]
             rows.append([*texts, f"{line['validation_loss']:.3f}"])
-    headings = ("model", "parameters", "every", "learning rate", "cosine", "largest 1/64", "loss")
+    headings = ("model", "parameters", "every", "learning rate", "outer", "cosine", "largest 1/64", "loss")
     return grid(("", *headings), rows)
 
 
@@ -133,7 +129,8 @@ def methods(task: str) -> str:
                 f"{min(line['validation_loss'] for line in found):.3f}" if found else "" for found in (theirs, rung)
             ]
             texts.append(megabytes(rung[0]["bytes"]) if rung else "")
-        rows.append(texts)
+        if texts[-6] or texts[-3]:
+            rows.append(texts)
     headings = [f"{model}, {what}" for model in ("dense", "bank 25 %") for what in ("theirs", "best tried", "MB")]
     return grid((NAMES[task], "every", "codec", "outer", *headings), rows)
 
