@@ -52,6 +52,7 @@ FULL = (
     "quality.paper_architectures rates",
     "quality.searches --tasks gpt-small lstm digits captions",
     "quality.searches --tasks gpt vit --mappings default shape pretrain",
+    "ladder agreement frontier-gpt frontier-lstm",
     "network.time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
 )
 PROFILES = {"short": SHORT, "full": FULL}

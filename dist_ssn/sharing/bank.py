@@ -247,9 +247,9 @@ class Bank(nn.Module):
         assert self.per_step is not None
         if self.check_plan is not None:
             self.check_plan()
+        self._require_agreement()
         graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
         if graph:
-            self._require_agreement()
             self._require_reduction()
         self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen, self.bases)
         assert self.per_step.made is not None

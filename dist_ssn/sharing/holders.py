@@ -32,7 +32,7 @@ def warn_of_holders(weights: Mapping[str, torch.Tensor], model: nn.Module) -> bo
     if not weights:
         return False
     names = {id(tensor): name for name, tensor in list(weights.items())[:_MOST]}
-    found = list(weights.values())[:_MOST]
+    found = tuple(list(weights.values())[:_MOST])  # a tuple, because a call with *found then makes no other one (Python 3.13)
     known = {id(weights), id(found)}
     for module in model.modules():
         known |= {id(module._parameters), id(module.__dict__.get("_flat_weights"))}
@@ -96,4 +96,6 @@ def _kind(holder: Any) -> str:
                     else f"a {kind} that is no part of the model"
                 )
     name = type(holder).__name__
+    if hasattr(holder, "__dict__"):  # from Python 3.13 on, attributes are in the object itself
+        return f"an attribute of a {name}"
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
