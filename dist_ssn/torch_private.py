@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -200,6 +200,22 @@ def leave_out_buffers(wrapper: nn.Module, buffers: Sequence[Tensor]) -> bool:
         wrapper.parameters_to_ignore |= names
         wrapper._assign_modules_buffers()
     return bool(getattr(wrapper, "forward_sync_buffers", getattr(wrapper, "broadcast_buffers", False)))
+
+
+def leave_out_parameters(wrapper: nn.Module, names: Iterable[str]) -> bool:
+    """Asks a DDP that is being made not to broadcast some parameters.
+
+    Args:
+        wrapper: see `leave_out_buffers`; it has not sent anything yet.
+        names: of frozen parameters of its module.
+
+    Returns:
+        True for a DDP, False for any other wrapper, and for a torch in which it goes on to broadcast them.
+    """
+    if not isinstance(wrapper, DistributedDataParallel) or not hasattr(wrapper, "parameters_to_ignore"):
+        return False
+    wrapper.parameters_to_ignore |= set(names)
+    return True
 
 
 def fsdp_mesh(module: nn.Module) -> Any:

@@ -22,6 +22,7 @@ from dist_ssn.engines.world.divergence import require_one_plan
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, check_compress, parse_overlap
 from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sharing.bases import sent_at_the_start
 from dist_ssn.sync.islands import islands_of
 from dist_ssn.torch_private import ignore_in_ddp
 
@@ -101,7 +102,7 @@ class DDPEngine(Engine):
         banks = {name: p for name, p in model.named_parameters() if p in apart}  # in one order on all ranks
         with purpose("initialization"):
             require_one_plan(model)
-            for tensor in banks.values() if trainable else (*model.parameters(), *model.buffers()):
+            for tensor in banks.values() if trainable else sent_at_the_start(model):
                 dist.broadcast(tensor.detach(), src=0)
             if not trainable:
                 return  # DDP rejects a model without parameters to average

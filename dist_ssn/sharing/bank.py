@@ -28,6 +28,7 @@ from dist_ssn.plan.scales import Scales
 from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import agree_under_fsdp2, structure_of_bank
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
+from dist_ssn.sharing.bases import Bases, as_rows, different
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.initial_values import initial_values, write
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
@@ -73,6 +74,8 @@ class Bank(nn.Module):
     """[1]: `structure_of_bank` of the rank whose buffers were copied here; not in the state dict, which has the plan."""
     thresholds: Tensor | None
     """For each slot, the magnitude up to which an element of its weight is set to zero; None if weights are not pruned."""
+    bases: Bases | None = None
+    """What the weights were when they were shared with `keep`; the bank generates the differences from them."""
     frozen: frozenset[int] = frozenset()
     """Indices of the slots that send no gradient into the bank (`parts.freeze`)."""
     stopped: bool = False
@@ -126,6 +129,20 @@ class Bank(nn.Module):
         structure = structure_of_bank(self.group, self.seed).to(self.device)
         self.register_buffer("structure", structure, persistent=False)
 
+    def keep(self, bases: Bases) -> None:
+        """Generates differences from these tensors from now on.
+
+        Args:
+            bases: one for each slot.
+        """
+        self.bases = bases
+        # Bytes as floating-point numbers: an average of state dicts, or one in half precision, still contains them.
+        self.register_buffer("fingerprints", as_rows(bases.fingerprints, self.device, torch.float32))
+
+    def fixed_buffers(self) -> list[Tensor]:
+        """The buffers in which all ranks agree with rank 0."""
+        return [b for name in ("scales", "structure", "fingerprints") if (b := self._buffers.get(name)) is not None]
+
     def reset_parameters(self, scales: Scales | None = None) -> None:
         """Gives the bank its initial values.
 
@@ -167,8 +184,8 @@ class Bank(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the parameters, and so of the weights outside of autocast."""
-        return self.bank.dtype
+        """Dtype of the weights outside of autocast: that of the parameters, or of kept weights."""
+        return self.bank.dtype if self.bases is None else self.bases.dtype
 
     def weight_name(self, index: int) -> str:
         """Full name of the weight of slot `index` in the model."""
@@ -234,7 +251,7 @@ class Bank(nn.Module):
         graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
         if graph:
             self._require_reduction()
-        self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen)
+        self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen, self.bases)
         assert self.per_step.made is not None
         return self.per_step.made
 
@@ -308,7 +325,7 @@ class Bank(nn.Module):
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
             weight = self._pruned(index, path.generate(bank, self._own_values(index, values)))
-            return weight if dtype is None else weight.to(dtype)
+            return self._whole(index, rows, weight, dtype)
 
     def _make(
         self, index: int, rows: Tensor | None, values: Mapping[str, Tensor | None], dtype: torch.dtype | None
@@ -319,8 +336,13 @@ class Bank(nn.Module):
             pieces = self._read(index, elements, values)
             own = self._own_values(index, values)
             weight = self._mix(index, rows, elements, pieces, own, self._projection(values["projections"], index))
-            weight = self._pruned(index, weight)
-            return weight if dtype is None else weight.to(dtype)
+            return self._whole(index, rows, self._pruned(index, weight), dtype)
+
+    def _whole(self, index: int, rows: Tensor | None, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The generated weight, or a kept one with the generated difference, in `dtype`."""
+        if self.bases is not None:
+            return self.bases.add(index, weight, rows, dtype)
+        return weight if dtype is None else weight.to(dtype)
 
     def _pruned(self, index: int, weight: Tensor) -> Tensor:
         return weight if self.thresholds is None else weight * (weight.abs() > self.thresholds[index])
@@ -471,6 +493,27 @@ class Bank(nn.Module):
                 "the same model, budget, mapping, morph and seed, or one plan, share(model, plan=…)"
             )
 
+    def require_base(self, fingerprints: Tensor | None = None, whose: str = "rank 0 is") -> None:
+        """Checks that kept weights have these fingerprints.
+
+        Args:
+            fingerprints: see `bases.as_rows`; None: those of the rank whose buffers were copied here.
+            whose: begin of the message.
+
+        Raises:
+            ShareError: they have others.
+        """
+        if self.bases is None:
+            return
+        theirs = self._buffers["fingerprints"] if fingerprints is None else fingerprints
+        assert theirs is not None
+        names = [slot.name for slot in self.group.slots]
+        if others := different(names, self.bases.fingerprints, theirs):
+            raise ShareError(
+                f"{whose} trained on other kept values of {others[0]} ({len(others)} of {len(names)} weights of its bank differ): "
+                "load the same pretrained values, in the same dtype, before share(model, keep=True)"
+            )
+
     def _require_agreement(self) -> None:
         if not self.agreed and dist.is_available() and dist.is_initialized():
             agree_under_fsdp2(self)
@@ -491,6 +534,12 @@ class Bank(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self.anchor = None  # its node has the parameters' former dtype and device
         scales, was_meta = self.scales, self.bank.is_meta
+        if self.bases is not None:
+            if "to_empty" in getattr(fn, "__qualname__", "") or fn(self.bases.tensors[0][:0]).is_meta:
+                raise ShareError(
+                    f"{self.weight_name(0)} and all other kept weights would lose their values: make materialize(model) empty"
+                )
+            self.keep(self.bases.moved(fn))
         super()._apply(fn, recurse)
         if not was_meta and self.bank.is_meta:
             self._scales = tuple(scales.tolist())
@@ -509,6 +558,8 @@ class Bank(nn.Module):
         key = f"{prefix}scales"
         if key not in state_dict and (recorded := recorded_scales(state_dict, prefix)) is not None:
             state_dict[key] = torch.tensor(recorded, dtype=torch.float32)
+        if self.bases is not None and f"{prefix}fingerprints" in state_dict:
+            self.require_base(state_dict[f"{prefix}fingerprints"], "the state dict was")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         if f"{prefix}bank" in state_dict:
             self.empty = self.bank.is_meta

@@ -251,7 +251,12 @@ def _warn_of_half_frozen(training: dict[Any, set[int]], held: dict[int, Tensor])
             if not own or any(p.requires_grad for p in own):
                 continue
             inside = {id(module) for module in part.modules()}
-            weights = [s.weight_name(i) for s, i in reads(part) if i in training.get(s, ()) and id(s) not in inside]
+            weights = [
+                source.weight_name(index)
+                for source, index in reads(part)
+                if index in training.get(source, ()) and id(source) not in inside
+                if getattr(source, "bases", None) is None  # with kept weights, own parameters are frozen by `share`
+            ]
             if weights:
                 warnings.warn(
                     f"the parameters of {path} are frozen, but its weights {listed(weights)} train, since their bank is outside of "

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from dist_ssn.plan.slots import Slot
+from dist_ssn.sharing.bases import Bases
 from dist_ssn.sharing.morphs import sign_start, sign_table
 from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.signed_path import Run, cut_runs
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import graph_task_id, multiply_each, storage_users
+from dist_ssn.torch_private import add_to_each, graph_task_id, multiply_each, storage_users
 
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
@@ -233,12 +234,20 @@ class Sheet:
         users = storage_users(self.values)
         return users is None or self._idle is None or users > self._idle
 
-    def fill(self, tensors: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
-        """The weights, as new views of the buffer, from a bank's tensors by name."""
+    def fill(self, tensors: Mapping[str, Tensor | None], bases: Bases | None) -> tuple[Tensor, ...]:
+        """The weights, as new views of the buffer.
+
+        Args:
+            tensors: the bank's, by name.
+            bases: kept weights, which the generated differences are added to.
+        """
         bank, scales, gains = _of_bank(tensors)
         for block, part in zip(self.blocks, self.parts, strict=True):
             block.generate(bank, scales, gains, part)
-        return tuple(weight.detach() for weight in self.weights)
+        if bases is None:
+            return tuple(weight.detach() for weight in self.weights)
+        add_to_each(self.weights, [bases.tensors[index] for index in self.indices])
+        return tuple(weight.detach().to(bases.dtype) for weight in self.weights)
 
     def pull_back(
         self,
@@ -330,7 +339,7 @@ class PerStep:
                 return None
         return self.made
 
-    def make(self, values: Values, name: str, graph: bool, frozen: Collection[int]) -> None:
+    def make(self, values: Values, name: str, graph: bool, frozen: Collection[int], bases: Bases | None) -> None:
         """Generates the weights.
 
         Args:
@@ -338,6 +347,7 @@ class PerStep:
             name: of the bank's first weight, for messages.
             graph: whether the weights depend on the parameters in the graph.
             frozen: indices of the slots that send no gradient.
+            bases: kept weights.
         """
         bank, gains = values.tensors["bank"], values.tensors["gains"]
         assert bank is not None
@@ -345,7 +355,10 @@ class PerStep:
         if self.sheet is None or not self.sheet.suits(bank) or self.sheet.in_use():
             self.sheet = Sheet(make_blocks(self.slots, self.seed, self.bank, bank.device.type), bank.detach())
         self.values, self.has_graph = values, graph
-        weights = _AllAtOnce.apply(self.sheet, values, name, bank, gains) if graph else self.sheet.fill(values.tensors)
+        if graph:
+            weights = _AllAtOnce.apply(self.sheet, values, bases, name, bank, gains)
+        else:
+            weights = self.sheet.fill(values.tensors, bases)
         self.made = {
             index: weight.detach() if index in frozen else weight
             for index, weight in zip(self.sheet.indices, weights, strict=True)  # type: ignore[arg-type]
@@ -357,15 +370,15 @@ class _AllAtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sheet: Sheet, values: Values, name: str, bank: Tensor, gains: Tensor | None
+        ctx: Any, sheet: Sheet, values: Values, bases: Bases | None, name: str, bank: Tensor, gains: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.sheet, ctx.values, ctx.name = sheet, values, name
-        return sheet.fill(values.tensors)
+        return sheet.fill(values.tensors, bases)
 
     @staticmethod
     @differentiable_once(lambda ctx: (ctx.name, tuple(p for p in ctx.values.tensors.values() if p is not None)))
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         values = ctx.values.checked(ctx.name)
-        needs = ctx.needs_input_grad[3:]
-        return None, None, None, *ctx.sheet.pull_back(gradients, values, needs)
+        needs = ctx.needs_input_grad[4:]
+        return None, None, None, None, *ctx.sheet.pull_back(gradients, values, needs)

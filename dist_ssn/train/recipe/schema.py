@@ -153,9 +153,18 @@ class ShareConfig:
     """Seed of the plan's pseudo-random choices."""
     generate: Literal["auto", "on_demand", "per_step"] = "auto"
     """Weights are generated on demand (no copy in memory) or once per forward (quicker); auto: the latter for small models."""
+    keep: StrictBool = False
+    """Keep the values of model_weights, frozen, and train a generated difference from them."""
+    train: Annotated[tuple[str, ...], Field(examples=[["head", "*.bias"]])] = ()
+    """Names or globs of parameters that are trained whole beside the banks (keep)."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""
+        if self.train and not self.keep:
+            yield Problem("share.train", "goes with share.keep: without it everything is trained", ("share.keep",))
+        if self.keep and self.budget is None and self.plan is None:
+            text = "is true, which needs a budget or a plan: set share.budget too, such as --share.budget=1%"
+            yield Problem("share.keep", text, ("share.budget", "share.plan"))
         if self.control is None:
             return
         if self.budget is None:
@@ -164,9 +173,9 @@ class ShareConfig:
                 f"is {self.control}, which needs a budget: set share.budget too, such as --share.budget=10%",
                 ("share.budget",),
             )
-        unset_values = {"plan": None, "mapping": "auto", "morph": "auto", "generate": "auto"}
+        unset_values = {"plan": None, "mapping": "auto", "morph": "auto", "generate": "auto", "keep": False}
         for name, unset in unset_values.items():
-            shown = "null" if unset is None else unset
+            shown = json.dumps(unset).strip('"')
             if getattr(self, name) != unset:
                 yield Problem(
                     f"share.{name}",
@@ -270,6 +279,11 @@ class PruneConfig:
             )
             yield Problem("prune.final", text, ("engine.name",))
         share = recipe.share
+        if share.keep:
+            text = (
+                "is above 0, and a difference from kept weights cannot be pruned: prune the merged model, or leave it 0"
+            )
+            yield Problem("prune.final", text, ("share.keep",))
         reads = ("prune.final", "share.budget", "share.plan", "share.control")
         if self.what == "bank" and ((share.budget is None and share.plan is None) or share.control is not None):
             text = "is bank, and this model has none: set share.budget, or prune its weights"
@@ -431,6 +445,8 @@ class Recipe:
         Says(type="a dict of argument names to values"),
     ] = dataclasses.field(default_factory=dict)
     """Keyword arguments of that function; --model_args.NAME=value sets one of them."""
+    model_weights: Annotated[str | None, Field(examples=["pretrained.safetensors"])] = None
+    """Safetensors file with values for all tensors of the model; null: the model's initial values."""
     data: DataConfig = DataConfig()
     share: ShareConfig = ShareConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -467,6 +483,14 @@ class Recipe:
         yield from self.engine.rules()
         yield from self.schedule.rules(self.steps)
         yield from self.share.rules()
+        if self.share.keep and self.model_weights is None:
+            yield Problem(
+                "share.keep", "is true, and there are no values to keep: set model_weights too", ("model_weights",)
+            )
+        shares = self.share.budget is not None or self.share.plan is not None
+        if self.model_weights is not None and shares and not self.share.keep:
+            text = "would be lost, because a shared model draws new values: set share.keep, or no share.budget and no share.plan"
+            yield Problem("model_weights", text, ("share.keep", "share.budget", "share.plan"))
         if self.predicted is not None and self.engine.name not in ("ddp", "mpi"):
             text = f"goes with the engine ddp or mpi, not with {self.engine.name}"
             yield Problem("predicted", text, ("engine.name",))
