@@ -78,12 +78,11 @@ class Exchange:
         of_torch = group is None or isinstance(group, dist.ProcessGroup)
         self._transport: Transport = GroupTransport(group) if of_torch else group  # pyright: ignore
         self.ranks, self.rank = self._transport.ranks, self._transport.rank
-        self._stretches = _stretches(plain, size, smaller=self.codec.packed_bytes(2**16) < 2 * 2**16)
+        self._stretches = _stretches(plain, size, smaller=routes.is_smaller(self.codec))
         plain_values = sum(length for length, is_plain in self._stretches if is_plain)
-        lanes = [(self.codec, size - plain_values), (routes.PLAIN, plain_values)]
-        self.route = routes.choose_route(route, lanes, self.ranks)
-        self.packed_bytes = sum(routes.handed_bytes(self.route, lanes, self.ranks).values())
-        self.sent_bytes = routes.sent_bytes(self.route, lanes, self.ranks)
+        lanes = routes.lanes_of(self.codec, size, plain_values)
+        found = routes.traffic(self.codec, size, plain_values, self.ranks, route)
+        self.route, self.packed_bytes, self.sent_bytes = found.route, found.packed_bytes, found.sent_bytes
         self.logical_bytes = 4 * size
         self._lanes = [Lane(kind, routes.cuts(kind, values, self.ranks), self.rank) for kind, values in lanes]
         self._piece_bytes = routes.piece_bytes(lanes, self.ranks)

@@ -324,7 +324,7 @@ class LocalUpdates:
         It is for evaluations in a round: training goes on as if it had not been there, and only buffers are sent. All workers
         enter it together. Take no step of the optimizer inside.
         """
-        with torch.no_grad(), purpose("synchronization"):
+        with torch.no_grad(), purpose("metrics"):
             own = [t.values.clone() for t in self._anchor.trained], self._buffers.own()
             mean = self._buffers.mean(self._workers)
             self._anchor.hand_out()

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -35,6 +35,7 @@ from dist_ssn.tracking.wandb_settings import Draw
 from dist_ssn.train.build import build
 from dist_ssn.train.checkpoint.saver import Saver, last_checkpoint
 from dist_ssn.train.evaluate import evaluate
+from dist_ssn.train.limit import within_limit
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.metrics.account import Account
 from dist_ssn.train.metrics.clock import Clock
@@ -88,14 +89,17 @@ def train(recipe: Recipe, *, progress: bool = True, draw: Draw | None = None) ->
             raises it.
         RanksLost: a collective failed, because another rank is gone.
     """
+    recipe, notes = within_limit(recipe)
     with init_world(recipe.engine.timeout_seconds) as world:
         if recipe.distill.teacher == DENSE:
             validate(recipe, world.world_size)  # before a teacher is trained for nothing
             _train(dense_twin(recipe), world, progress, draw)
-        return _train(recipe, world, progress, draw)
+        return _train(recipe, world, progress, draw, notes)
 
 
-def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None) -> RunResult:
+def _train(
+    recipe: Recipe, world: World, progress: bool, draw: Draw | None, notes: Sequence[str] = ()
+) -> RunResult:
     seconds = recipe.engine.timeout_seconds
     with (
         processor_threads(recipe.threads),
@@ -103,7 +107,7 @@ def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None) -> R
         Heartbeat(world, seconds) as heartbeat,
         Stop(seconds, lambda why: f"{heartbeat.missing(why)}; {last_checkpoint(recipe)}") as stop,
     ):
-        run = _Run(recipe, world, meter, heartbeat, Saver(recipe, world, stop), progress, draw)
+        run = _Run(recipe, world, meter, heartbeat, Saver(recipe, world, stop), progress, draw, notes)
         row = None
         with heartbeat.explaining_failures(run.saver.resume_point):
             try:
@@ -126,6 +130,7 @@ class _Run:
         saver: Saver,
         progress: bool,
         draw: Draw | None,
+        notes: Sequence[str],
     ) -> None:
         self.recipe, self.world, self.meter, self.heartbeat, self.saver = recipe, world, meter, heartbeat, saver
         self.progress, self.draw = progress and world.rank == 0, draw
@@ -141,6 +146,7 @@ class _Run:
         self.prediction = prediction_of(recipe)
         self.next_show = 0.0
         self.notes: list[str] = []  # messages to the user before the first step
+        self.settings = list(notes)  # what was chosen for the user, which the summary keeps too
 
     # ------------------------------------------------------------ before the first step
 
@@ -198,7 +204,7 @@ class _Run:
             raise UserError(f"cannot write to the run's folder {self.folder}: {error}; give another output") from error
         if self.progress:
             self.console = Console(self.recipe.name, self.recipe.steps, self.folder)
-            for note in self.notes:
+            for note in (*self.settings, *self.notes):
                 self.console.note(f"{self.recipe.name}: {note}")
         self.tracker = build_tracker(
             self.recipe.wandb,
@@ -370,7 +376,7 @@ class _Run:
         pruned = None if self.pruner is None else self.pruner.counts()
         if pruned is not None:
             row["kept_numbers"] = pruned["kept"]
-        summary = {**self.account.summary(row, self.recipe, self.world), "pruned": pruned}
+        summary = {**self.account.summary(row, self.recipe, self.world), "pruned": pruned, "chosen": self.settings}
         if self.prediction is not None:
             summary["prediction"] = comparison(self.prediction, {**row, **self.account.exposed_per_step()})
 
