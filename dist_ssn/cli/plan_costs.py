@@ -68,7 +68,13 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
     first = f"Compute of a step, {whence}: {times}; in brackets, quick and slow steps."
     dense, shared = (recipe.steps * side.step(fabric).step for side in (measured.dense, measured.shared))
     last = f"{recipe.steps:,} steps take {_duration(dense)} dense, {_duration(shared)} shared."
-    for sentence in (first, *([doubts] if doubts else []), *sentences(advice, fabric), last, ladder_table.limits(recipe.model)):
+    for sentence in (
+        first,
+        *([doubts] if doubts else []),
+        *sentences(advice, fabric),
+        last,
+        ladder_table.limits(recipe.model),
+    ):
         console.print(sentence, markup=False, highlight=False)
 
 

@@ -193,7 +193,9 @@ def ladder_of(measured: Measured, fabric: Fabric, own: Sequence[Rungs] = ()) -> 
         except UserError:  # the model has no plan of that size
             continue
         vector = vector_with(plan, dense, measured.specs)
-        costs += [cost_of(rungs, measured.shared, plan, vector, fabric, rates) for rungs in combinations(budget, fabric)]
+        costs += [
+            cost_of(rungs, measured.shared, plan, vector, fabric, rates) for rungs in combinations(budget, fabric)
+        ]
     mine = measured.shared.vector
     costs += [cost_of(rungs, measured.shared, base, mine, fabric, rates) for rungs in own]
     return costs

@@ -128,7 +128,7 @@ def _times(row: dict[str, Any], of: str) -> str:
 def limits(model: str) -> str:
     """What the losses are worth, as a sentence."""
     return (
-        f"kB are sent by a process in a step, on average. Losses are over that of the dense model with gradients on every step, after "
-        f"equally many steps, and were measured in {reference(model).described}: one small model, a hint for another. ? was not "
-        "measured, as nothing with delay was. Beside each, the dense model with the same rungs, and one that is as small as the bank."
+        "kB are what a process sends in a step, on average. Losses are over that of the dense model with gradients on every step, "
+        f"after as many steps, measured in {reference(model).described}: one small model, a hint for another. ? was not measured, nor "
+        "was any delay. Beside each row: the dense model with the same rungs, and one as small as the bank."
     )

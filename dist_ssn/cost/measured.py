@@ -1,10 +1,11 @@
-"""Measured compute of a recipe, dense and shared, and of local updates; and the file that keeps it to plan for a cluster elsewhere."""
+"""Measured compute of a recipe, dense, shared and in rounds, and the file that keeps it to plan for a cluster elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,12 @@ def measure(recipe: Recipe, world: World, steps: int = 20, known: Path | None = 
     specs, first = _side(dense, world, steps, timelines[0])
     assert specs is not None
     second = _side(recipe, world, steps, timelines[1])[1]
+    if known is not None and rates is None:
+        warnings.warn(
+            f"{known} was written before it had rates of codecs, so these are measured on this machine: write it anew with "
+            f"--calibrate={known} where the rest was measured",
+            stacklevel=2,
+        )
     return Measured(first, second, specs, rates or measure_rates(second.parameters, world.device))
 
 
@@ -198,7 +205,8 @@ def _rates(path: Path, plain: Any) -> Rates | None:
         return None
     try:
         rates = Rates(
-            float(plain["meet"]), *({name: float(plain[what][name]) for name in CODECS} for what in ("encode", "decode"))
+            float(plain["meet"]),
+            *({name: float(plain[what][name]) for name in CODECS} for what in ("encode", "decode")),
         )
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path} is no measured compute: make it with --calibrate={path}") from None

@@ -49,8 +49,10 @@ class Task:
         return None
 
     def at_most(self, kind: str, budget: float | None, every: int, codec: str) -> float | None:
-        """The least loss that was measured of the same kind with no more of anything: a smaller or equal budget, rounds that are as
-        long or longer, a codec with as many or fewer bits. It assumes that more bytes are no worse. None if there is nothing such.
+        """The least loss that was measured with no more of anything; None if there is none.
+
+        That is with the same kind of model, at most this budget, rounds at least as long, and at most as many bits. If more bytes are
+        no worse than fewer, the loss is at most that.
 
         Args:
             kind: as in `expected`, and so are the others.

@@ -14,6 +14,7 @@ from dist_ssn.comm.ledger import RING_BYTES
 from dist_ssn.errors import UserError
 from dist_ssn.model.specs import Specs
 from dist_ssn.plan import Plan
+from dist_ssn.sharing.bank import banks_of
 from dist_ssn.sync import routes
 from dist_ssn.sync.codecs import find_codec
 from dist_ssn.sync.reports import REPORT_BYTES
@@ -32,11 +33,13 @@ class Vector:
         values: number of all of them.
         plain: number of gains, coefficients, biases and norms, which travel in 16 bits if the codec has fewer.
         buffers: number of elements of floating-point buffers, which are averaged when a run ends.
+        buffer_bytes: bytes of all buffers but those of banks, which DDP hands out in each step where gradients are averaged.
     """
 
     values: int
     plain: int
     buffers: int = 0
+    buffer_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,13 @@ def vector_of(model: nn.Module) -> Vector:
     """The vector of a model as it is, shared or dense."""
     plain = plain_ones(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    buffers = sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point())
-    return Vector(sum(p.numel() for p in trained), sum(p.numel() for p in trained if id(p) in plain), buffers)
+    of_banks = {id(buffer) for bank in banks_of(model) for buffer in bank.buffers()}
+    return Vector(
+        values=sum(p.numel() for p in trained),
+        plain=sum(p.numel() for p in trained if id(p) in plain),
+        buffers=sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in of_banks),
+    )
 
 
 def vector_with(plan: Plan, dense: Vector, specs: Specs) -> Vector:
@@ -77,7 +85,8 @@ def vector_with(plan: Plan, dense: Vector, specs: Specs) -> Vector:
     """
     parts = sum(group.parameters - group.size for group in plan.groups)
     values = dense.values - specs.numel + plan.parameters
-    return Vector(values, dense.plain + parts, dense.buffers)
+    scales = sum(1 + len(group.slots) for group in plan.groups)  # buffers of the banks
+    return Vector(values, dense.plain + parts, dense.buffers + scales, dense.buffer_bytes)
 
 
 def of_round(vector: Vector, codec: str, workers: int) -> Sent:
@@ -87,12 +96,12 @@ def of_round(vector: Vector, codec: str, workers: int) -> Sent:
 
 
 def of_every_step(vector: Vector, workers: int) -> Sent:
-    """Bytes of a step that averages gradients; of a model with buffers a little more, which DDP hands out in each step."""
+    """Bytes of a step that averages gradients, by DDP."""
     if workers == 1:
         return Sent(0, 0)
-    handed = FP32_BYTES * vector.values
-    buffers = FP32_BYTES * vector.buffers
-    return Sent(handed + buffers, RING_BYTES["all_reduce"](handed, workers) + RING_BYTES["broadcast"](buffers, workers))
+    handed, buffers = FP32_BYTES * vector.values, vector.buffer_bytes
+    sent = RING_BYTES["all_reduce"](handed, workers) + RING_BYTES["broadcast"](buffers, workers)
+    return Sent(handed + buffers, sent)
 
 
 def rounds_of(steps: int, every: int, warmup: int = 0) -> int:

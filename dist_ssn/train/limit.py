@@ -1,7 +1,7 @@
 """`sync.limit`: the combination of budget, period and codec that sends at most so many bytes per step.
 
 What a recipe gives is kept: share.budget (or a plan), sync.every, and a sync.codec other than none. The rest is chosen from the
-ladder below: of the combinations that keep the limit, the one with the least expected loss, and of these the one that sends the most.
+ladder below: of the combinations that keep the limit, the one with the least expected loss, of equal ones the one that sends most.
 A loss is expected from measurements, assuming that more bytes are no worse (`dist_ssn.sync.losses`).
 """
 
@@ -29,6 +29,7 @@ BUDGETS = (None, 0.5, 0.25, 0.1, 0.05)
 """Budgets to choose from; None is dense."""
 PERIODS = (None, 4, 16, 50)
 """Values of sync.every to choose from; None: gradients are averaged on every step."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -107,7 +108,7 @@ def options_of(recipe: Recipe, processes: int) -> Iterator[Option]:
 
 
 def sent_per_step(vector: Vector, recipe: Recipe, processes: int, every: int | None, codec: str) -> Sent:
-    """Bytes of a step, averaged as the summary of a run does: over all steps but the first."""
+    """Bytes of a step, averaged over all steps but one, for a run's summary leaves out its first step."""
     if every is None:
         return of_every_step(vector, processes)
     whole = of_run(vector, codec, processes, recipe.steps, every, recipe.sync.warmup)

@@ -97,9 +97,7 @@ def train(recipe: Recipe, *, progress: bool = True, draw: Draw | None = None) ->
         return _train(recipe, world, progress, draw, notes)
 
 
-def _train(
-    recipe: Recipe, world: World, progress: bool, draw: Draw | None, notes: Sequence[str] = ()
-) -> RunResult:
+def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None, notes: Sequence[str] = ()) -> RunResult:
     seconds = recipe.engine.timeout_seconds
     with (
         processor_threads(recipe.threads),

@@ -330,7 +330,9 @@ class SyncConfig:
         own = "sync.every" if self.limit is None else "sync.limit"
         engine, reads = recipe.engine, (own, "engine.name")
         if self.limit is not None and self.within is not None:
-            text = "counts what a process sends, and islands send gradients on every step: set sync.every with sync.within"
+            text = (
+                "counts what a process sends, and islands send gradients on every step: set sync.every with sync.within"
+            )
             yield Problem("sync.limit", text, ("sync.within",))
         if engine.name == "fsdp":
             text = "goes with the engine ddp or mpi; a script can train islands of FSDP2, by LocalUpdates(group=...)"
