@@ -129,6 +129,6 @@ def limits(model: str) -> str:
     """What the losses are worth, as a sentence."""
     return (
         "kB are what a process sends in a step, on average. Losses are over that of the dense model with gradients on every step, "
-        f"after as many steps, measured in {reference(model).described}: one small model, a hint for another. ? was not measured, nor "
-        "was any delay. Beside each row: the dense model with the same rungs, and one as small as the bank."
+        f"after as many steps, measured in {reference(model).described}: one small model, a hint for another. ? was not measured; "
+        "nor was any delay. Beside each row: the dense model with the same rungs, and one as small as the bank."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -95,6 +96,8 @@ class LocalUpdates:
         """Number of the optimizer's steps."""
         self.last: Round | None = None
         """The last exchange whose mean has arrived; None before the first."""
+        self.waited = 0.0
+        """Seconds of waiting for means that had travelled during a round (delay 1)."""
         self.every, self.warmup, self.delay, self.outlier = every, warmup, delay, outlier
         self._sent: Sent | None = None
         self._workers = workers_of(group, device_of(model))
@@ -181,6 +184,9 @@ class LocalUpdates:
         require_agreement(reports, self._workers, problem)
         norms = tuple(report.norm for report in reports)
         if self._sent is not None:
+            began = time.perf_counter()
+            self._sent.arrived()
+            self.waited += time.perf_counter() - began
             self._apply(self._sent)
             self._sent = None
         if not asked or any(norms):

@@ -51,8 +51,8 @@ class Task:
     def at_most(self, kind: str, budget: float | None, every: int, codec: str) -> float | None:
         """The least loss that was measured with no more of anything; None if there is none.
 
-        That is with the same kind of model, at most this budget, rounds at least as long, and at most as many bits. If more bytes are
-        no worse than fewer, the loss is at most that.
+        That is with the same kind of model, at most this budget, rounds at least as long, and at most as many bits. The loss is at
+        most that, if more bytes are no worse than fewer.
 
         Args:
             kind: as in `expected`, and so are the others.

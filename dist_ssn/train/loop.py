@@ -29,7 +29,6 @@ from dist_ssn.engines.world.heartbeat import Heartbeat
 from dist_ssn.errors import Preempted, UserError
 from dist_ssn.files import write_whole
 from dist_ssn.sharing.bank_set import shared_plan
-from dist_ssn.sync.sent import Round
 from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside
 from dist_ssn.tracking.wandb_settings import Draw
 from dist_ssn.train.build import build
@@ -40,6 +39,7 @@ from dist_ssn.train.losses import Losses
 from dist_ssn.train.metrics.account import Account
 from dist_ssn.train.metrics.clock import Clock
 from dist_ssn.train.metrics.predicted import comparison, prediction_of
+from dist_ssn.train.metrics.rounds import Rounds
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, learning_rate_factor, state_bytes
 from dist_ssn.train.prune import Pruner, with_thresholds
 from dist_ssn.train.ranks.raise_together import raise_together
@@ -167,6 +167,7 @@ class _Run:
             **{name: getattr(recipe.engine, name) for name in ENGINE_OPTIONS[recipe.engine.name]},
             **_sync_options(recipe),
         )
+        self.rounds, self.account.local = Rounds(self.engine.local), self.engine.local
         resumes = self.saver.resumes()
         if resumes:
             self.resumed_step, self.notes = self.saver.resume(self.engine, shared_plan(self.model), self.account)
@@ -230,6 +231,7 @@ class _Run:
                 if counters.step + 1 == recipe.steps:
                     self.engine.synchronize()  # the last round may be a short one
             counters.step += 1
+            self.rounds.after_step()
             self.heartbeat.step = counters.step
             if counters.step == first + 1:
                 self.saver.stop.begun = True
@@ -323,7 +325,7 @@ class _Run:
         values["ring_bytes"] = self.account.ring_bytes()
         values["exposed_seconds"] = self.account.exposed_seconds()
         if self.engine.local is not None:
-            values |= _of_round(self.engine.local.last)
+            values |= {**self.rounds.since_log(), "waiting": self.account.waiting()}
         if evaluate:
             kept = ("seconds", "ring_bytes", *(key for key in values if key.startswith("validation_")))
             counters.history.append({"step": counters.step, **{key: values[key] for key in kept}})
@@ -367,6 +369,7 @@ class _Run:
             "parameters": self.parameters,
             "optimizer_bytes": state_bytes(self.optimizer),
             **self.account.per_step(),
+            **self._of_rounds(),
             "total_bytes": self.account.ring_bytes(),
             **{key: value for key, value in counters.history[-1].items() if key.startswith("validation_")},
             "history": counters.history,
@@ -375,12 +378,16 @@ class _Run:
         if pruned is not None:
             row["kept_numbers"] = pruned["kept"]
         summary = {**self.account.summary(row, self.recipe, self.world), "pruned": pruned, "chosen": self.settings}
+        if rounds := self.rounds.rows():
+            summary["rounds"] = rounds
         if self.prediction is not None:
             summary["prediction"] = comparison(self.prediction, {**row, **self.account.exposed_per_step()})
 
         def write() -> None:
             if self.world.rank == 0:
                 self.tracker.table("ledger", summary["ledger"])
+                if rounds:
+                    self.tracker.table("rounds", rounds)
                 if self.prediction is not None:
                     self.tracker.table("prediction", summary["prediction"])
                 write_whole(
@@ -389,6 +396,10 @@ class _Run:
 
         self._agree(write)
         return RunResult(row, self.folder, summary, self.model)
+
+    def _of_rounds(self) -> dict[str, Any]:
+        """Figures of local updates for the run's row; empty without them."""
+        return {} if self.engine.local is None else {**self.rounds.figures(), "waiting": self.account.waiting()}
 
     def close(self, row: dict[str, Any] | None) -> None:
         """Ends tracking. After a failure (`row` is None), the other ranks wait until rank 0 has done so.
@@ -414,11 +425,3 @@ def _sync_options(recipe: Recipe) -> dict[str, Any]:
     if sync is None:
         return {}
     return {"sync": sync} if recipe.sync.within is None else {"sync": sync, "within": recipe.sync.within}
-
-
-def _of_round(last: Round | None) -> dict[str, Any]:
-    """Metrics of the last round of local updates; empty before the first."""
-    if last is None:
-        return {}
-    agreement = {} if last.agreement is None else {"agreement": last.agreement}
-    return {"change_norm": statistics.fmean(last.norms), **agreement}

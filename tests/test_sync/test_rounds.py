@@ -33,6 +33,8 @@ CASES = {
     "gradients": (SyncConfig(), False),
     "buffers": (SyncConfig(), True),
 }
+STEPS = {"coded": [5, 10, 12], "late": [4, 8, 12], "warm": [1, 2, 5, 8, 11, 12], "plain": [12]}
+"""Steps after which changes are sent."""
 
 
 def _trained(rank: int, n: int, output: Path) -> dict[str, dict[str, Any]]:
@@ -56,6 +58,10 @@ def test_the_ledger_of_a_run_has_the_predicted_bytes(tmp_path: Path) -> None:
         row = found[name]["rows"][0]
         assert row["bytes_per_step_logical"] == round(sent.handed), name
         assert row["bytes_per_step_ring"] == round(sent.sent), name
+        rounds, row = found[name].get("rounds", []), found[name]["rows"][0]
+        assert [one["step"] for one in rounds] == STEPS.get(name, [])
+        assert all(-1 <= one["agreement"] <= 1 and one["change_norm"] > 0 for one in rounds)
+        assert not rounds or (0 < row["waiting"] < 1 and -1 <= row["agreement"] <= 1)
     limited = found["limited"]
     chosen = limited["recipe"]
     assert limited["rows"][0]["bytes_per_step_ring"] <= 2000
