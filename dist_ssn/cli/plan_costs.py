@@ -61,8 +61,7 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
     if workers:
         console.print(alternatives.workers_table(workers))
     console.print(alternatives.engines_table(engines, fabric.processes))
-    best = ladder_table.best_of(ladder, ladder[-len(own) :])
-    console.print(ladder_table.ladder_table(best, ladder, cluster))
+    console.print(ladder_table.ladder_table(ladder_table.best_of(ladder), ladder, cluster))
     whence = "measured here" if known is None else f"from {known}"
     times = ", ".join(f"{1000 * side.compute:,.1f} ms {name} ({_range(side)})" for name, side in sides.items())
     first = f"Compute of a step, {whence}: {times}; in brackets, quick and slow steps."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_ssn.cost.fabric import Fabric
@@ -172,15 +172,15 @@ def combinations(budget: float | int | str | None, fabric: Fabric) -> Iterator[R
             yield from (Rungs(budget, every, codec, delay, apart) for delay in (0, 1) for apart in islands)
 
 
-def ladder_of(measured: Measured, fabric: Fabric, own: Sequence[Rungs] = ()) -> list[Cost]:
-    """Costs of all combinations: dense, and with each of BUDGETS that the model has a plan for.
+def ladder_of(measured: Measured, fabric: Fabric, own: Rungs) -> list[Cost]:
+    """Costs of all combinations: dense, and with each of BUDGETS that the model has a plan for; and of the recipe's own, the last.
 
     The compute of a shared model is assumed to be the same for every budget.
 
     Args:
         measured: both sides of a recipe, with rates.
         fabric: the processes and their links.
-        own: further combinations of the recipe's own plan; their budget is what it is called.
+        own: a combination of the recipe's own plan; its budget is what the recipe calls it.
     """
     dense, rates = measured.dense.vector, measured.rates
     assert rates is not None
@@ -196,6 +196,4 @@ def ladder_of(measured: Measured, fabric: Fabric, own: Sequence[Rungs] = ()) -> 
         costs += [
             cost_of(rungs, measured.shared, plan, vector, fabric, rates) for rungs in combinations(budget, fabric)
         ]
-    mine = measured.shared.vector
-    costs += [cost_of(rungs, measured.shared, base, mine, fabric, rates) for rungs in own]
-    return costs
+    return [*costs, cost_of(own, measured.shared, base, measured.shared.vector, fabric, rates)]

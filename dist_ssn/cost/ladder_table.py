@@ -15,20 +15,21 @@ from dist_ssn.train.recipe.schema import Recipe
 MOST_ROWS = 8
 
 
-def own_rungs(recipe: Recipe) -> list[Rungs]:
+def own_rungs(recipe: Recipe) -> Rungs:
     """The recipe's own combination."""
     sync, name = recipe.sync, "plan" if recipe.share.budget is None else recipe.share.budget
-    return [Rungs(name, sync.every or 1, sync.codec, sync.delay, sync.within is not None)]
+    return Rungs(name, sync.every or 1, sync.codec, sync.delay, sync.within is not None)
 
 
 def rows_of(costs: Sequence[Cost], model: str) -> list[dict[str, Any]]:
-    """The costs as plain data: bytes and milliseconds per step, and the measured loss.
+    """The costs as plain data: bytes and milliseconds per step, and the measured loss; the last one is the recipe's own.
 
     `loss_over_dense` is None where the combination was not measured. With a delay it never is, for all measurements have none.
     """
     task = reference(model)
     return [
         {
+            "own": cost is costs[-1],
             "budget": cost.rungs.budget,
             "every": cost.rungs.every,
             "codec": cost.rungs.codec,
@@ -62,12 +63,12 @@ def _fraction(budget: float | int | str | None) -> float | None:
     return budget if isinstance(budget, float) else None
 
 
-def best_of(rows: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+def best_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that no other beats in both step time and loss, and the recipe's own, from the least loss to the shortest step.
 
     Only rows with a measured loss are compared.
     """
-    measured = [row for row in rows if row["loss_over_dense"] is not None]
+    measured = [row for row in rows if row["loss_over_dense"] is not None and not row["own"]]
     best = [
         row
         for row in measured
@@ -79,7 +80,7 @@ def best_of(rows: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]] = ()) 
         )
     ]
     best.sort(key=lambda row: -row["ms_per_step"])
-    return [*best[-MOST_ROWS:], *(row for row in own if row not in best)]
+    return [*best[-MOST_ROWS:], *(row for row in rows if row["own"])]
 
 
 def ladder_table(rows: Sequence[dict[str, Any]], every_row: Sequence[dict[str, Any]], cluster: Cluster) -> Table:
@@ -98,6 +99,7 @@ def ladder_table(rows: Sequence[dict[str, Any]], every_row: Sequence[dict[str, A
         late, dense = _twin(every_row, row, delay=1), _twin(every_row, row, budget=None)
         budget = row["budget"]
         name = "dense" if budget is None else f"{budget:.0%}" if isinstance(budget, float) else str(budget)
+        name += ", this recipe" if row["own"] else ""
         every = f"{row['every']}" + (", nodes" if row["islands"] else "")
         beside = ("", "", "") if budget is None or dense is None else (_kb(dense), _ms(dense), _times(dense, ""))
         own = (_kb(row), _ms(row), _ms(late) if late else "", _times(row, ""))

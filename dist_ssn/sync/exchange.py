@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ssn.comm.meter import waited
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.sync import routes
 from dist_ssn.sync.codecs import Codec, find_codec
@@ -24,10 +26,16 @@ _CARD = 192
 
 
 class Pending:
-    """A mean that is on its way; `wait` gives it, again and again."""
+    """A mean that is on its way; `wait` gives it, again and again.
 
-    def __init__(self, future: Future) -> None:
-        self._future = future
+    Args:
+        future: has the mean.
+        collective: row of the ledger that gets the time of waiting.
+        purpose: its purpose.
+    """
+
+    def __init__(self, future: Future, collective: str, purpose: str) -> None:
+        self._future, self._row = future, (collective, purpose)
 
     def done(self) -> bool:
         """True if `wait` would return at once."""
@@ -35,7 +43,13 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Waits for the mean, float32 [size]; raises what the exchange has raised."""
-        return self._future.result()
+        if self._future.done():
+            return self._future.result()
+        began = time.perf_counter()
+        try:
+            return self._future.result()
+        finally:
+            waited(*self._row, time.perf_counter() - began)
 
 
 class Exchange:
@@ -121,7 +135,8 @@ class Exchange:
             self._worker = Worker(), self._transport.twin()
         worker, transport = self._worker
         copy = change.detach().clone()
-        self._pending = Pending(worker.submit(lambda: self._run(copy, transport)))
+        last = "all_reduce" if self.route == "all-reduce" else "all_gather"
+        self._pending = Pending(worker.submit(lambda: self._run(copy, transport)), last, self.purpose)
         return self._pending
 
     def unsent(self) -> Tensor:

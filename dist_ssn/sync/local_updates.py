@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,8 +95,6 @@ class LocalUpdates:
         """Number of the optimizer's steps."""
         self.last: Round | None = None
         """The last exchange whose mean has arrived; None before the first."""
-        self.waited = 0.0
-        """Seconds of waiting for means that had travelled during a round (delay 1)."""
         self.every, self.warmup, self.delay, self.outlier = every, warmup, delay, outlier
         self._sent: Sent | None = None
         self._workers = workers_of(group, device_of(model))
@@ -184,16 +181,13 @@ class LocalUpdates:
         require_agreement(reports, self._workers, problem)
         norms = tuple(report.norm for report in reports)
         if self._sent is not None:
-            began = time.perf_counter()
-            self._sent.arrived()
-            self.waited += time.perf_counter() - began
             self._apply(self._sent)
             self._sent = None
         if not asked or any(norms):
             out = self._leave_out(norms, change)
             # In a thread only where there is something to compute meanwhile.
             wait = self.exchange.start(change).wait if late else partial(self.exchange.average, change)
-            sent = Sent(wait, None, norms, out, self.step)
+            sent = Sent(wait, None, norms, out, self.step, is_whole=not asked)
             if late:
                 self._sent = sent
             else:
@@ -233,7 +227,10 @@ class LocalUpdates:
     def _apply(self, sent: Sent, plain: bool = False) -> None:
         """Takes the outer step with a mean change, which is waited for."""
         mean = sent.arrived()
-        self.last = Round(sent.step, sent.norms, sent.left_out, None if self._sharded else sent.agreement())
+        is_said = (
+            not self._sharded and (sent.is_whole or self.exchange.codec.is_exact) and not self.exchange.codec.is_rough
+        )
+        self.last = Round(sent.step, sent.norms, sent.left_out, sent.agreement() if is_said else None)
         for flat, gradient in zip(self._anchor.flats, self._anchor.gradients(mean), strict=True):
             if plain:
                 flat.sub_(gradient)

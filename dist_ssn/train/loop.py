@@ -167,7 +167,7 @@ class _Run:
             **{name: getattr(recipe.engine, name) for name in ENGINE_OPTIONS[recipe.engine.name]},
             **_sync_options(recipe),
         )
-        self.rounds, self.account.local = Rounds(self.engine.local), self.engine.local
+        self.rounds = Rounds(self.engine.local)
         resumes = self.saver.resumes()
         if resumes:
             self.resumed_step, self.notes = self.saver.resume(self.engine, shared_plan(self.model), self.account)
@@ -228,6 +228,7 @@ class _Run:
         while counters.step < recipe.steps and not self._out_of_patience():
             with self.clock.step():
                 loss = self._step(counters.step)
+                self.rounds.after_step()
                 if counters.step + 1 == recipe.steps:
                     self.engine.synchronize()  # the last round may be a short one
             counters.step += 1

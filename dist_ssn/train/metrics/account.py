@@ -15,7 +15,6 @@ from dist_ssn.comm import CommMeter
 from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.engines import World
 from dist_ssn.errors import CheckpointError
-from dist_ssn.sync.local_updates import LocalUpdates
 from dist_ssn.tracking import jsonable
 from dist_ssn.train.metrics.clock import Clock
 from dist_ssn.train.recipe.schema import Recipe
@@ -80,8 +79,6 @@ class Account:
     def __init__(self, meter: CommMeter, clock: Clock) -> None:
         self.meter, self.clock = meter, clock
         self.counters = Counters()
-        self.local: LocalUpdates | None = None
-        """Local updates, whose waiting for means that travel beside the training no collective knows."""
         self._after_first_step = (0, 0.0)
 
     def first_step_is_over(self) -> None:
@@ -116,8 +113,7 @@ class Account:
     def exposed_seconds(self) -> float | None:
         """Seconds that this process has waited for gradients and changes; None if that was not measured."""
         parts = [self.meter.ledger.totals(purpose).exposed_seconds for purpose in OF_WAITING]
-        late = 0.0 if self.local is None else self.local.waited
-        return None if None in parts else late + sum(part for part in parts if part is not None)
+        return None if None in parts else sum(part for part in parts if part is not None)
 
     def waiting(self) -> float | None:
         """Share of this process's time in steps in which it waited for gradients and changes; None if that was not measured."""
