@@ -97,7 +97,7 @@ def options_of(recipe: Recipe, processes: int) -> Iterator[Option]:
     periods = PERIODS if sync.every is None else (sync.every,)
     only_rounds = sync != SyncConfig(limit=sync.limit)  # other keys of sync are for local updates
     task = reference(recipe.model)
-    for budget, kind, known, vector in _vectors(recipe):
+    for budget, kind, known, vector in vectors_of(recipe):
         for every in periods:
             for codec in codecs:
                 if every is None and (only_rounds or codec != "none"):
@@ -115,8 +115,12 @@ def sent_per_step(vector: Vector, recipe: Recipe, processes: int, every: int | N
     return whole.times(1 / max(1, recipe.steps - 1))
 
 
-def _vectors(recipe: Recipe) -> Iterator[tuple[float | None, str | None, float | None, Vector]]:
-    """(budget to set or None, kind of model in the table of losses or None, its share of the weights, its vector)."""
+def vectors_of(recipe: Recipe) -> Iterator[tuple[float | None, str | None, float | None, Vector]]:
+    """The models that a recipe allows: of a recipe with a budget or a plan, one.
+
+    Yields:
+        (budget to set or None, kind of model in the table of losses or None, its share of the weights, its vector).
+    """
     share = recipe.share
     hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
     torch.manual_seed(recipe.seed)  # as in training: a scale that is measured depends on it

@@ -400,7 +400,9 @@ class _Run:
 
     def _of_rounds(self) -> dict[str, Any]:
         """Figures of local updates for the run's row; empty without them."""
-        return {} if self.engine.local is None else {**self.rounds.figures(), "waiting": self.account.waiting()}
+        if self.engine.local is None or not self.clock.times:
+            return {}
+        return {**self.rounds.figures(), "waiting": self.account.waiting(), "ms_per_step": 1000 * self.clock.mean()}
 
     def close(self, row: dict[str, Any] | None) -> None:
         """Ends tracking. After a failure (`row` is None), the other ranks wait until rank 0 has done so.
