@@ -132,8 +132,8 @@ PLAN = Command(
                 Option(
                     "--cluster",
                     "Instead of the plan, show what a step would cost on this cluster, a file or a name of clusters/: dense "
-                    "and shared, with each kind of overlap and each engine; and the bandwidth in Mbit/s below which "
-                    "sharing pays.",
+                    "and shared, with each kind of overlap, each engine, and the best rounds of local updates; and the "
+                    "bandwidth in Mbit/s below which sharing pays.",
                     "FILE",
                     default="no costs",
                     example="ethernet-1g",

@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 
 from dist_ssn.cluster import load_cluster
-from dist_ssn.cost import alternatives
+from dist_ssn.cost import alternatives, ladder_table
 from dist_ssn.cost.advice import advise, sentences
 from dist_ssn.cost.fabric import fabric_of
+from dist_ssn.cost.ladder import ladder_of
 from dist_ssn.cost.measured import Side
 from dist_ssn.train.recipe.schema import Recipe
 
@@ -39,6 +40,8 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
     costs = alternatives.rows_of(alternatives.compare_alternatives(measured, fabric, recipe.engine.overlap))
     workers = alternatives.workers_of(measured, cluster, given.workers or [])
     engines = alternatives.engines_of(measured, fabric, moments=2 if recipe.optimizer.name == "adamw" else 1)
+    own = ladder_table.own_rungs(recipe)
+    ladder = ladder_table.rows_of(ladder_of(measured, fabric, own), recipe.model)
     advice = advise(measured, fabric)
     sides = {"dense": measured.dense, "shared": measured.shared}
     compute: dict[str, Any] = {f"{name}_ms": 1000 * side.compute for name, side in sides.items()}
@@ -50,6 +53,7 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
         crossover = advice.crossover_mbit if math.isfinite(advice.crossover_mbit) else None
         advised = {**vars(advice), "crossover_mbit": crossover}
         said = {"compute": compute, "ways": costs, "workers": workers, "engines": engines, "advice": advised}
+        said["ladder"] = ladder
         print(json.dumps(said))
         return
     console = Console()
@@ -57,12 +61,19 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
     if workers:
         console.print(alternatives.workers_table(workers))
     console.print(alternatives.engines_table(engines, fabric.processes))
+    console.print(ladder_table.ladder_table(ladder_table.best_of(ladder), ladder, cluster))
     whence = "measured here" if known is None else f"from {known}"
     times = ", ".join(f"{1000 * side.compute:,.1f} ms {name} ({_range(side)})" for name, side in sides.items())
     first = f"Compute of a step, {whence}: {times}; in brackets, quick and slow steps."
     dense, shared = (recipe.steps * side.step(fabric).step for side in (measured.dense, measured.shared))
     last = f"{recipe.steps:,} steps take {_duration(dense)} dense, {_duration(shared)} shared."
-    for sentence in (first, *([doubts] if doubts else []), *sentences(advice, fabric), last):
+    for sentence in (
+        first,
+        *([doubts] if doubts else []),
+        *sentences(advice, fabric),
+        last,
+        ladder_table.limits(recipe.model),
+    ):
         console.print(sentence, markup=False, highlight=False)
 
 

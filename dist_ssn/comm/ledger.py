@@ -132,6 +132,12 @@ class Ledger:
             row.seconds += seconds
             row.exposed_seconds += exposed
 
+    def add_wait(self, collective: str, purpose: str, seconds: float) -> None:
+        """Books seconds of waiting for operations that were booked before; none were, and there is nothing to book."""
+        with self._lock:
+            if (row := self._rows.get((collective, check_purpose(purpose)))) is not None:
+                row.exposed_seconds += seconds
+
     def totals(self, purpose: str | None = None) -> Totals:
         """The sum over one purpose, or over everything.
 

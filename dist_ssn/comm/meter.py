@@ -70,6 +70,7 @@ _library: torch.library.Library | None = None
 _meters: tuple[CommMeter, ...] = ()
 _scopes: dict[int, tuple[str, ...]] = {}  # thread -> purposes, the innermost last
 _waits: set[int] = set()  # backward's graph tasks whose wait at the end is being measured
+_beside: set[int] = set()  # threads whose collectives nobody waits for here
 
 
 @contextmanager
@@ -179,6 +180,23 @@ def _human(size: float) -> str:
     return f"{size:.4g} GB"
 
 
+def waited(collective: str, purpose: str, seconds: float) -> None:
+    """Books, in every active meter, seconds in which this thread waited for collectives that another one had issued `beside` it."""
+    for meter in _meters:
+        meter.ledger.add_wait(collective, purpose, seconds)
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """Marks the collectives that this thread issues inside as travelling beside the training; who waits for them calls `waited`."""
+    thread = threading.get_ident()
+    _beside.add(thread)
+    try:
+        yield
+    finally:
+        _beside.discard(thread)
+
+
 def _nbytes(value: Any) -> int:
     """Bytes of a tensor or of nested lists of tensors; a sparse tensor counts its indices and values."""
     if isinstance(value, (list, tuple)):
@@ -243,9 +261,10 @@ def _kernel(name: str) -> Callable[..., Any]:
         # Trap: the dispatcher leaves out trailing arguments that have their default, and async_op's is True.
         waits = timed and async_at is not None and async_at < len(args) and not args[async_at]
         reduces = END_OF_BACKWARD and timed and task != -1 and collective == "all_reduce" and not waits
+        known = waits or reduces or (timed and threading.get_ident() in _beside)
         booked = []
         for meter, name in zip(meters, purposes, strict=True):
-            row = meter.ledger.add(collective, name, size, process_group_size, timed=timed, exposed=waits or reduces)
+            row = meter.ledger.add(collective, name, size, process_group_size, timed=timed, exposed=known)
             booked.append((meter.ledger, row))
 
         def done(completed: torch.futures.Future) -> None:

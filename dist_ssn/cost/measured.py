@@ -1,9 +1,11 @@
-"""Measured compute of a recipe, dense and shared, and the file that keeps it to plan for a cluster elsewhere."""
+"""Measured compute of a recipe, dense, shared and in rounds, and the file that keeps it to plan for a cluster elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 
 from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.overlap import Exposure, messages_of, predict
+from dist_ssn.cost.rates import Rates, measure_rates
 from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.engines import World
 from dist_ssn.errors import UserError
@@ -22,6 +25,8 @@ from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.plan import Plan
 from dist_ssn.plan.overlap import Overlap
 from dist_ssn.sharing.bank_set import shared_plan
+from dist_ssn.sync.codecs import CODECS
+from dist_ssn.sync.rounds import Vector, vector_of
 from dist_ssn.train.build import build
 from dist_ssn.train.optim import build_optimizer
 from dist_ssn.train.recipe.schema import Recipe
@@ -40,11 +45,18 @@ class Side:
         plan: None if it is dense.
         own: name → number of elements, of each trainable parameter outside of the plan.
         timeline: its measured compute.
+        counted: what local updates would send, by `vector_of`.
     """
 
     plan: Plan | None
     own: Mapping[str, int]
     timeline: Timeline
+    counted: Vector | None = None
+
+    @property
+    def vector(self) -> Vector:
+        """What local updates would send; where it was not counted, as if all of it travelled in the codec."""
+        return self.counted or Vector(self.parameters, 0)
 
     @property
     def parameters(self) -> int:
@@ -83,11 +95,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Measured:
-    """Both sides of a recipe, and its weights."""
+    """Both sides of a recipe, its weights, and the rates of what local updates compute."""
 
     dense: Side
     shared: Side
     specs: Specs
+    rates: Rates | None = None
 
 
 def measure(recipe: Recipe, world: World, steps: int = 20, known: Path | None = None) -> Measured:
@@ -106,18 +119,25 @@ def measure(recipe: Recipe, world: World, steps: int = 20, known: Path | None = 
         raise UserError(
             "share.budget is null, which leaves the model dense: give one to compare with, such as --share.budget=10%"
         )
-    timelines = (None, None) if known is None else _load(known, recipe)
+    timelines, rates = ((None, None), None) if known is None else _load(known, recipe)
     dense = dataclasses.replace(
         recipe, share=dataclasses.replace(recipe.share, budget=None, plan=None, keep=False, train=())
     )
     specs, first = _side(dense, world, steps, timelines[0])
     assert specs is not None
-    return Measured(first, _side(recipe, world, steps, timelines[1])[1], specs)
+    second = _side(recipe, world, steps, timelines[1])[1]
+    if known is not None and rates is None:
+        warnings.warn(
+            f"{known} was written before it had rates of codecs, so these are measured on this machine: write it anew with "
+            f"--calibrate={known} where the rest was measured",
+            stacklevel=2,
+        )
+    return Measured(first, second, specs, rates or measure_rates(second.parameters, world.device))
 
 
 def _side(recipe: Recipe, world: World, steps: int, timeline: Timeline | None) -> tuple[Specs | None, Side]:
     task, model = build(recipe, world)
-    plan, specs = shared_plan(model), None
+    plan, specs, counted = shared_plan(model), None, vector_of(model)
     if plan is None:  # before it is trained, because initial values say what is left out
         specs = find_specs(model, recipe.share.include, recipe.share.exclude)
     if timeline is None:
@@ -132,7 +152,7 @@ def _side(recipe: Recipe, world: World, steps: int, timeline: Timeline | None) -
 
         timeline = measure_timeline(model, optimizer, loss_of, steps)
     own = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and "dist_ssn." not in name}
-    return specs, Side(plan, own, timeline)
+    return specs, Side(plan, own, timeline, counted)
 
 
 def save(measured: Measured, recipe: Recipe, path: Path) -> None:
@@ -144,6 +164,7 @@ def save(measured: Measured, recipe: Recipe, path: Path) -> None:
     sides = {"dense": measured.dense.timeline, "shared": measured.shared.timeline}
     content = {"format": FORMAT, "recipe": _described(recipe)}
     content |= {name: _plain(timeline) for name, timeline in sides.items()}
+    content["rates"] = None if measured.rates is None else dataclasses.asdict(measured.rates)
     try:
         replace_text(path, json.dumps(content) + "\n")
     except OSError as error:
@@ -160,7 +181,7 @@ def _plain(timeline: Timeline) -> dict[str, Any]:
     return {"ready": ready, "end": timeline.end.tolist(), "drag": timeline.drag}
 
 
-def _load(path: Path, recipe: Recipe) -> tuple[Timeline, Timeline]:
+def _load(path: Path, recipe: Recipe) -> tuple[tuple[Timeline, Timeline], Rates | None]:
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
@@ -176,7 +197,25 @@ def _load(path: Path, recipe: Recipe) -> tuple[Timeline, Timeline]:
             raise UserError(
                 f"{path} was measured with {key} {was!r}, and this recipe has {here[key]!r}: measure again, or use that value"
             )
-    return _timeline(path, content.get("dense")), _timeline(path, content.get("shared"))
+    timelines = _timeline(path, content.get("dense")), _timeline(path, content.get("shared"))
+    return timelines, _rates(path, content.get("rates"))
+
+
+def _rates(path: Path, plain: Any) -> Rates | None:
+    """The rates in a file; None if it is of before there were any."""
+    if plain is None:
+        return None
+    try:
+        rates = Rates(
+            float(plain["meet"]),
+            *({name: float(plain[what][name]) for name in CODECS} for what in ("encode", "decode")),
+        )
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+        raise UserError(f"{path} is no measured compute: make it with --calibrate={path}") from None
+    numbers = (rates.meet, *rates.encode.values(), *rates.decode.values())
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        raise UserError(f"{path} is damaged: its rates must be 0 or more, and finite")
+    return rates
 
 
 def _timeline(path: Path, plain: Any) -> Timeline:

@@ -34,6 +34,8 @@ _REQUIRED = (
     "validation_loss",
 )
 
+_OF_SOME = ("validation_accuracy", "agreement", "waiting")
+
 
 @dataclass(frozen=True)
 class _Summary:
@@ -196,7 +198,7 @@ def _check(row: Any, where: str) -> None:
         raise UserError(f"{where} has no name: expected what dist-ssn train writes")
     where = f"{where} ({row['name']})"
     _check_numbers(row, _REQUIRED, where, may_be_null=("validation_loss",))
-    _check_numbers({"validation_accuracy": None, **row}, ("validation_accuracy",), where, ("validation_accuracy",))
+    _check_numbers(dict.fromkeys(_OF_SOME) | row, _OF_SOME, where, _OF_SOME)
     history = row.get("history")
     if not isinstance(history, list | None):
         raise UserError(f"{where}: history is {describe_value(history)}, expected a list of evaluations")

@@ -59,7 +59,7 @@ class Column:
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """The columns for these rows; one for the validation accuracy only if a row has one."""
+    """The columns for these rows; those for accuracy, and for the workers' agreement and waiting, only if a row has them."""
     columns = [
         Column("trainable parameters", "para-\nmeters", lambda row: human_number(row["parameters"])),
         Column("optimizer state", "optim.\nstate", lambda row: human_bytes(row["optimizer_bytes"])),
@@ -73,6 +73,10 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     if any("validation_accuracy" in row for row in rows):
         accuracy = Column("accuracy", "valid.\naccuracy", lambda row: _number(row.get("validation_accuracy"), ".2%"))
         columns.append(accuracy)
+    if any("agreement" in row for row in rows):  # local updates
+        columns.append(Column("agreement", "agree-\nment", lambda row: _number(row.get("agreement"), ".2f")))
+    if any("waiting" in row for row in rows):
+        columns.append(Column("waiting", "wait-\ning", lambda row: _number(row.get("waiting"), ".0%")))
     return columns
 
 
@@ -80,7 +84,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -
     """Table with a line per run: parameters, optimizer state, bytes sent per rank, time of a step, validation loss.
 
     Args:
-        rows: dicts like `RunResult.row`; the validation accuracy has a column if a row has one.
+        rows: dicts like `RunResult.row`; what only some runs have has a column if a row has it.
         title: of the table.
     """
     # Eighty columns are enough for three runs side by side: no vertical lines, short headings, names that wrap.

@@ -32,7 +32,7 @@ def warn_of_holders(weights: Mapping[str, torch.Tensor], model: nn.Module) -> bo
     if not weights:
         return False
     names = {id(tensor): name for name, tensor in list(weights.items())[:_MOST]}
-    found = tuple(list(weights.values())[:_MOST])  # a tuple, because a call with *found then makes no other one (Python 3.13)
+    found = (*weights.values(),)[:_MOST]  # a tuple: from a list, a call with *found makes one that is found, too
     known = {id(weights), id(found)}
     for module in model.modules():
         known |= {id(module._parameters), id(module.__dict__.get("_flat_weights"))}

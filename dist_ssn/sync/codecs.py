@@ -68,6 +68,11 @@ class Codec:
         """True if decoding gives back what was encoded, so that there is no feedback."""
         return self.name == "none"
 
+    @property
+    def is_rough(self) -> bool:
+        """True if it has fewer than four bits per value, so that a vector and what is sent of it have little in common."""
+        return 2 * self.packed_bytes(SLICE) < SLICE
+
 
 def find_codec(codec: str | Codec) -> Codec:
     """The codec of this name; a codec itself is returned as it is.

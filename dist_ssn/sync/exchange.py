@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ssn.comm.meter import waited
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.sync import routes
 from dist_ssn.sync.codecs import Codec, find_codec
@@ -24,10 +26,16 @@ _CARD = 192
 
 
 class Pending:
-    """A mean that is on its way; `wait` gives it, again and again."""
+    """A mean that is on its way; `wait` gives it, again and again.
 
-    def __init__(self, future: Future) -> None:
-        self._future = future
+    Args:
+        future: has the mean.
+        collective: row of the ledger that gets the time of waiting.
+        purpose: its purpose.
+    """
+
+    def __init__(self, future: Future, collective: str, purpose: str) -> None:
+        self._future, self._row = future, (collective, purpose)
 
     def done(self) -> bool:
         """True if `wait` would return at once."""
@@ -35,7 +43,13 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Waits for the mean, float32 [size]; raises what the exchange has raised."""
-        return self._future.result()
+        if self._future.done():
+            return self._future.result()
+        began = time.perf_counter()
+        try:
+            return self._future.result()
+        finally:
+            waited(*self._row, time.perf_counter() - began)
 
 
 class Exchange:
@@ -78,12 +92,11 @@ class Exchange:
         of_torch = group is None or isinstance(group, dist.ProcessGroup)
         self._transport: Transport = GroupTransport(group) if of_torch else group  # pyright: ignore
         self.ranks, self.rank = self._transport.ranks, self._transport.rank
-        self._stretches = _stretches(plain, size, smaller=self.codec.packed_bytes(2**16) < 2 * 2**16)
+        self._stretches = _stretches(plain, size, smaller=routes.is_smaller(self.codec))
         plain_values = sum(length for length, is_plain in self._stretches if is_plain)
-        lanes = [(self.codec, size - plain_values), (routes.PLAIN, plain_values)]
-        self.route = routes.choose_route(route, lanes, self.ranks)
-        self.packed_bytes = sum(routes.handed_bytes(self.route, lanes, self.ranks).values())
-        self.sent_bytes = routes.sent_bytes(self.route, lanes, self.ranks)
+        lanes = routes.lanes_of(self.codec, size, plain_values)
+        found = routes.traffic(self.codec, size, plain_values, self.ranks, route)
+        self.route, self.packed_bytes, self.sent_bytes = found.route, found.packed_bytes, found.sent_bytes
         self.logical_bytes = 4 * size
         self._lanes = [Lane(kind, routes.cuts(kind, values, self.ranks), self.rank) for kind, values in lanes]
         self._piece_bytes = routes.piece_bytes(lanes, self.ranks)
@@ -122,7 +135,8 @@ class Exchange:
             self._worker = Worker(), self._transport.twin()
         worker, transport = self._worker
         copy = change.detach().clone()
-        self._pending = Pending(worker.submit(lambda: self._run(copy, transport)))
+        last = "all_reduce" if self.route == "all-reduce" else "all_gather"
+        self._pending = Pending(worker.submit(lambda: self._run(copy, transport)), last, self.purpose)
         return self._pending
 
     def unsent(self) -> Tensor:

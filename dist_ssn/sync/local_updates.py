@@ -188,7 +188,7 @@ class LocalUpdates:
             out = self._leave_out(norms, change)
             # In a thread only where there is something to compute meanwhile.
             wait = self.exchange.start(change).wait if late else partial(self.exchange.average, change)
-            sent = Sent(wait, None, norms, out, self.step)
+            sent = Sent(wait, None, norms, out, self.step, is_whole=not asked)
             if late:
                 self._sent = sent
             else:
@@ -228,7 +228,10 @@ class LocalUpdates:
     def _apply(self, sent: Sent, plain: bool = False) -> None:
         """Takes the outer step with a mean change, which is waited for."""
         mean = sent.arrived()
-        self.last = Round(sent.step, sent.norms, sent.left_out, None if self._sharded else sent.agreement())
+        is_said = (
+            not self._sharded and (sent.is_whole or self.exchange.codec.is_exact) and not self.exchange.codec.is_rough
+        )
+        self.last = Round(sent.step, sent.norms, sent.left_out, sent.agreement() if is_said else None)
         for flat, gradient in zip(self._anchor.flats, self._anchor.gradients(mean), strict=True):
             if plain:
                 flat.sub_(gradient)
@@ -325,7 +328,7 @@ class LocalUpdates:
         It is for evaluations in a round: training goes on as if it had not been there, and only buffers are sent. All workers
         enter it together. Take no step of the optimizer inside.
         """
-        with torch.no_grad(), purpose("synchronization"):
+        with torch.no_grad(), purpose("metrics"):
             own = [t.values.clone() for t in self._anchor.trained], self._buffers.own()
             mean = self._buffers.mean(self._workers)
             self._anchor.hand_out()

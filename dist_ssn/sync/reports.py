@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 from dist_ssn.errors import UserError
 
+REPORT_BYTES = 8 * 6
+"""Bytes of a report on the network: six numbers of float64."""
+
 
 @dataclass(frozen=True)
 class Report:

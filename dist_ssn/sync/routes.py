@@ -13,6 +13,7 @@ Letter: n = ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dist_ssn.comm.ledger import RING_BYTES
 from dist_ssn.errors import UserError, unknown_choice
@@ -27,6 +28,55 @@ PLAIN = CODECS["bf16"]
 """Codec of the stretches that a lossier codec leaves alone; its range is that of float32."""
 
 Lanes = Sequence[tuple[Codec, int]]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank gives to the network in an exchange.
+
+    Args:
+        route: the route that "auto" became.
+        handed: collective → bytes that the rank hands to it.
+        sent_bytes: bytes that the rank must send, on average.
+    """
+
+    route: str
+    handed: dict[str, int]
+    sent_bytes: float
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes that the rank hands to collectives."""
+        return sum(self.handed.values())
+
+
+def traffic(codec: Codec, values: int, plain: int, ranks: int, route: str = "auto") -> Traffic:
+    """An exchange's bytes.
+
+    Args:
+        codec: the exchange's.
+        values: size of the vector.
+        plain: values of it that travel in 16 bits, if the codec has fewer.
+        ranks: n.
+        route: one of `ROUTES`.
+
+    Raises:
+        UserError: see `check_route`.
+    """
+    lanes = lanes_of(codec, values, plain)
+    chosen = choose_route(route, lanes, ranks)
+    return Traffic(chosen, handed_bytes(chosen, lanes, ranks), sent_bytes(chosen, lanes, ranks))
+
+
+def lanes_of(codec: Codec, values: int, plain: int) -> list[tuple[Codec, int]]:
+    """The lanes of a vector; arguments as in `traffic`."""
+    apart = plain if is_smaller(codec) else 0
+    return [(codec, values - apart), (PLAIN, apart)]
+
+
+def is_smaller(codec: Codec) -> bool:
+    """True if the codec has fewer than 16 bits per value, so that gains, biases and norms do not travel in it."""
+    return codec.packed_bytes(2**16) < PLAIN.packed_bytes(2**16)
 
 
 def cuts(codec: Codec, size: int, ranks: int) -> list[int]:

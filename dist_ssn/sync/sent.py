@@ -19,7 +19,8 @@ class Round:
         norms: of the workers' changes, by place in the group.
         left_out: places of workers whose change did not count.
         agreement: mean cosine between two workers' changes, weighted by their norms: 1 if all agree, 0 if they are orthogonal. None
-            with one worker or with sharded parameters. A codec adds its own error.
+            with one worker or with sharded parameters; and where what arrives says too little of the changes: with a codec of fewer
+            than four bits, or in a round that `synchronize` cuts short, in which a codec sends what it has kept of longer ones.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Sent:
         norms: see `Round`.
         left_out: see `Round`.
         step: see `Round`.
+        is_whole: the round was not cut short.
     """
 
     wait: Callable[[], Tensor] | None
@@ -45,6 +47,7 @@ class Sent:
     norms: tuple[float, ...]
     left_out: tuple[int, ...]
     step: int
+    is_whole: bool = True
 
     def arrived(self) -> Tensor:
         """The mean; waits for it."""

@@ -53,10 +53,9 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[Trained]:
             f"the optimizer holds {len(strangers)} of {len(held)} parameters that are not the model's (the first has the shape "
             f"{tuple(strangers[0].shape)}): give LocalUpdates the model that this optimizer trains"
         )
-    small = {id(p) for bank in banks_of(model) for p in (bank.coefficients, bank.gains)}
-    of_banks = {id(p) for bank in banks_of(model) for p in bank.parameters(recurse=False)}
+    plain = plain_ones(model)
     found = [
-        Trained(names[key], p, key in small if key in of_banks else p.ndim < 2)
+        Trained(names[key], p, key in plain)
         for key, p in ((id(p), p) for p in model.parameters())
         if key in held and p.requires_grad
     ]
@@ -72,6 +71,13 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[Trained]:
             f"the model's parameters are on several devices ({', '.join(sorted(map(str, devices)))}): use one"
         )
     return sorted(found, key=lambda trained: trained.plain)  # sorted() keeps the order of equal ones
+
+
+def plain_ones(model: nn.Module) -> set[int]:
+    """The ids of the parameters that travel in 16 bits if the codec has fewer: gains, coefficients, biases and norms."""
+    small = {id(p) for bank in banks_of(model) for p in (bank.coefficients, bank.gains)}
+    of_banks = {id(p) for bank in banks_of(model) for p in bank.parameters(recurse=False)}
+    return small | {id(p) for p in model.parameters() if p.ndim < 2 and id(p) not in of_banks}
 
 
 def unwrapped(model: nn.Module, group: Any) -> tuple[nn.Module, dist.ProcessGroup | None, bool]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ssn.comm.in_flight import waiting
-from dist_ssn.comm.meter import book, purpose
+from dist_ssn.comm.meter import beside, book, purpose
 from dist_ssn.errors import UserError
 from dist_ssn.torch_private import timeout_of
 
@@ -129,7 +129,8 @@ class GroupTransport:
 
     def _wait(self, collective: Callable[..., Any], *arguments: Any) -> None:
         if self._background:  # the meter takes a wait inside of a collective for exposed time
-            collective(*arguments, group=self.group, async_op=True).wait()
+            with beside():
+                collective(*arguments, group=self.group, async_op=True).wait()
         else:
             collective(*arguments, group=self.group)
 
@@ -184,7 +185,7 @@ class MPITransport:
         started = time.perf_counter()
         with waiting(collective, name):
             call()
-        exposed = None if self._background else time.perf_counter() - started
+        exposed = 0.0 if self._background else time.perf_counter() - started
         book(collective, name, payload, self.ranks, exposed=exposed)
 
 

@@ -11,7 +11,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,16 +29,17 @@ from dist_ssn.engines.world.heartbeat import Heartbeat
 from dist_ssn.errors import Preempted, UserError
 from dist_ssn.files import write_whole
 from dist_ssn.sharing.bank_set import shared_plan
-from dist_ssn.sync.sent import Round
 from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside
 from dist_ssn.tracking.wandb_settings import Draw
 from dist_ssn.train.build import build
 from dist_ssn.train.checkpoint.saver import Saver, last_checkpoint
 from dist_ssn.train.evaluate import evaluate
+from dist_ssn.train.limit import within_limit
 from dist_ssn.train.losses import Losses
 from dist_ssn.train.metrics.account import Account
 from dist_ssn.train.metrics.clock import Clock
 from dist_ssn.train.metrics.predicted import comparison, prediction_of
+from dist_ssn.train.metrics.rounds import Rounds
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, learning_rate_factor, state_bytes
 from dist_ssn.train.prune import Pruner, with_thresholds
 from dist_ssn.train.ranks.raise_together import raise_together
@@ -88,14 +89,15 @@ def train(recipe: Recipe, *, progress: bool = True, draw: Draw | None = None) ->
             raises it.
         RanksLost: a collective failed, because another rank is gone.
     """
+    recipe, notes = within_limit(recipe)
     with init_world(recipe.engine.timeout_seconds) as world:
         if recipe.distill.teacher == DENSE:
             validate(recipe, world.world_size)  # before a teacher is trained for nothing
             _train(dense_twin(recipe), world, progress, draw)
-        return _train(recipe, world, progress, draw)
+        return _train(recipe, world, progress, draw, notes)
 
 
-def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None) -> RunResult:
+def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None, notes: Sequence[str] = ()) -> RunResult:
     seconds = recipe.engine.timeout_seconds
     with (
         processor_threads(recipe.threads),
@@ -103,7 +105,7 @@ def _train(recipe: Recipe, world: World, progress: bool, draw: Draw | None) -> R
         Heartbeat(world, seconds) as heartbeat,
         Stop(seconds, lambda why: f"{heartbeat.missing(why)}; {last_checkpoint(recipe)}") as stop,
     ):
-        run = _Run(recipe, world, meter, heartbeat, Saver(recipe, world, stop), progress, draw)
+        run = _Run(recipe, world, meter, heartbeat, Saver(recipe, world, stop), progress, draw, notes)
         row = None
         with heartbeat.explaining_failures(run.saver.resume_point):
             try:
@@ -126,6 +128,7 @@ class _Run:
         saver: Saver,
         progress: bool,
         draw: Draw | None,
+        notes: Sequence[str],
     ) -> None:
         self.recipe, self.world, self.meter, self.heartbeat, self.saver = recipe, world, meter, heartbeat, saver
         self.progress, self.draw = progress and world.rank == 0, draw
@@ -141,6 +144,7 @@ class _Run:
         self.prediction = prediction_of(recipe)
         self.next_show = 0.0
         self.notes: list[str] = []  # messages to the user before the first step
+        self.settings = list(notes)  # what was chosen for the user, which the summary keeps too
 
     # ------------------------------------------------------------ before the first step
 
@@ -163,6 +167,7 @@ class _Run:
             **{name: getattr(recipe.engine, name) for name in ENGINE_OPTIONS[recipe.engine.name]},
             **_sync_options(recipe),
         )
+        self.rounds = Rounds(self.engine.local)
         resumes = self.saver.resumes()
         if resumes:
             self.resumed_step, self.notes = self.saver.resume(self.engine, shared_plan(self.model), self.account)
@@ -198,7 +203,7 @@ class _Run:
             raise UserError(f"cannot write to the run's folder {self.folder}: {error}; give another output") from error
         if self.progress:
             self.console = Console(self.recipe.name, self.recipe.steps, self.folder)
-            for note in self.notes:
+            for note in (*self.settings, *self.notes):
                 self.console.note(f"{self.recipe.name}: {note}")
         self.tracker = build_tracker(
             self.recipe.wandb,
@@ -223,9 +228,11 @@ class _Run:
         while counters.step < recipe.steps and not self._out_of_patience():
             with self.clock.step():
                 loss = self._step(counters.step)
+                self.rounds.after_step()
                 if counters.step + 1 == recipe.steps:
                     self.engine.synchronize()  # the last round may be a short one
             counters.step += 1
+            self.rounds.after_step()
             self.heartbeat.step = counters.step
             if counters.step == first + 1:
                 self.saver.stop.begun = True
@@ -319,7 +326,7 @@ class _Run:
         values["ring_bytes"] = self.account.ring_bytes()
         values["exposed_seconds"] = self.account.exposed_seconds()
         if self.engine.local is not None:
-            values |= _of_round(self.engine.local.last)
+            values |= {**self.rounds.since_log(), "waiting": self.account.waiting()}
         if evaluate:
             kept = ("seconds", "ring_bytes", *(key for key in values if key.startswith("validation_")))
             counters.history.append({"step": counters.step, **{key: values[key] for key in kept}})
@@ -363,6 +370,7 @@ class _Run:
             "parameters": self.parameters,
             "optimizer_bytes": state_bytes(self.optimizer),
             **self.account.per_step(),
+            **self._of_rounds(),
             "total_bytes": self.account.ring_bytes(),
             **{key: value for key, value in counters.history[-1].items() if key.startswith("validation_")},
             "history": counters.history,
@@ -370,13 +378,17 @@ class _Run:
         pruned = None if self.pruner is None else self.pruner.counts()
         if pruned is not None:
             row["kept_numbers"] = pruned["kept"]
-        summary = {**self.account.summary(row, self.recipe, self.world), "pruned": pruned}
+        summary = {**self.account.summary(row, self.recipe, self.world), "pruned": pruned, "chosen": self.settings}
+        if rounds := self.rounds.rows():
+            summary["rounds"] = rounds
         if self.prediction is not None:
             summary["prediction"] = comparison(self.prediction, {**row, **self.account.exposed_per_step()})
 
         def write() -> None:
             if self.world.rank == 0:
                 self.tracker.table("ledger", summary["ledger"])
+                if rounds:
+                    self.tracker.table("rounds", rounds)
                 if self.prediction is not None:
                     self.tracker.table("prediction", summary["prediction"])
                 write_whole(
@@ -385,6 +397,12 @@ class _Run:
 
         self._agree(write)
         return RunResult(row, self.folder, summary, self.model)
+
+    def _of_rounds(self) -> dict[str, Any]:
+        """Figures of local updates for the run's row; empty without them."""
+        if self.engine.local is None or not self.clock.times:
+            return {}
+        return {**self.rounds.figures(), "waiting": self.account.waiting(), "ms_per_step": 1000 * self.clock.mean()}
 
     def close(self, row: dict[str, Any] | None) -> None:
         """Ends tracking. After a failure (`row` is None), the other ranks wait until rank 0 has done so.
@@ -410,11 +428,3 @@ def _sync_options(recipe: Recipe) -> dict[str, Any]:
     if sync is None:
         return {}
     return {"sync": sync} if recipe.sync.within is None else {"sync": sync, "within": recipe.sync.within}
-
-
-def _of_round(last: Round | None) -> dict[str, Any]:
-    """Metrics of the last round of local updates; empty before the first."""
-    if last is None:
-        return {}
-    agreement = {} if last.agreement is None else {"agreement": last.agreement}
-    return {"change_norm": statistics.fmean(last.norms), **agreement}

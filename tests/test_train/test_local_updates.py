@@ -186,7 +186,7 @@ def test_the_keys_of_a_recipe_are_the_words_of_local_updates() -> None:
     import inspect
 
     words = inspect.signature(LocalUpdates).parameters
-    assert {field.name for field in fields(SyncConfig)} - {"within"} <= set(words)
+    assert {field.name for field in fields(SyncConfig)} - {"within", "limit"} <= set(words)
     schema = SyncConfig.__pydantic_fields__  # type: ignore[attr-defined]
     assert set(schema["codec"].annotation.__args__) == set(CODECS)
     assert set(schema["outer"].annotation.__args__) == set(OUTER)

@@ -129,6 +129,19 @@ def init_world(timeout_seconds: float = 600.0, *, device: str | None = None) -> 
     return World(rank, world_size, local_rank, where, owns_process_group=True, store=store, rendezvous_id=rendezvous_id)
 
 
+def processes_of_job() -> int:
+    """Number of processes that `init_world` would join, without joining them.
+
+    Raises:
+        UserError: WORLD_SIZE is malformed.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    if "WORLD_SIZE" not in os.environ and mpi_world.started_by_mpi():
+        return mpi_world.load_mpi().COMM_WORLD.size
+    return _integer("WORLD_SIZE", default=1, low=1)
+
+
 def _start_process_group(backend: str, rank: int, world_size: int, timeout_seconds: float) -> str:
     """Meets the other processes and starts torch's process group; returns the name under which they have met."""
     timeout = timedelta(seconds=timeout_seconds)

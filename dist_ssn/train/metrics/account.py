@@ -115,6 +115,11 @@ class Account:
         parts = [self.meter.ledger.totals(purpose).exposed_seconds for purpose in OF_WAITING]
         return None if None in parts else sum(part for part in parts if part is not None)
 
+    def waiting(self) -> float | None:
+        """Share of this process's time in steps in which it waited for gradients and changes; None if that was not measured."""
+        exposed, seconds = self.exposed_seconds(), sum(self.clock.times)
+        return None if exposed is None or not seconds else min(1.0, exposed / seconds)
+
     def ledger(self) -> list[dict[str, Any]]:
         """Rows of the ledger, summed over this process and those before it."""
         return merged_rows(self.counters.ledger, self.meter.ledger.rows())

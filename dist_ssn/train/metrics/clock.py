@@ -45,3 +45,7 @@ class Clock:
     def median(self) -> float:
         """Median seconds of a step, without the warm-up."""
         return statistics.median(self.times[min(WARM_UP, len(self.times) // 2) :])
+
+    def mean(self) -> float:
+        """Mean seconds of a step, without the warm-up: where some steps end a round, and others do not, a median is of neither."""
+        return statistics.fmean(self.times[min(WARM_UP, len(self.times) // 2) :])

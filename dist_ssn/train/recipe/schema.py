@@ -90,6 +90,14 @@ def _overlap(overlap: str) -> str:
     return overlap
 
 
+def _limit(limit: str | None) -> str | None:
+    if limit is not None:
+        from dist_ssn.sync.rounds import parse_limit
+
+        parse_limit(limit)
+    return limit
+
+
 def _rising(steps: tuple[int, ...]) -> tuple[int, ...]:
     if list(steps) != sorted(set(steps)) or any(step < 1 for step in steps):
         raise mistake(f"must be rising step numbers, got {list(steps)}")
@@ -315,41 +323,50 @@ class SyncConfig:
     """Multiple of the median norm above which a process's change is left out of a round; null: only what is not finite."""
     within: Annotated[Literal["node"] | None, Field(examples=["node"])] = None
     """Processes that average gradients on every step, so that only nodes train apart; null: none (ddp)."""
+    limit: Annotated[str | None, AfterValidator(_limit), Field(examples=["20kB/step"])] = None
+    """Bytes that a process sends per step, on average: chooses share.budget, every and codec where they are not given."""
 
     def options(self) -> dict[str, Any] | None:
         """Keyword arguments of `LocalUpdates`; None without local updates."""
         if self.every is None:
             return None
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "within"}
+        names = (field.name for field in dataclasses.fields(self) if field.name not in ("within", "limit"))
+        return {name: getattr(self, name) for name in names}
 
     def rules(self, recipe: Recipe) -> Iterator[Problem]:
         """Rules across keys."""
-        if self.every is None:
+        if self.every is None and self.limit is None:
             for field in dataclasses.fields(self):
                 if getattr(self, field.name) != field.default:
                     text = "needs local updates: set sync.every too, such as --sync.every=16"
                     yield Problem(f"sync.{field.name}", text, ("sync.every",))
             return
-        engine, reads = recipe.engine, ("sync.every", "engine.name")
+        own = "sync.every" if self.limit is None else "sync.limit"
+        engine, reads = recipe.engine, (own, "engine.name")
+        if self.limit is not None and self.within is not None:
+            text = (
+                "counts what a process sends, and islands send gradients on every step: set sync.every with sync.within"
+            )
+            yield Problem("sync.limit", text, ("sync.within",))
         if engine.name == "fsdp":
             text = "goes with the engine ddp or mpi; a script can train islands of FSDP2, by LocalUpdates(group=...)"
-            yield Problem("sync.every", text, reads)
+            yield Problem(own, text, reads)
         if engine.name == "deepspeed":
             text = "goes with the engine ddp or mpi, not with deepspeed, which averages gradients on every step"
-            yield Problem("sync.every", text, reads)
+            yield Problem(own, text, reads)
         if self.within is not None and engine.name == "mpi":
             yield Problem("sync.within", "goes with the engine ddp, not with mpi", ("engine.name",))
         if self.outer_momentum is not None and self.outer == "average":
             yield Problem("sync.outer_momentum", "goes with sync.outer nesterov, not with average", ("sync.outer",))
         for name, unset in (("overlap", "none"), ("compress", "none")):
             if getattr(engine, name) != unset:
-                text = "is for gradients that are averaged on every step: leave it none with sync.every"
-                yield Problem(f"engine.{name}", text, ("sync.every",))
+                text = f"is for gradients that are averaged on every step: leave it none with {own}"
+                yield Problem(f"engine.{name}", text, (own,))
         if recipe.prune.final:
-            text = "needs processes that hold the same parameters after every step: leave out prune.final or sync.every"
-            yield Problem("prune.final", text, ("sync.every",))
+            text = f"needs processes that hold the same parameters after every step: leave out prune.final or {own}"
+            yield Problem("prune.final", text, (own,))
         if recipe.predicted is not None:
-            yield Problem("predicted", "is for gradients that are averaged on every step, not for sync.every", reads)
+            yield Problem("predicted", f"is for gradients that are averaged on every step, not for {own}", reads)
 
 
 @checked(RecipeError)

@@ -1,0 +1,157 @@
+"""Predictions of `dist-ssn plan --cluster` for rounds, against runs in the lab: budget × period × codec × bandwidth × delay.
+
+    sudo python -m benchmarks.network.ladder_prediction [--hosts 2] [--repetitions 1]
+    python -m benchmarks.network.ladder_prediction --table
+
+Half of all combinations: a delay where the other four settings have an odd number of second values. A step's time is the mean over
+WINDOW steps, which are whole rounds; the bytes are those of the run's ledger. Compute is measured once per repetition, on all hosts
+at once. As many hosts as processors. Writes results/ladder_prediction/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.network.in_the_lab import cluster_file, in_the_lab, quietly
+from benchmarks.result_files import ResultFile
+from dist_ssn.train.limit import sent_per_step, vectors_of
+from dist_ssn.train.recipe.read import load_recipe
+
+Line = dict[str, Any]
+WINDOW = 80
+STEPS = 2 * WINDOW + 4
+BUDGETS, PERIODS, CODECS, MBIT = (None, 0.1), (4, 16), ("none", "int4"), (10.0, 40.0)
+MODEL = '--model_args={"layers": 2, "width": 128, "heads": 4, "context": 64}'
+COMMON = ["--config=quickstart", MODEL, "--batch_size=8", "--threads=1", "--schedule.warmup=1"]
+KEYS = ("budget", "every", "codec", "mbit", "delay", "hosts", "repetition")
+
+
+def cells() -> Iterator[Line]:
+    """The settings of each cell."""
+    for places in itertools.product((0, 1), repeat=4):
+        budget, every, codec, mbit = (BUDGETS[places[0]], PERIODS[places[1]], CODECS[places[2]], MBIT[places[3]])
+        yield {"budget": budget, "every": every, "codec": codec, "mbit": mbit, "delay": sum(places) % 2}
+
+
+def calibrate(hosts: int, folder: Path) -> Path:
+    """Measures compute and rates, on all hosts at once."""
+    kept = folder / "compute.json"
+    cluster = cluster_file(folder, hosts=hosts, mbit=100)
+    program = ["plan", *COMMON, "--share.budget=0.1", f"--cluster={cluster}", f"--calibrate={kept}", "--json"]
+    in_the_lab(cluster, folder / "logs", program)
+    return kept
+
+
+def predict(cluster: str, compute: Path, cell: Line) -> float:
+    """Milliseconds of a step."""
+    command = ["plan", *COMMON, "--share.budget=0.1", f"--cluster={cluster}", f"--compute={compute}", "--json"]
+    rows = json.loads(quietly(["-m", "dist_ssn.cli", *command]))["ladder"]
+    wanted = {key: cell[key] for key in ("budget", "every", "codec", "delay")} | {"own": False}
+    return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))["ms_per_step"]
+
+
+def settings_of(cell: Line) -> list[str]:
+    """The recipe of a cell."""
+    sync = {key: cell[key] for key in ("every", "codec", "delay")}
+    sizes = [f"--steps={STEPS}", "--evaluate_every=100000", "--evaluate_batches=1", f"--checkpoint.every={WINDOW}"]
+    return [
+        *COMMON,
+        *sizes,
+        *(f"--sync.{key}={value}" for key, value in sync.items()),
+        f"--share.budget={json.dumps(cell['budget'])}",
+    ]
+
+
+def measure(cluster: str, cell: Line, folder: Path) -> Line:
+    """Figures of a run on the hosts."""
+    program = ["train", *settings_of(cell), "--no-progress", f"--output={folder}", f"--name=run-{os.getpid()}"]
+    in_the_lab(cluster, folder / "logs", program)
+    run = folder / f"run-{os.getpid()}"
+    row = json.loads((run / "summary.json").read_text())["rows"][0]
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    at = {line["step"]: line["seconds"] for line in logged if "seconds" in line}
+    milliseconds = 1000 * (at[2 * WINDOW] - at[WINDOW]) / WINDOW
+    return {"ms_per_step": milliseconds, "bytes_per_step_logical": row["bytes_per_step_logical"]}
+
+
+def predicted_bytes(cell: Line) -> int:
+    """Bytes per step that a process hands to collectives, as a run's summary averages them."""
+    recipe = load_recipe("quickstart", settings_of(cell)[1:])
+    dense = cell["budget"] is None
+    vector = next(found for _, kind, _, found in vectors_of(recipe) if not dense or kind == "dense")
+    return round(sent_per_step(vector, recipe, cell["hosts"], cell["every"], cell["codec"]).handed)
+
+
+def table(lines: list[Line]) -> Table:
+    """Medians, and the error of each prediction."""
+    headings = (
+        "budget",
+        "every",
+        "codec",
+        "Mbit/s",
+        "delay",
+        "ms per step: median (min-max)",
+        "predicted",
+        "off",
+        "bytes off",
+    )
+    shown = Table(*headings)
+    found: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[key] for key in KEYS[:-1]), []).append(line)
+    errors = []
+    for (budget, every, codec, mbit, delay, _), mine in found.items():
+        ms = [line["ms_per_step"] for line in mine]
+        predicted = statistics.median(line["predicted_ms_per_step"] for line in mine)
+        errors.append(predicted / statistics.median(ms) - 1)
+        sent = {line["bytes_per_step_logical"] - line["predicted_bytes_per_step_logical"] for line in mine}
+        middle = f"{statistics.median(ms):.0f} ({min(ms):.0f}-{max(ms):.0f})"
+        named = ("dense" if budget is None else f"{budget:.0%}", str(every), codec, f"{mbit:g}", str(delay))
+        shown.add_row(*named, middle, f"{predicted:.0f}", f"{errors[-1]:+.0%}", ", ".join(map(str, sorted(sent))))
+    if errors:
+        sizes = [abs(error) for error in errors]
+        shown.caption = (
+            f"{len(errors)} cells; off by {statistics.median(sizes):.1%} in the median, {max(sizes):.1%} at most"
+        )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=2)
+    parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
+    arguments = parser.parse_args()
+    results = ResultFile("ladder_prediction")
+    done = {tuple(line[key] for key in KEYS) for line in results.lines()}
+    for repetition in range(0 if arguments.table else arguments.repetitions):
+        with tempfile.TemporaryDirectory() as name:
+            folder, compute = Path(name), None
+            for cell in cells():
+                cell |= {"hosts": arguments.hosts, "repetition": repetition}
+                if tuple(cell[key] for key in KEYS) in done:
+                    continue
+                compute = compute or calibrate(arguments.hosts, folder)
+                cluster = cluster_file(folder, hosts=arguments.hosts, mbit=cell["mbit"])
+                predicted = {"predicted_ms_per_step": predict(cluster, compute, cell)}
+                predicted["predicted_bytes_per_step_logical"] = predicted_bytes(cell)
+                load = os.getloadavg()[0]
+                line = {**cell, **measure(cluster, cell, folder), **predicted, "load": load}
+                results.add(line)
+                print({key: value for key, value in line.items() if key not in ("hosts", "repetition")}, flush=True)
+    Console(width=140).print(table(results.lines()))
+
+
+if __name__ == "__main__":
+    main()
