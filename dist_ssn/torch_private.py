@@ -161,7 +161,7 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
 def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     """Multiplies each tensor by its factor, in place: in one call where torch has it, without the interpreter in between."""
     if hasattr(torch, "_foreach_mul_"):
-        torch._foreach_mul_(tensors, factors)
+        torch._foreach_mul_(list(tensors), list(factors))  # pyright: ignore[reportPrivateImportUsage]
         return
     for tensor, factor in zip(tensors, factors, strict=True):
         tensor.mul_(factor)
@@ -170,7 +170,7 @@ def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
 def add_to_each(tensors: Sequence[Tensor], summands: Sequence[Tensor]) -> None:
     """Adds to each tensor, in place, as `multiply_each` multiplies."""
     if hasattr(torch, "_foreach_add_"):
-        torch._foreach_add_(tensors, summands)
+        torch._foreach_add_(list(tensors), list(summands))  # pyright: ignore[reportPrivateImportUsage]
         return
     for tensor, summand in zip(tensors, summands, strict=True):
         tensor.add_(summand)

@@ -49,7 +49,6 @@ def watch_wrapper(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> Non
         return
     require_frozen = _replace_frozen(wrapper, model, banks)
 
-    @torch.compiler.disable
     def before_forward(wrapper: nn.Module, *_: Any) -> None:
         synced = leave_out_buffers(wrapper, [buffer for bank in banks for buffer in bank.fixed_buffers()])
         if not synced and not torch.is_grad_enabled():  # perhaps an evaluation by rank 0 alone
@@ -63,7 +62,8 @@ def watch_wrapper(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> Non
             bank.agreed = True
         require_frozen()
 
-    handle = wrapper.register_forward_pre_hook(before_forward)
+    hook: Any = torch.compiler.disable(before_forward)
+    handle = wrapper.register_forward_pre_hook(hook)
 
 
 def _replace_frozen(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> Callable[[], None]:

@@ -295,7 +295,7 @@ class Bank(nn.Module):
         if self.stopped and self.bank.requires_grad:  # `model.requires_grad_(True)` has started it again
             self.set_frozen(())
         if index == _ALL:
-            return self._make_all()
+            return self._make_all()  # type: ignore[return-value]  # for `at_hand` alone
         frozen = index in self.frozen
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ShareError(
