@@ -66,7 +66,7 @@ def _fraction(budget: float | int | str | None) -> float | None:
 def best_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that no other beats in both step time and loss, and the recipe's own, from the least loss to the shortest step.
 
-    Only rows with a measured loss are compared.
+    Only rows with a measured loss are compared. Of more than MOST_ROWS, some are left out between the ends.
     """
     measured = [row for row in rows if row["loss_over_dense"] is not None and not row["own"]]
     best = [
@@ -80,7 +80,9 @@ def best_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         )
     ]
     best.sort(key=lambda row: -row["ms_per_step"])
-    return [*best[-MOST_ROWS:], *(row for row in rows if row["own"])]
+    if len(best) > MOST_ROWS:  # evenly, with both ends
+        best = [best[round(place * (len(best) - 1) / (MOST_ROWS - 1))] for place in range(MOST_ROWS)]
+    return [*best, *(row for row in rows if row["own"])]
 
 
 def ladder_table(rows: Sequence[dict[str, Any]], every_row: Sequence[dict[str, Any]], cluster: Cluster) -> Table:
