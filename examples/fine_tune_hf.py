@@ -5,7 +5,6 @@ python examples/fine_tune_hf.py
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -35,5 +34,6 @@ with tempfile.TemporaryDirectory() as name:
     print(f"the difference has {file.stat().st_size:,} bytes, the model {whole:,}")
     again = dist_ssn.load(GPT2LMHeadModel.from_pretrained(folder / "base"), folder / "difference")
     dist_ssn.materialize(again).save_pretrained(folder / "merged")
-    plain: Any = GPT2LMHeadModel.from_pretrained(folder / "merged")  # needs no dist_ssn
-    print(f"merged: loss {plain(tokens, labels=tokens).loss.item():.3f}")
+    plain = GPT2LMHeadModel.from_pretrained(folder / "merged")  # needs no dist_ssn
+    loss = plain(tokens, labels=tokens).loss  # pyright: ignore[reportCallIssue]
+    print(f"merged: loss {loss.item():.3f}")
