@@ -6,13 +6,14 @@ SHELL := bash
 VENV ?= .venv
 EXTRAS ?= dev,wandb,deepspeed,mpi
 ARGS ?=
+TORCH ?=
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 # Several processes share the cores in tests and in the quick start: one thread each.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-benchmarks bench report faults soak lint docs wheel clean
+.PHONY: help setup train test test-quick test-versions test-benchmarks bench report faults soak lint docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +32,9 @@ test: $(READY) ## run all tests (at most 10 minutes on 2 cores)
 
 test-quick: $(READY) ## run the tests that start no process (at most 90 seconds on 2 cores)
 	$(PY) -m pytest -n 2 --dist worksteal tests -m "not distributed and not processes and not slow" $(ARGS)
+
+test-versions: ## run the quick tests with the oldest and the newest torch (the first time, downloads 10 GB); TORCH="2.12.1 …": with others
+	@ARGS="$(ARGS)" scripts/test_versions.sh $(TORCH)
 
 test-benchmarks: $(READY) ## run the tests of the benchmarks, and hold every table of README and docs against the results
 	$(PY) -m pytest -n 2 --dist worksteal benchmarks/tests $(ARGS)
@@ -63,5 +67,5 @@ wheel: $(READY) ## build the wheel and try it in an environment of its own, outs
 	cp tests/wheel_smoke.py $$away && cd $$away && venv/bin/python wheel_smoke.py && venv/bin/dist-ssn --help >/dev/null
 
 clean: ## remove the environment and everything that was built (runs/ stays)
-	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .versions build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

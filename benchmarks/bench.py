@@ -49,8 +49,10 @@ FULL = (
     "quality.run rates controls low confirm curve curve-confirm budgets morphs",
     "quality.run longer larger larger-confirm distill prune decay wider target target-confirm",
     "quality.architectures rates seeds",
+    "quality.paper_architectures rates",
     "quality.searches --tasks gpt-small lstm digits captions",
     "quality.searches --tasks gpt vit --mappings default shape pretrain",
+    "ladder agreement frontier-gpt frontier-lstm",
     "network.time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
 )
 PROFILES = {"short": SHORT, "full": FULL}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dist_ssn.sharing.optimizer_groups import parameter_groups
     from dist_ssn.sharing.parts import freeze, parameters_of, unfreeze
     from dist_ssn.sharing.plan_of import plan_of
+    from dist_ssn.sharing.saved import load, merge, save
     from dist_ssn.sharing.summary import summary
     from dist_ssn.sync.comm_hook import comm_hook
     from dist_ssn.sync.local_updates import LocalUpdates
@@ -34,11 +35,14 @@ __all__ = [
     "comm_hook",
     "freeze",
     "initialize",
+    "load",
     "make_plan",
     "materialize",
+    "merge",
     "parameter_groups",
     "parameters_of",
     "plan_of",
+    "save",
     "search",
     "set_generation",
     "share",
@@ -57,11 +61,14 @@ _PLACES = {
     "comm_hook": "dist_ssn.sync.comm_hook",
     "freeze": "dist_ssn.sharing.parts",
     "initialize": "dist_ssn.sharing.initialize",
+    "load": "dist_ssn.sharing.saved",
     "make_plan": "dist_ssn.plan",
     "materialize": "dist_ssn.sharing.materialize",
+    "merge": "dist_ssn.sharing.saved",
     "parameter_groups": "dist_ssn.sharing.optimizer_groups",
     "parameters_of": "dist_ssn.sharing.parts",
     "plan_of": "dist_ssn.sharing.plan_of",
+    "save": "dist_ssn.sharing.saved",
     "search": "dist_ssn.mapping_search",
     "set_generation": "dist_ssn.sharing.generation",
     "share": "dist_ssn.sharing.attach",

@@ -352,7 +352,7 @@ def _words(annotation: Any) -> str:
         return _WORDS.get((first, None), f"{words}{',' if ',' in words else ''} or null")
     if get_origin(first) is Literal:
         *names, last = map(str, get_args(first))
-        return f"{', '.join(names)} or {last}"
+        return f"{', '.join(names)} or {last}" if names else last
     return _WORDS[tuple, _bare(get_args(first)[0])] if get_origin(first) is tuple else _WORDS[first]
 
 

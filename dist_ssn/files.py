@@ -114,14 +114,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file that is, at every moment, either the former file or the complete new one.
+    """Writes a UTF-8 text file like `replace_bytes`."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Writes a file that is, at every moment, either the former file or the complete new one.
 
     Raises:
         OSError: it cannot be written; the former file, if any, is untouched, and no partial file is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

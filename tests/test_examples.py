@@ -12,7 +12,7 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2")
-PROCESSES = {"ddp": 2, "fsdp2": 2, "read_plan_and_ledger": 2, "search": 1, "custom_model": 1}
+PROCESSES = {"ddp": 2, "fsdp2": 2, "read_plan_and_ledger": 2, "search": 1, "custom_model": 1, "fine_tune_hf": 1}
 LONGEST = 40
 
 
@@ -79,3 +79,14 @@ def test_a_custom_model_learns_and_leaves_as_a_dense_one(tmp_path: Path) -> None
     assert last < first / 2
     assert "head.weight (excluded)" in text
     assert "dense copy: 18,052 parameters, Linear layers" in text
+
+
+@pytest.mark.processes
+def test_a_fine_tuned_checkpoint_is_merged(tmp_path: Path) -> None:
+    text = output_of("fine_tune_hf", tmp_path)
+    first, last, merged = (float(loss) for loss in re.findall(r"loss ([\d.]+)", text))
+    assert last < first / 10 and abs(merged - last) < 0.05  # one more step lies between them
+    difference, whole = (
+        int(n.replace(",", "")) for n in re.findall(r"has ([\d,]+) bytes, the model ([\d,]+)", text)[0]
+    )
+    assert difference < whole / 10

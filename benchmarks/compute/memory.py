@@ -45,10 +45,10 @@ def allocations(step: Any) -> list[int]:
 class Training:
     """A model and its optimizer, built and trained under the profiler."""
 
-    def __init__(self, name: str, budget: float | None):
+    def __init__(self, name: str, budget: float | None, generate: str):
         torch.manual_seed(0)
         build, self.inputs, self.targets = MODELS[name]()
-        self.model = build() if budget is None else dist_ssn.share(build(), budget)
+        self.model = build() if budget is None else dist_ssn.share(build(), budget, generate=generate)
         self.optimizer = torch.optim.AdamW(dist_ssn.parameter_groups(self.model), lr=1e-3)
         self.gradient_bytes = 0
 
@@ -64,12 +64,12 @@ class Training:
         return sum(value.nbytes for value in entries if isinstance(value, Tensor))
 
 
-def measure(name: str, budget: float | None) -> Line:
+def measure(name: str, budget: float | None, generate: str) -> Line:
     """Bytes held after two steps, tables of banks included, and the most that a third step adds."""
     made: list[Training] = []
 
     def begin() -> None:
-        made.append(Training(name, budget))
+        made.append(Training(name, budget, generate))
         made[0].step()
         made[0].step()
 
@@ -78,21 +78,34 @@ def measure(name: str, budget: float | None) -> Line:
     changes = allocations(training.step)
     numbers = sum(parameter.numel() for parameter in training.model.parameters())
     return {
-        **{"model": name, "budget": budget, "parameters": numbers, "held_bytes": held},
+        **{"model": name, "budget": budget, "generate": generate, "parameters": numbers, "held_bytes": held},
         **{"optimizer_bytes": training.optimizer_bytes(), "gradient_bytes": training.gradient_bytes},
         **{"peak_bytes": held + max(accumulate(changes), default=0), "left_bytes": sum(changes)},
     }
 
 
 def table(lines: Iterable[Line]) -> Table:
-    """A table with a row per model and budget, beside the dense model."""
-    cells = latest(lines, ("model", "budget"))
-    headings = ("model", "budget", "parameters", "optimizer, MiB", "gradients, MiB", "peak of a step, MiB", "to dense")
+    """A table with a row per model, budget and mode of generation, beside the dense model."""
+    lines = [{"generate": "on_demand", **line} for line in lines]  # before there were two modes
+    cells = latest(lines, ("model", "budget", "generate"))
+    headings = (
+        "model",
+        "budget",
+        "generate",
+        "parameters",
+        "optimizer, MiB",
+        "gradients, MiB",
+        "peak of a step, MiB",
+        "to dense",
+    )
     shown = Table(*headings)
-    for (name, budget), line in cells.items():
+    for (name, budget, generate), line in sorted(
+        cells.items(), key=lambda cell: (cell[0][0], cell[0][1] or 0, cell[0][2])
+    ):
         sizes = [f"{line[key] / MIB:.2f}" for key in ("optimizer_bytes", "gradient_bytes", "peak_bytes")]
-        ratio = line["peak_bytes"] / cells[name, None]["peak_bytes"]
-        shown.add_row(name, f"{budget:.0%}" if budget else "dense", f"{line['parameters']:,}", *sizes, f"{ratio:.3f}")
+        ratio = line["peak_bytes"] / cells[name, None, "on_demand"]["peak_bytes"]
+        kind = (f"{budget:.0%}", generate) if budget else ("dense", "")
+        shown.add_row(name, *kind, f"{line['parameters']:,}", *sizes, f"{ratio:.3f}")
     return shown
 
 
@@ -105,8 +118,10 @@ def main() -> None:
     torch.set_num_threads(1)
     results = ResultFile("memory")
     for name in () if arguments.table else arguments.models:
-        for budget in (None, *arguments.budgets):
-            results.add(measure(name, budget))
+        results.add(measure(name, None, "on_demand"))
+        for budget in arguments.budgets:
+            for generate in ("on_demand", "per_step"):
+                results.add(measure(name, budget, generate))
     Console().print(table(results.lines()))
 
 

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.documents import costs, quality, runs, searches, sizes
+from benchmarks.documents import costs, ladder, quality, runs, searches, sizes, transfer
 from benchmarks.documents.figures import FIGURES
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +25,8 @@ TABLES: dict[str, Callable[[], str]] = {
     **searches.TABLES,
     **runs.TABLES,
     **costs.TABLES,
+    **ladder.TABLES,
+    **transfer.TABLES,
 }
 _MARKED = re.compile(r"(<!-- results: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from benchmarks.documents import sizes
+from benchmarks.documents.ladder import model_name
 from benchmarks.documents.quality import losses_by_budget
+from benchmarks.ladder.rungs import DENSE, loss_of, rungs
 from benchmarks.result_files import latest, lines_of
 from dist_ssn.report import plot_loss_against_bytes
 
@@ -75,9 +79,42 @@ def quickstart(path: Path) -> None:
     plot_loss_against_bytes(list(latest(lines_of("quickstart"), ("name",)).values()), path)
 
 
+def ladder(task: str, path: Path) -> None:
+    """Loss against bytes of every rung: a line per model joins its best rungs, a marker's shape is the period."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    markers = {1: "o", 4: "^", 16: "s", 50: "D"}
+    models: dict[str, list[tuple[float, float, int]]] = {}
+    for (kind, budget, every, _), runs in rungs(task).items():
+        point = (runs[0]["bytes"], loss_of(runs), every)
+        models.setdefault(model_name(kind, budget).strip("*"), []).append(point)
+    for index, (name, points) in enumerate(models.items()):
+        best, least = [], float("inf")
+        for size, loss, _ in sorted(points):
+            if loss < least:
+                best.append((size, loss))
+                least = loss
+        axes.plot(*zip(*best, strict=True), color=f"C{index}", linewidth=1, alpha=0.7)
+        for every, marker in markers.items():
+            there = [(size, loss) for size, loss, period in points if period == every]
+            if there:
+                axes.plot(*zip(*there, strict=True), marker, color=f"C{index}", markersize=5)
+        axes.plot([], [], "-", color=f"C{index}", label=name)
+    for every, marker in markers.items():
+        axes.plot([], [], marker, color="grey", label=f"every {every} steps" if every > 1 else "every step")
+    axes.axhline(loss_of(rungs(task)[DENSE]), color="grey", linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axes.set_xlabel("bytes that one worker hands over in the whole run (logarithmic)")
+    axes.set_ylabel("validation loss, nats per byte")
+    axes.legend(fontsize=8, frameon=False, ncols=2)
+    save(figure, path)
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
     "quality_by_budget.png": budgets,
     "quality_curves.png": curves,
     "loss_against_bytes.png": quickstart,
+    **{f"ladder_{task}.png": partial(ladder, task) for task in ("gpt", "lstm")},
 }
 """File in docs/ → the function that draws it."""

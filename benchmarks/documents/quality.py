@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.documents.sizes import MODELS
 from benchmarks.markdown import bold_least, each, grid, short
 from benchmarks.network.target_runs import TARGET_SUITES, all_runs, losses_of, side_of
-from benchmarks.quality import architectures
+from benchmarks.quality import architectures, paper_architectures
 from benchmarks.quality.cells import DEFAULT, SEEDS, cell, identity
 from benchmarks.quality.further_suites import TARGETS
 from benchmarks.quality.suites import MORPHS, MORPHS_AT
@@ -24,6 +24,7 @@ MORPH_NAMES = {
     "offset:chunk=16,gains=false": "no gains",
     "offset:chunk=16,gains=true": "with gains",
     "offset:chunk=16,templates=2": "two templates",
+    "inter": "inter, four templates (its default until 2026-11-28)",
     **{f"offset:chunk=16,rank={n}": f"a low-rank difference, rank {n}" for n in (2, 4)},
 }
 
@@ -107,6 +108,12 @@ def four_architectures() -> str:
     return grid(architectures.HEADINGS, list(map(list, architectures.rows(lines_of("architectures")))))
 
 
+def nine_architectures() -> str:
+    """Architectures of the paper at small scale, beside their dense twins and dense models of their size."""
+    lines = lines_of("paper_architectures")
+    return grid(paper_architectures.HEADINGS, list(map(list, paper_architectures.rows(lines))))
+
+
 def _of(function: Callable[[str], str], arguments: Sequence[str]) -> dict[str, Callable[[], str]]:
     return {f"{function.__name__.replace('_', '-')}-{name}": lambda name=name: function(name) for name in arguments}
 
@@ -116,4 +123,5 @@ TABLES: dict[str, Callable[[], str]] = {
     **_of(morphs, list(MORPHS)),
     **_of(budgets, ["adamw", "sgd"]),
     "architectures": four_architectures,
+    "paper-architectures": nine_architectures,
 }

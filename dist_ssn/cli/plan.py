@@ -76,6 +76,7 @@ def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:
 
     from dist_ssn.model.specs import find_specs
     from dist_ssn.plan import make_plan
+    from dist_ssn.sharing.train_beside import specs_of_kept
     from dist_ssn.train.build import plan_of_file
     from dist_ssn.train.data import data_hints
     from dist_ssn.train.models import build_model
@@ -92,8 +93,11 @@ def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:
         of_this_model = set(names) <= {name for name, _ in model.named_parameters(remove_duplicate=False)}
         return followed, find_specs(model, include=names).left_out if of_this_model else ()
     assert share.budget is not None
-    specs = find_specs(model, share.include, share.exclude)
-    made = make_plan(specs, share.budget, mapping=share.mapping, morph=share.morph, seed=share.seed)
+    if share.keep:
+        specs = specs_of_kept(model, share.include, share.exclude, share.train)
+    else:
+        specs = find_specs(model, share.include, share.exclude)
+    made = make_plan(specs, share.budget, mapping=share.mapping, morph=share.morph, seed=share.seed, keep=share.keep)
     return made, specs.left_out
 
 

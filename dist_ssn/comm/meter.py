@@ -27,15 +27,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import distributed as ddp_source
 
 from dist_ssn.comm import in_flight
 from dist_ssn.comm.ledger import Ledger, Row, Totals, check_purpose
 from dist_ssn.errors import UserError
-from dist_ssn.torch_private import at_end_of_backward, graph_task_id
-
-_FSDP_COLLECTIVES = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
-"""FSDP2's module, by name: importing it takes a second, and without FSDP2 nothing runs in it."""
+from dist_ssn.torch_private import (
+    DDP_METHODS,
+    DDP_SOURCE,
+    END_OF_BACKWARD,
+    FSDP_COLLECTIVES,
+    at_end_of_backward,
+    graph_task_id,
+)
 
 # operator -> (the collective's name in the ledger, the argument that holds this rank's input)
 OPERATORS: dict[str, tuple[str, str | None]] = {
@@ -51,6 +54,7 @@ OPERATORS: dict[str, tuple[str, str | None]] = {
     "_reduce_scatter_base_": ("reduce_scatter", "input_tensor"),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", "inputs"),
     "gather_": ("gather", "input_tensors"),
+    "gather_into_tensor_": ("gather", "input_tensor"),  # from torch 2.14 on
     "scatter_": ("scatter", "input_tensors"),
     "alltoall_": ("all_to_all", "input_tensors"),
     "alltoall_base_": ("all_to_all", "input"),
@@ -60,9 +64,6 @@ OPERATORS: dict[str, tuple[str, str | None]] = {
     "barrier": ("barrier", None),
     "monitored_barrier_": ("barrier", None),
 }
-
-# Method of DistributedDataParallel -> purpose of its communication outside of backward.
-_DDP_METHODS = {"__init__": "initialization", "_sync_buffers": "buffers", "_pre_forward": "initialization"}
 
 _lock = threading.Lock()
 _library: torch.library.Library | None = None
@@ -217,7 +218,7 @@ def _install() -> None:
     """Registers the counting kernels, once per process.
 
     They stay registered: removing a kernel while another thread is inside it is not safe. Without an active meter
-    they only pass the call on. The names of the operators are internal to PyTorch (tried with 2.13): a test fails when
+    they only pass the call on. The names of the operators are internal to PyTorch (tried with 2.8 to 2.14): a test fails when
     PyTorch has one that OPERATORS lacks.
     """
     global _library
@@ -259,7 +260,7 @@ def _kernel(name: str) -> Callable[..., Any]:
         timed = future is not None
         # Trap: the dispatcher leaves out trailing arguments that have their default, and async_op's is True.
         waits = timed and async_at is not None and async_at < len(args) and not args[async_at]
-        reduces = timed and task != -1 and collective == "all_reduce" and not waits
+        reduces = END_OF_BACKWARD and timed and task != -1 and collective == "all_reduce" and not waits
         known = waits or reduces or (timed and threading.get_ident() in _beside)
         booked = []
         for meter, name in zip(meters, purposes, strict=True):
@@ -351,9 +352,9 @@ def _caller_purpose() -> str:
     """Purpose of a collective outside of backward: that of the DDP or FSDP2 function on the stack; "other" if there is none."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == ddp_source.__file__ and frame.f_code.co_name in _DDP_METHODS:
-            return _DDP_METHODS[frame.f_code.co_name]
-        if frame.f_globals.get("__name__") == _FSDP_COLLECTIVES:
+        if frame.f_code.co_filename == DDP_SOURCE and frame.f_code.co_name in DDP_METHODS:
+            return DDP_METHODS[frame.f_code.co_name]
+        if frame.f_globals.get("__name__") == FSDP_COLLECTIVES:
             return "parameters"
         frame = frame.f_back
     return "other"

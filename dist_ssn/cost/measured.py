@@ -120,7 +120,9 @@ def measure(recipe: Recipe, world: World, steps: int = 20, known: Path | None = 
             "share.budget is null, which leaves the model dense: give one to compare with, such as --share.budget=10%"
         )
     timelines, rates = ((None, None), None) if known is None else _load(known, recipe)
-    dense = dataclasses.replace(recipe, share=dataclasses.replace(recipe.share, budget=None, plan=None))
+    dense = dataclasses.replace(
+        recipe, share=dataclasses.replace(recipe.share, budget=None, plan=None, keep=False, train=())
+    )
     specs, first = _side(dense, world, steps, timelines[0])
     assert specs is not None
     second = _side(recipe, world, steps, timelines[1])[1]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -21,7 +22,9 @@ from dist_ssn.engines.world.divergence import require_one_plan
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, check_compress, parse_overlap
 from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sharing.bases import sent_at_the_start
 from dist_ssn.sync.islands import islands_of
+from dist_ssn.torch_private import ignore_in_ddp
 
 MIB = 2**20
 
@@ -99,11 +102,14 @@ class DDPEngine(Engine):
         banks = {name: p for name, p in model.named_parameters() if p in apart}  # in one order on all ranks
         with purpose("initialization"):
             require_one_plan(model)
-            for tensor in banks.values() if trainable else (*model.parameters(), *model.buffers()):
+            for tensor in banks.values() if trainable else sent_at_the_start(model):
                 dist.broadcast(tensor.detach(), src=0)
             if not trainable:
                 return  # DDP rejects a model without parameters to average
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(banks))
+            if not ignore_in_ddp(model, list(banks)) and banks:
+                raise UserError(
+                    f"DDP of torch {torch.__version__} cannot leave banks to overlap {setting.kind!r}: use 'none'"
+                )
             limit = _bucket_limit(model, trainable) if bucket_mb is None else bucket_mb * MIB
             # DDP's default broadcasts buffers before each forward if the model has any; the argument for it changes its name
             # between releases.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]  # torch documents it there
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 

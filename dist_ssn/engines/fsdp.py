@@ -21,6 +21,7 @@ from dist_ssn.engines.whole_state import OptimizerState, load_whole_state, optim
 from dist_ssn.engines.world.divergence import require_one_plan
 from dist_ssn.engines.world.join import is_distributed
 from dist_ssn.errors import UserError
+from dist_ssn.sharing.bases import sent_at_the_start
 
 
 class FSDPEngine(Engine):
@@ -76,7 +77,7 @@ class FSDPEngine(Engine):
             return model
         with purpose("initialization"):
             require_one_plan(model)
-            for tensor in (*model.parameters(), *model.buffers()):
+            for tensor in sent_at_the_start(model):
                 if not isinstance(tensor, DTensor):  # a block that the user has sharded already
                     dist.broadcast(tensor.detach(), src=0)
             # Trap: resharding after forward would empty the banks, from which backward makes each weight again.

@@ -27,6 +27,7 @@ from dist_ssn.engines.world.mpi import load_mpi
 from dist_ssn.errors import UserError
 from dist_ssn.plan.overlap import Overlap, least_alone, parse_overlap
 from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sharing.bases import sent_at_the_start
 from dist_ssn.sync.transport import MPITransport
 
 PIECE_BYTES = 2**30
@@ -131,7 +132,7 @@ class MPIEngine(Engine):
         if self.world_size > 1:
             with purpose("initialization"):
                 require_one_plan(model)
-                for tensor in (*model.parameters(), *model.buffers()):
+                for tensor in sent_at_the_start(model):
                     dist.broadcast(tensor.detach(), src=0)
             for message in self._messages:
                 for parameter in message.parameters:

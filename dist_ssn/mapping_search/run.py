@@ -98,6 +98,10 @@ def check_search(recipe: Recipe, method: str, output: str | os.PathLike[str] | N
     check_method(method, [*METHODS, AUTO])
     if share.plan is not None:
         raise RecipeError(f"share.plan is {share.plan}, and a search finds a plan: set share.plan to null")
+    if share.keep:
+        raise RecipeError(
+            "share.keep is true, and a search is for weights that are trained from scratch: set it to false"
+        )
     if share.control is not None:
         raise RecipeError(f"share.control is {share.control}, which has no plan to search for: set it to null")
     if share.budget is None:

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import nn
 
+from dist_ssn.torch_private import CONVOLUTION
+
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _USUAL_STD = (1.0, 0.02, 0.01)
@@ -49,8 +51,9 @@ def init_std_of(
         (standard deviation, True if no usual initialization was recognized).
     """
     values, count = parameter.detach(), parameter.numel()
-    blocks = values.reshape(-1).split(2**20)  # so that no float64 copy of a large weight is ever alive
-    squares = float(torch.stack([block.double().square().sum() for block in blocks]).sum())
+    squares = (
+        float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    )  # sums without a float64 copy of the weight
     if zero_row is not None and not values[zero_row].any():
         count -= values[zero_row].numel()
     measured = math.sqrt(squares / count)
@@ -81,7 +84,7 @@ def default_std(module: nn.Module, shape: tuple[int, ...]) -> tuple[float, bool]
         return math.sqrt(1 / 3 / module.hidden_size), True
     if isinstance(module, nn.Bilinear):
         return math.sqrt(1 / 3 / shape[1]), True
-    if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+    if isinstance(module, (nn.Linear, *CONVOLUTION)):
         return math.sqrt(1 / 3 / math.prod(shape[1:])), True
     return None
 

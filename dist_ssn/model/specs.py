@@ -21,8 +21,9 @@ from dist_ssn.model.init_scale import EMBEDDINGS, assumed_std, default_std, fans
 from dist_ssn.model.selectors import Selector, as_list, selected_by, shown
 from dist_ssn.model.settled_scale import Measured, rules_for, settled_stds
 from dist_ssn.model.structure import structure_of
+from dist_ssn.torch_private import CONVOLUTION, NORM
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORMS = (*NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
 """Modules of torch's quantized packages that belong to float models."""
 
@@ -106,6 +107,7 @@ def find_specs(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     structure: bool = True,
+    frozen: bool = False,
 ) -> Specs:
     """Lists every weight of `model` once; tied weights are recognized by identity.
 
@@ -116,6 +118,8 @@ def find_specs(
             even if its initial values have a structure.
         exclude: weights that one of these selectors matches stay own parameters.
         structure: whether weights whose values have a structure are left out; False for a model that was trained or pruned.
+        frozen: for weights whose values are kept: parameters that require no gradient, or are constant, are weights, too, and all
+            others are taken to be frozen.
 
     Raises:
         ShareError: no weight is left; a selector matches nothing; a parameter is lazy or holds NaN; the weights
@@ -136,26 +140,27 @@ def find_specs(
     for parameter, places in _parameters(modules).items():
         selected = selected_by(selectors, globs, [place.name for place in places], modules)
         used |= selected
-        reason = _reason_to_leave(parameter, places)
+        reason = _reason_to_leave(parameter, places, frozen)
         if reason is None and wanted and selected.isdisjoint(wanted):
             reason = "not included"
         if reason is None and not selected.isdisjoint(unwanted):
             reason = "excluded"
-        if reason is None and _is_constant(parameter):  # checked last, because it reads the values
+        if reason is None and not frozen and _is_constant(parameter):  # checked last, because it reads the values
             reason = "starts constant"
         if reason is None and structure and not any(place.name in selected for place in places):
             reason = structure_of(parameter, _zero_row(places))
         if reason is None:
             kinds.setdefault((parameter.dtype, parameter.device), places[0].name)
-            weights.append(_spec(parameter, places, model))
+            weights.append(_spec(parameter, places, model, frozen))
             continue
-        own += parameter.numel() if parameter.requires_grad else 0
+        own += parameter.numel() if parameter.requires_grad and not frozen else 0
         if parameter.ndim >= 2:
             left_out.append((places[0].name, reason))
 
     idle = [selector for selector in dict.fromkeys([*wanted, *unwanted]) if selector not in used]
     _raise(model, [*_bad_weights(weights, kinds, left_out, idle)])
-    return Specs(tuple(_settled(_residual(weights), model)), own, tuple(left_out))
+    known = weights if frozen else _settled(_residual(weights), model)
+    return Specs(tuple(known), own, tuple(left_out))
 
 
 def _bad_weights(
@@ -225,7 +230,7 @@ def _parameters(modules: dict[str, nn.Module]) -> dict[nn.Parameter, list[_Place
     return places
 
 
-def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place]) -> str | None:
+def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place], frozen: bool) -> str | None:
     """Reason for leaving a parameter out, found without reading its values; None if it is a weight."""
     if parameter.ndim < 2:
         return "one dimension"
@@ -235,7 +240,7 @@ def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place]) -> str |
         return "integers"
     if parameter.dtype.itemsize < 2:
         return "quantized"
-    if not parameter.requires_grad:
+    if not parameter.requires_grad and not frozen:
         return "frozen"
     if parameter.numel() < 2:
         return "fewer than two elements"
@@ -271,7 +276,7 @@ def _is_constant(parameter: nn.Parameter) -> bool:
     return bool(low == high)
 
 
-def _spec(parameter: nn.Parameter, places: Sequence[_Place], model: nn.Module) -> LayerSpec:
+def _spec(parameter: nn.Parameter, places: Sequence[_Place], model: nn.Module, frozen: bool) -> LayerSpec:
     name, module, _ = places[0]
     shape = tuple(parameter.shape)
     fans = fans_of(module, shape)
@@ -279,7 +284,9 @@ def _spec(parameter: nn.Parameter, places: Sequence[_Place], model: nn.Module) -
     holders: dict[tuple[int, str], str] = {}  # a module that is used in two places holds its weight once
     for place in places:
         holders.setdefault((id(place.module), place.local), place.name)
-    if parameter.is_meta:
+    if frozen:  # a difference starts at zero, and a plan must not depend on trained values
+        init_std, is_measured = 1.0 if parameter.is_meta else _one_if_finite(parameter), False
+    elif parameter.is_meta:
         init_std, is_measured = assumed_std(module, shape, fans, model), False
     else:
         init_std, is_measured = init_std_of(parameter, module, fans, zero_row)
@@ -294,6 +301,12 @@ def _spec(parameter: nn.Parameter, places: Sequence[_Place], model: nn.Module) -
         zero_row=zero_row,
         is_table=any(isinstance(place.module, EMBEDDINGS) for place in places),
     )
+
+
+def _one_if_finite(parameter: nn.Parameter) -> float:
+    """1, or NaN if an element is not finite."""
+    extremes = torch.stack(torch.aminmax(parameter.detach()))  # NaN, if one element is; no temporary
+    return 1.0 if bool(extremes.isfinite().all()) else math.nan
 
 
 def _residual(weights: Sequence[LayerSpec]) -> list[LayerSpec]:
@@ -317,7 +330,7 @@ def _settled(weights: Sequence[LayerSpec], model: nn.Module) -> Iterator[LayerSp
         module = model.get_submodule(weight.name.rpartition(".")[0])
         default = default_std(module, weight.shape)
         kind = weight.kind if default else ""  # all that no layer of torch holds
-        groups = getattr(module, "groups", 1) if isinstance(module, nn.modules.conv._ConvNd) else 1
+        groups = getattr(module, "groups", 1) if isinstance(module, CONVOLUTION) else 1
         rules = rules_for(default and default[0], fans_of(module, weight.shape), groups)
         measured.append(Measured(kind, weight.numel, weight.init_std, rules))
     for weight, std in zip(weights, settled_stds(measured), strict=True):

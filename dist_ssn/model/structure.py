@@ -1,7 +1,7 @@
 """Structure of a weight's initial values: what was not drawn at random, and so would be lost if a bank generated the weight.
 
 Exact patterns (zeros, repeats, symmetry) are recognized in small weights, too. Statistical ones (mean, smoothness, correlation) are
-recognized only where they are eight standard errors away from what independent values show, so a plan does not depend on the seed.
+recognized only where independent values show them with a probability below 2e-8, so a plan does not depend on the seed.
 A large weight is judged by three stretches of its rows.
 
 Not structure: what `orthogonal_` draws, because it is random, and whole networks start so.
@@ -160,9 +160,11 @@ def _is_smooth(sample: Tensor) -> bool:
         return False
     products = (sample[:, 1:] * sample[:, :-1]).sum(1)
     together = float(products.sum() / energy.sum())
-    each = float((products / energy).square().mean())  # 1/columns ± √(2/rows)/columns if values are independent
+    each = float((products / energy).square().mean())
+    # Of independent values, rows · each · columns is chi-square with as many degrees of freedom as there are rows, whose tail above
+    # rows + 2 √(18 rows) + 36 has a probability below exp(-18). Source: Laurent & Massart 2000, lemma 1.
     return (abs(together) > 0.3 and abs(together) * math.sqrt(sample.numel()) > _SIGMAS) or (
-        each > 0.25 and (each * columns - 1) * math.sqrt(rows / 2) > _SIGMAS
+        each > 0.25 and rows * each * columns > rows + 2 * math.sqrt(18 * rows) + 36
     )
 
 

@@ -12,6 +12,8 @@ def plan_difference(mine: Plan, other: Plan) -> str | None:
     """The first difference between two plans in words; None if they are equal."""
     if mine == other:
         return None
+    if mine.keep != other.keep:
+        return f"it {'has' if other.keep else 'has no'} weights that are kept, the model {'has' if mine.keep else 'has none'}"
     banks, theirs = ({group.name: group for group in plan.groups} for plan in (mine, other))
     if set(banks) != set(theirs):
         return f"it has banks {', '.join(theirs)}, the model has {', '.join(banks)}"

@@ -33,6 +33,7 @@ def make_plan(
     include: Selector | Iterable[Selector] | None = None,
     exclude: Selector | Iterable[Selector] | None = None,
     seed: int = 0,
+    keep: bool = False,
     demand: Mapping[str, float] | None = None,
 ) -> Plan:
     """Assigns each weight to a bank and chooses its morph, without changing the model.
@@ -47,6 +48,7 @@ def make_plan(
             weight whose initial values were not drawn at random, ["*", "block.A_log"].
         exclude: these are not shared (with a model only).
         seed: of everything pseudo-random in the plan and in the bank's initial values.
+        keep: the banks generate differences from the weights' values, which are kept (see `share`).
         demand: weight → importance of each of its elements in the split of the budget, relative to other weights, above 0;
             None: all equal.
 
@@ -56,7 +58,7 @@ def make_plan(
         PlanError: unknown mapping or morph, no weights, or a demand that does not name each weight once.
     """
     if isinstance(specs, nn.Module):
-        specs = find_specs(specs, include, exclude)
+        specs = find_specs(specs, include, exclude, structure=not keep, frozen=keep)
     elif not isinstance(specs, Specs):
         raise PlanError(
             f"cannot plan for an object of type {type(specs).__name__}: give a model, or the result of find_specs()"
@@ -77,7 +79,7 @@ def make_plan(
             f"budget {budget!r} allows {allowed:,} trainable parameters, too few for {len(specs.weights)} weights with mapping "
             f"{mapping!r:.60} and morph {morph.name!r}: {_smallest(specs, allowed, mapping, morph, seed)}"
         )
-    return Plan(banks, allowed, seed)
+    return Plan(banks, allowed, seed, keep)
 
 
 def _resolve(

@@ -30,6 +30,8 @@ class Plan:
     """Number of trainable parameters that was allowed."""
     seed: int = 0
     """Seed of the pseudo-random signs and orders, and of the bank's initial values."""
+    keep: bool = False
+    """True if the banks generate differences from weights that are kept."""
     scales: Mapping[str, tuple[float, ...]] | None = field(default=None, compare=False, repr=False)
     """Scales of each bank (`plan.scales.Scales`) that a file of format 1 recorded; None: `share` takes the model's own."""
 
@@ -61,7 +63,8 @@ class Plan:
 
     def _structure(self) -> dict[str, Any]:
         groups = [dataclasses.asdict(group) for group in self.groups]
-        return {"format": FORMAT, "groups": groups, "budget": self.budget, "seed": self.seed}
+        kept = {"keep": True} if self.keep else {}
+        return {"format": FORMAT, "groups": groups, "budget": self.budget, "seed": self.seed, **kept}
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -102,7 +105,7 @@ class Plan:
 
         count, share = sum(1 for _ in self.slots()), self.parameters / self.numel
         table = Table(
-            title=f"{count} weights with {self.numel:,} elements ← {self.parameters:,} parameters ({share:.2%})"
+            title=f"{count} weights with {self.numel:,} elements ← {self._kept()}{self.parameters:,} parameters ({share:.2%})"
         )
         for column in ("weight", "shape", "bank", "morph", "own parameters"):
             right = column in ("shape", "own parameters")
@@ -120,8 +123,11 @@ class Plan:
             )
         return table
 
+    def _kept(self) -> str:
+        return "kept values and " if self.keep else ""
+
     def __str__(self) -> str:
         return (
-            f"{sum(1 for _ in self.slots())} weights with {self.numel:,} elements from {self.parameters:,} parameters "
-            f"({self.parameters / self.numel:.2%}) in {len(self.groups)} bank(s)"
+            f"{sum(1 for _ in self.slots())} weights with {self.numel:,} elements from {self._kept()}{self.parameters:,} "
+            f"parameters ({self.parameters / self.numel:.2%}) in {len(self.groups)} bank(s)"
         )

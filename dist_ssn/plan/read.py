@@ -64,7 +64,7 @@ def fields_of_plan(data: Any) -> dict[str, Any]:
         raise PlanError(
             f"not a plan of format 1 or {FORMAT} (found {_shown(found)}): give the output of Plan.to_json()"
         )
-    apart = {"format"} if data["format"] == 1 else {"format", "scales"}
+    apart = {"format"} if data["format"] == 1 else {"format", "scales", "keep"}
     fields = {key: value for key, value in data.items() if key not in apart}
     plan = _build(_Fields1 if data["format"] == 1 else _Fields, fields, "plan")
     names = [slot.name for group in plan.groups for slot in group.slots]
@@ -84,7 +84,10 @@ def fields_of_plan(data: Any) -> dict[str, Any]:
         groups = tuple(_without_scales(group) for group in plan.groups)
     else:
         scales, groups = _scales(data.get("scales"), plan.groups), plan.groups
-    return {"groups": groups, "budget": plan.budget, "seed": plan.seed, "scales": scales}
+    keep = data.get("keep", False)
+    if not isinstance(keep, bool):
+        raise PlanError(f"plan.keep: {_shown(keep)} is no valid bool")
+    return {"groups": groups, "budget": plan.budget, "seed": plan.seed, "keep": keep, "scales": scales}
 
 
 def _without_scales(group: _Group1) -> Group:

@@ -143,9 +143,8 @@ def _cut_repeat(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
 
 
 def _cut_inter(slot: Slot, bank: int, morph: Morph, cover: int) -> Slot:
-    templates = max(
-        1, min(morph.templates or MAX_TEMPLATES, bank // 10)
-    )  # templates of a tiny bank must not become too small
+    # One by default: several are smaller, leave the weight a lower rank, and were worse (docs/results/quality.md).
+    templates = max(1, min(morph.templates or 1, bank // 10))  # templates of a tiny bank must not become too small
     height, width = _template_shape(bank // templates, slot.rows, slot.columns)
     coefficients = templates if templates > 1 else 0
     return replace(slot, templates=templates, coefficients=coefficients, template_shape=(height, width))

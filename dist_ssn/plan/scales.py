@@ -33,6 +33,8 @@ def scales_of(plan: Plan, weights: Iterable[LayerSpec]) -> Mapping[str, Scales]:
     if plan.scales is not None:
         return plan.scales
     known = {weight.name: weight for weight in weights}
+    if plan.keep:
+        return {g.name: kept_scales(g, [known[slot.name] for slot in g.slots]) for g in plan.groups}
     return {group.name: group_scales(group, [known[slot.name] for slot in group.slots]) for group in plan.groups}
 
 
@@ -41,6 +43,15 @@ def group_scales(group: Group, weights: Iterable[LayerSpec]) -> Scales:
     weights = list(weights)
     std = float(np.float32(group_std(weights)))  # as the buffer has it, from which a bank can start again
     return std, *(RULES[s.morph].gain(s) * w.init_std / std for s, w in zip(group.slots, weights, strict=True))
+
+
+def kept_scales(group: Group, weights: Iterable[LayerSpec]) -> Scales:
+    """Scales of a bank of differences, which starts at zero.
+
+    Under Adam a step moves each element of a bank by about the learning rate, and each element of a weight by the scale times that.
+    So the scale is 1, and the learning rate of `parameter_groups` is right here, too (measured: docs/results/transfer.md).
+    """
+    return 0.0, *(RULES[slot.morph].gain(slot) for slot in group.slots)
 
 
 def changed_scales(group: Group, scales: Scales, stds: Mapping[str, float]) -> Scales:

@@ -3,19 +3,24 @@
 A bank has its scales and a fingerprint of its structure in buffers. DDP copies rank 0's buffers to all ranks when it is made. Other
 wrappers, and DDP with `broadcast_buffers=False`, don't: then the first forward that all ranks must be in sends them, once. These
 buffers never change afterwards, so DDP is asked to leave them out of the broadcast before each forward.
+
+Kept weights (`bases.py`) are compared in the same way: a bank has their fingerprints in a buffer.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_ssn.errors import ShareError
 from dist_ssn.plan.slots import Group
-from dist_ssn.torch_private import fsdp_mesh, leave_out_buffers
+from dist_ssn.sharing.bases import as_rows, different, fingerprint, frozen_beside
+from dist_ssn.torch_private import fsdp_mesh, leave_out_buffers, leave_out_parameters
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 """Classes around a model, by name, whose forward with gradients all ranks run together."""
@@ -32,19 +37,20 @@ def is_wrapper(module: nn.Module) -> bool:
     return any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__)
 
 
-def watch_wrapper(wrapper: nn.Module, banks: list[Any]) -> None:
+def watch_wrapper(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> None:
     """Lets a wrapper's first forward check that its ranks agree.
 
     Args:
         wrapper: its constructor is about to take a shared model.
+        model: the shared model.
         banks: of the model.
     """
     if not banks:
         return
+    require_frozen = _replace_frozen(wrapper, model, banks)
 
-    @torch.compiler.disable
     def before_forward(wrapper: nn.Module, *_: Any) -> None:
-        synced = leave_out_buffers(wrapper, [buffer for bank in banks for buffer in (bank.scales, bank.structure)])
+        synced = leave_out_buffers(wrapper, [buffer for bank in banks for buffer in bank.fixed_buffers()])
         if not synced and not torch.is_grad_enabled():  # perhaps an evaluation by rank 0 alone
             return
         handle.remove()
@@ -52,9 +58,39 @@ def watch_wrapper(wrapper: nn.Module, banks: list[Any]) -> None:
             if not synced:
                 _send(bank, getattr(wrapper, "process_group", None) or getattr(wrapper, "data_parallel_group", None))
             bank.require_structure()
+            bank.require_base()
             bank.agreed = True
+        require_frozen()
 
-    handle = wrapper.register_forward_pre_hook(before_forward)
+    hook: Any = torch.compiler.disable(before_forward)
+    handle = wrapper.register_forward_pre_hook(hook)
+
+
+def _replace_frozen(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> Callable[[], None]:
+    """Has DDP send fingerprints instead of the kept values outside of the banks.
+
+    Args:
+        wrapper: see `watch_wrapper`; other wrappers than DDP send or shard these values as they do.
+        model: see `watch_wrapper`.
+        banks: one of them gets the fingerprints as a buffer.
+
+    Returns:
+        The comparison with rank 0's, for after the broadcast.
+    """
+    kept = frozen_beside(model)
+    if not kept or not leave_out_parameters(wrapper, kept):
+        return lambda: None
+    mine = [fingerprint(parameter) for parameter in kept.values()]
+    banks[0].register_buffer("frozen_fingerprints", as_rows(mine, banks[0].device), persistent=False)
+
+    def compare() -> None:
+        if others := different(list(kept), mine, banks[0].frozen_fingerprints):
+            raise ShareError(
+                f"rank 0 has other values of {others[0]} ({len(others)} of the {len(kept)} frozen parameters differ), which nobody "
+                "sends: load the same pretrained values on all ranks"
+            )
+
+    return compare
 
 
 def agree_under_fsdp2(bank: Any) -> None:
@@ -66,6 +102,7 @@ def agree_under_fsdp2(bank: Any) -> None:
     for group in mesh.get_all_groups():
         _send(bank, group)
     bank.require_structure()
+    bank.require_base()
 
 
 def _send(bank: Any, process_group: Any) -> None:
@@ -74,5 +111,5 @@ def _send(bank: Any, process_group: Any) -> None:
 
     first = 0 if process_group is None else dist.get_global_rank(process_group, 0)
     with purpose("initialization"), torch.no_grad():
-        for buffer in (bank.scales, bank.structure):
+        for buffer in bank.fixed_buffers():
             dist.broadcast(buffer, src=first, group=process_group)

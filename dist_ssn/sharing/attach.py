@@ -20,15 +20,17 @@ from dist_ssn.plan.compare import require_plan_fits
 from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import BankSet
+from dist_ssn.sharing.bases import Bases
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
-from dist_ssn.sharing.holders import warn_of_holders
+from dist_ssn.sharing.holders import views_of, warn_of_holders
 from dist_ssn.sharing.layers import share_layer
 from dist_ssn.sharing.part_check import register_model
 from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
 from dist_ssn.sharing.ties import keep_ties
-from dist_ssn.torch_private import inside_compiled
+from dist_ssn.sharing.train_beside import names_of, specs_of_kept, train_only
+from dist_ssn.torch_private import inside_compiled, storage_users
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -44,12 +46,17 @@ def share(
     plan: Plan | None = None,
     seed: int = 0,
     generate: str = "auto",
+    keep: bool = False,
+    train: str | Iterable[str] = (),
 ) -> nn.Module:
     """Replaces the stored weights of `model` by weights generated from a few small banks, in place.
 
     The weights get new initial values, with the standard deviation that each layer was initialized with; their former values are
     lost. Biases, norms and all other parameters stay as they are. Call it before the optimizer is made, and before the model is
     wrapped for training.
+
+    With `keep` it is for fine-tuning: the weights stay, frozen, and the banks generate a difference, which starts at zero. Only the
+    banks are trained, sent and saved.
 
     Args:
         model: any module with floating-point weights, initialized as for dense training. Of a compiled one,
@@ -64,6 +71,9 @@ def share(
             `include` or `exclude` leave it out.
         seed: see `make_plan`.
         generate: see `set_generation`.
+        keep: keep the weights' values, and generate differences from them. Everything else of the model is frozen.
+        train: with `keep`, names of parameters or modules, or globs over them, that are trained whole beside the banks, such as a
+            new head.
 
     Returns:
         The model itself.
@@ -75,24 +85,51 @@ def share(
     """
     if (plan is None) == (budget is None):
         raise ShareError("share() needs either a budget, share(model, 0.1), or a plan, share(model, plan=plan)")
+    if train and not keep:
+        raise ShareError("train= goes with keep=True: without it everything is trained")
     given, model = model, inside_compiled(model)
     _require_plain(model)
+    train = [train] if isinstance(train, str) else list(train)
     if plan is None:
         assert budget is not None
-        specs = find_specs(model, include, exclude)
-        plan = make_plan(specs, budget, mapping=mapping, morph=morph, seed=seed)
+        specs = specs_of_kept(model, include, exclude, train) if keep else find_specs(model, include, exclude)
+        plan = make_plan(specs, budget, mapping=mapping, morph=morph, seed=seed, keep=keep)
     elif not isinstance(plan, Plan):
         raise PlanError(f"plan is of type {type(plan).__name__}: read it first, Plan.from_json(Path(...).read_text())")
+    elif plan.keep != keep:
+        raise PlanError(
+            f"the plan is {'' if plan.keep else 'not '}for weights that are kept: call share(model, plan=plan, keep={plan.keep})"
+        )
     else:
         specs = _specs_of_plan(model, plan)
-        _warn_of_missing_slots(model, specs, include, exclude)
+        if not keep:
+            _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
-    warn_of_pretrained(model, specs)
+    if keep:
+        _require_kept_values(model, specs)
+    else:
+        warn_of_pretrained(model, specs)
     check_mode(generate)
+    whole = names_of(model, train)
+    if both := sorted({weight.name for weight in specs.weights} & set(whole)):
+        raise ShareError(f"train= names {both[0]}, which the plan generates: leave it out of one of them")
     _attach(model, plan, specs)
+    if keep:
+        train_only(model, whole)
     set_generation(model, generate)
     guard_saving(model)
     return given
+
+
+def _require_kept_values(model: nn.Module, specs: Specs) -> None:
+    """Checks that there are values to keep."""
+    empty = [weight.name for weight in specs.weights if model.get_parameter(weight.name).is_meta]
+    if empty:
+        raise ShareError(
+            f"{empty[0]} is on 'meta' and has no values to keep: load them first, "
+            "model.load_state_dict(safetensors.torch.load_file(file), assign=True) copies nothing; "
+            "make_plan(model, budget, keep=True) needs none"
+        )
 
 
 def _specs_of_plan(model: nn.Module, plan: Plan) -> Specs:
@@ -103,7 +140,7 @@ def _specs_of_plan(model: nn.Module, plan: Plan) -> Specs:
         raise PlanError(
             f"the plan has a weight {missing[0]!r} that {type(model).__name__} does not have: build the same model"
         )
-    specs = find_specs(model, include=names)
+    specs = find_specs(model, include=names, structure=not plan.keep, frozen=plan.keep)
     require_plan_fits(plan, specs)
     return specs
 
@@ -138,8 +175,10 @@ def check_order(model: nn.Module, specs: Specs) -> None:
             id(p) in names for p in thing.module.parameters()
         ):
             raise ShareError(f"the model is wrapped in a {kind.__name__}: share it first and wrap it afterwards")
-    if held_weights:
-        warn_of_holders(held_weights, model)
+    if not warn_of_holders(held_weights, model):
+        weights = ((weight.name, model.get_parameter(weight.name)) for weight in specs.weights)
+        viewed = {name: weight for name, weight in weights if (storage_users(weight) or 1) > 1}
+        warn_of_holders(views_of(viewed, model), model)
 
 
 def _held(model: nn.Module, specs: Specs) -> dict[str, nn.Parameter]:
@@ -189,12 +228,16 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             "sets others",
             stacklevel=3,
         )
-    banks = BankSet(plan, scales, specs.left_out, first.device, first.dtype)
+    dtype = torch.promote_types(first.dtype, torch.float32) if plan.keep else first.dtype
+    banks = BankSet(plan, scales, specs.left_out, first.device, dtype)
     watch_decay(banks.banks())
     for bank in banks.banks():
         if not first.is_meta:
             bank.reset_parameters(scales[bank.group.name])
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
+    if plan.keep:
+        for bank in banks.banks():
+            bank.keep(Bases([parameters[slot.name] for slot in bank.group.slots]))
     slots: dict[str, dict[str, tuple[Bank, int]]] = {}
     for bank in banks.banks():
         for index, slot in enumerate(bank.group.slots):

@@ -28,6 +28,7 @@ from dist_ssn.plan.scales import Scales
 from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import agree_under_fsdp2, structure_of_bank
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
+from dist_ssn.sharing.bases import Bases, as_rows, different
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.initial_values import initial_values, write
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, prepare, readings
@@ -35,7 +36,7 @@ from dist_ssn.sharing.per_step import PerStep, Placed, fits
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import active_ddp, graph_task_id, is_tracing
+from dist_ssn.torch_private import FAST_PATH, active_ddp, graph_task_id, is_tracing
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
 """Names of a bank's flat parameters; those without elements in the plan are None."""
@@ -73,6 +74,8 @@ class Bank(nn.Module):
     """[1]: `structure_of_bank` of the rank whose buffers were copied here; not in the state dict, which has the plan."""
     thresholds: Tensor | None
     """For each slot, the magnitude up to which an element of its weight is set to zero; None if weights are not pruned."""
+    bases: Bases | None = None
+    """What the weights were when they were shared with `keep`; the bank generates the differences from them."""
     frozen: frozenset[int] = frozenset()
     """Indices of the slots that send no gradient into the bank (`parts.freeze`)."""
     stopped: bool = False
@@ -94,7 +97,7 @@ class Bank(nn.Module):
     ):
         super().__init__()
         self.group, self.seed = group, seed
-        self.pure = False
+        self.pure = not FAST_PATH
         """True to use the pure path always."""
         sizes = dict.fromkeys(PARAMETERS, 0) | {"bank": group.size, "projections": group.projection_parameters}
         self._ranges: list[dict[str, tuple[int, int]]] = []
@@ -125,6 +128,20 @@ class Bank(nn.Module):
         self.register_buffer("scales", torch.tensor(scales, dtype=torch.float32, device=self.device))
         structure = structure_of_bank(self.group, self.seed).to(self.device)
         self.register_buffer("structure", structure, persistent=False)
+
+    def keep(self, bases: Bases) -> None:
+        """Generates differences from these tensors from now on.
+
+        Args:
+            bases: one for each slot.
+        """
+        self.bases = bases
+        # Bytes as floating-point numbers: an average of state dicts, or one in half precision, still contains them.
+        self.register_buffer("fingerprints", as_rows(bases.fingerprints, self.device, torch.float32))
+
+    def fixed_buffers(self) -> list[Tensor]:
+        """The buffers in which all ranks agree with rank 0."""
+        return [b for name in ("scales", "structure", "fingerprints") if (b := self._buffers.get(name)) is not None]
 
     def reset_parameters(self, scales: Scales | None = None) -> None:
         """Gives the bank its initial values.
@@ -167,8 +184,8 @@ class Bank(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the parameters, and so of the weights outside of autocast."""
-        return self.bank.dtype
+        """Dtype of the weights outside of autocast: that of the parameters, or of kept weights."""
+        return self.bank.dtype if self.bases is None else self.bases.dtype
 
     def weight_name(self, index: int) -> str:
         """Full name of the weight of slot `index` in the model."""
@@ -197,18 +214,19 @@ class Bank(nn.Module):
         """Everything that a weight is generated from, by name."""
         return {**self._parameters, **self._fixed()}
 
-    def generate_per_step(self, on: bool) -> None:
+    def generate_per_step(self, on: bool, only_small: bool = False) -> None:
         """Generates the weights once per forward of the model, all together; or each on demand.
 
         Args:
             on: True for once per forward.
+            only_small: only while the weights are small for the bank's device.
         """
         slots = [
             Placed(index, slot, self._ranges[index]["gains"][0])
             for index, slot in enumerate(self.group.slots if on else ())
             if fits(slot)
         ]
-        self.per_step = PerStep(slots, self.seed, self.group.size) if slots else None
+        self.per_step = PerStep(slots, self.seed, self.group.size, only_small) if slots else None
 
     def at_hand(self, index: int) -> Tensor | None:
         """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
@@ -229,11 +247,11 @@ class Bank(nn.Module):
         assert self.per_step is not None
         if self.check_plan is not None:
             self.check_plan()
+        self._require_agreement()
         graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
         if graph:
-            self._require_agreement()
             self._require_reduction()
-        self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen)
+        self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen, self.bases)
         assert self.per_step.made is not None
         return self.per_step.made
 
@@ -277,15 +295,15 @@ class Bank(nn.Module):
         if self.stopped and self.bank.requires_grad:  # `model.requires_grad_(True)` has started it again
             self.set_frozen(())
         if index == _ALL:
-            return self._make_all()
+            return self._make_all()  # type: ignore[return-value]  # for `at_hand` alone
         frozen = index in self.frozen
-        if self.pure or is_tracing():
-            weight = self._make(index, rows, self._tensors(), dtype)
-            return weight.detach() if frozen else weight
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ShareError(
                 f"torch.jit.trace cannot record how {self.weight_name(index)} is generated: trace materialize(model)"
             )
+        if self.pure or is_tracing():
+            weight = self._make(index, rows, self._tensors(), dtype)
+            return weight.detach() if frozen else weight
         if self.check_plan is not None:
             self.check_plan()
         self._require_agreement()
@@ -307,7 +325,7 @@ class Bank(nn.Module):
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
             weight = self._pruned(index, path.generate(bank, self._own_values(index, values)))
-            return weight if dtype is None else weight.to(dtype)
+            return self._whole(index, rows, weight, dtype)
 
     def _make(
         self, index: int, rows: Tensor | None, values: Mapping[str, Tensor | None], dtype: torch.dtype | None
@@ -318,8 +336,13 @@ class Bank(nn.Module):
             pieces = self._read(index, elements, values)
             own = self._own_values(index, values)
             weight = self._mix(index, rows, elements, pieces, own, self._projection(values["projections"], index))
-            weight = self._pruned(index, weight)
-            return weight if dtype is None else weight.to(dtype)
+            return self._whole(index, rows, self._pruned(index, weight), dtype)
+
+    def _whole(self, index: int, rows: Tensor | None, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """The generated weight, or a kept one with the generated difference, in `dtype`."""
+        if self.bases is not None:
+            return self.bases.add(index, weight, rows, dtype)
+        return weight if dtype is None else weight.to(dtype)
 
     def _pruned(self, index: int, weight: Tensor) -> Tensor:
         return weight if self.thresholds is None else weight * (weight.abs() > self.thresholds[index])
@@ -470,6 +493,27 @@ class Bank(nn.Module):
                 "the same model, budget, mapping, morph and seed, or one plan, share(model, plan=…)"
             )
 
+    def require_base(self, fingerprints: Tensor | None = None, whose: str = "rank 0 is") -> None:
+        """Checks that kept weights have these fingerprints.
+
+        Args:
+            fingerprints: see `bases.as_rows`; None: those of the rank whose buffers were copied here.
+            whose: begin of the message.
+
+        Raises:
+            ShareError: they have others.
+        """
+        if self.bases is None:
+            return
+        theirs = self._buffers["fingerprints"] if fingerprints is None else fingerprints
+        assert theirs is not None
+        names = [slot.name for slot in self.group.slots]
+        if others := different(names, self.bases.fingerprints, theirs):
+            raise ShareError(
+                f"{whose} trained on other kept values of {others[0]} ({len(others)} of {len(names)} weights of its bank differ): "
+                "load the same pretrained values, in the same dtype, before share(model, keep=True)"
+            )
+
     def _require_agreement(self) -> None:
         if not self.agreed and dist.is_available() and dist.is_initialized():
             agree_under_fsdp2(self)
@@ -490,6 +534,12 @@ class Bank(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Bank:
         self.anchor = None  # its node has the parameters' former dtype and device
         scales, was_meta = self.scales, self.bank.is_meta
+        if self.bases is not None:
+            if "to_empty" in getattr(fn, "__qualname__", "") or fn(self.bases.tensors[0][:0]).is_meta:
+                raise ShareError(
+                    f"{self.weight_name(0)} and all other kept weights would lose their values: make materialize(model) empty"
+                )
+            self.keep(self.bases.moved(fn))
         super()._apply(fn, recurse)
         if not was_meta and self.bank.is_meta:
             self._scales = tuple(scales.tolist())
@@ -508,6 +558,8 @@ class Bank(nn.Module):
         key = f"{prefix}scales"
         if key not in state_dict and (recorded := recorded_scales(state_dict, prefix)) is not None:
             state_dict[key] = torch.tensor(recorded, dtype=torch.float32)
+        if self.bases is not None and f"{prefix}fingerprints" in state_dict:
+            self.require_base(state_dict[f"{prefix}fingerprints"], "the state dict was")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         if f"{prefix}bank" in state_dict:
             self.empty = self.bank.is_meta
@@ -519,14 +571,15 @@ class Bank(nn.Module):
             "anchor": None,
             "watcher": None,
             "check_plan": None,
-            "per_step": self.per_step is not None,
+            "per_step": None if self.per_step is None else self.per_step.only_small,
             "agreed": False,
             "_emptied": (None, 0),
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.generate_per_step(bool(self.per_step))
+        only_small: Any = self.__dict__.get("per_step")
+        self.generate_per_step(only_small is not None, bool(only_small))
         if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
             scales = self.group.init_std, *(slot.scale for slot in self.group.slots)  # type: ignore[attr-defined]
             self._set_fixed(scales)

@@ -48,7 +48,7 @@ class BankSet(nn.Module):
         for bank in self.banks():
             whole = bank._parameters.get("bank")
             if bank.per_step is not None and whole is not None and not hasattr(whole, "device_mesh"):
-                bank.per_step.begin()
+                bank.per_step.begin(whole.device.type)
 
     def end_forward(self) -> None:
         """The forward has ended, perhaps by an exception."""

@@ -11,8 +11,6 @@ from dist_ssn.sharing.bank_set import BankSet, bank_sets
 from dist_ssn.torch_private import is_tracing
 
 MODES = ("auto", "on_demand", "per_step")
-LARGEST = 2**24
-"""Elements of a bank's weights up to which "auto" keeps a copy of them: 64 MiB in float32 (docs/guides/speed.md)."""
 
 
 def set_generation(model: nn.Module, mode: str = "auto") -> None:
@@ -22,8 +20,8 @@ def set_generation(model: nn.Module, mode: str = "auto") -> None:
         model: a shared model, or one that contains shared parts.
         mode: "on_demand": a layer generates its weight when it runs, and again in backward; no copy of the weights is alive.
             "per_step": every forward of the shared model generates all weights of a bank at once, and keeps them until its
-            backward: the time of two small operations per weight instead of some forty, and the memory of one copy of the
-            weights. "auto": per_step for each bank whose weights have at most `LARGEST` elements.
+            backward: the time of a few operations per weight instead of some forty, and the memory of one copy of the
+            weights. "auto": per_step for each bank whose weights are small for its device (`per_step.SMALL`).
 
     Raises:
         ShareError: the model is not shared, or the mode is unknown.
@@ -34,7 +32,7 @@ def set_generation(model: nn.Module, mode: str = "auto") -> None:
         raise ShareError(f"{type(model).__name__} is not shared: call share() first")
     for banks in found:
         for bank in banks.banks():
-            bank.generate_per_step(mode == "per_step" or (mode == "auto" and bank.group.numel <= LARGEST))
+            bank.generate_per_step(mode != "on_demand", only_small=mode == "auto")
 
 
 def check_mode(mode: str) -> None:

@@ -6,8 +6,10 @@ import functools
 import gc
 import types
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 _MOST = 8
@@ -15,17 +17,22 @@ _MOST = 8
 _PASSING = (types.FrameType, types.GeneratorType)
 
 
-def warn_of_holders(weights: dict[str, nn.Parameter], model: nn.Module) -> None:
+def warn_of_holders(weights: Mapping[str, torch.Tensor], model: nn.Module) -> bool:
     """Warns of the first object, other than the model's modules, that keeps the tensor of a weight.
 
     Local and global variables are not reported, because a loop over `named_parameters()` leaves one behind.
 
     Args:
-        weights: the weights with more references than the model's own, by name.
+        weights: the weights with more references than the model's own, or views of them, by name.
         model: is about to be shared.
+
+    Returns:
+        Whether there was one.
     """
+    if not weights:
+        return False
     names = {id(tensor): name for name, tensor in list(weights.items())[:_MOST]}
-    found = list(weights.values())[:_MOST]
+    found = (*weights.values(),)[:_MOST]  # a tuple: from a list, a call with *found makes one that is found, too
     known = {id(weights), id(found)}
     for module in model.modules():
         known |= {id(module._parameters), id(module.__dict__.get("_flat_weights"))}
@@ -41,7 +48,30 @@ def warn_of_holders(weights: dict[str, nn.Parameter], model: nn.Module) -> None:
                 f"train; read it from its layer at each use, or keep it dense, exclude={held!r}",
                 stacklevel=4,
             )
-            return
+            return True
+    return False
+
+
+def views_of(weights: dict[str, nn.Parameter], model: nn.Module) -> dict[str, torch.Tensor]:
+    """For each weight the first tensor with its memory that is none of the model's own, such as `weight.t()` or `weight.detach()`.
+
+    Args:
+        weights: the weights whose memory other tensors have, too, by name.
+        model: is about to be shared.
+    """
+    if not weights:
+        return {}
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # an older norm, or pruning, has its result in the weight's place
+        own |= {id(value) for name, value in module.__dict__.items() if f"{name}_orig" in module._parameters}
+    memory = {weight.untyped_storage()._cdata: name for name, weight in weights.items()}
+    found: dict[str, torch.Tensor] = {}
+    for thing in gc.get_objects():
+        if type(thing) not in (torch.Tensor, nn.Parameter) or id(thing) in own or thing.layout is not torch.strided:
+            continue
+        if name := memory.get(thing.untyped_storage()._cdata):
+            found.setdefault(name, thing)
+    return found
 
 
 def _kind(holder: Any) -> str:
@@ -66,4 +96,6 @@ def _kind(holder: Any) -> str:
                     else f"a {kind} that is no part of the model"
                 )
     name = type(holder).__name__
+    if hasattr(holder, "__dict__"):  # from Python 3.13 on, attributes are in the object itself
+        return f"an attribute of a {name}"
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

@@ -42,7 +42,10 @@ def initialize(model: nn.Module, stds: Mapping[str, float] | None = None) -> nn.
         if not 0 < std < math.inf:
             raise ShareError(f"the standard deviation of {glob!r} is {std}: it must be a number above 0")
     found = {
-        name: std for name in names for glob, std in reversed((stds or {}).items()) if fnmatch.fnmatchcase(name, glob)
+        name: std
+        for name in names
+        for glob, std in reversed([*(stds or {}).items()])
+        if fnmatch.fnmatchcase(name, glob)
     }
     for bank in banks:
         scales = tuple(bank.scales.tolist())

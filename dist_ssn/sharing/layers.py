@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,9 @@ from dist_ssn.sharing.parts import set_trained
 from dist_ssn.sharing.read_only import guarded, no_write
 from dist_ssn.sharing.registrations import watch_registrations
 from dist_ssn.sharing.weight_source import Values, WeightSource
-from dist_ssn.torch_private import Hooks, assert_soon, is_tracing, saved_tensor_hooks
+from dist_ssn.torch_private import CONVOLUTION, FAST_PATH, Hooks, assert_soon, is_tracing, saved_tensor_hooks
 
-_CAST = (nn.Linear, nn.modules.conv._ConvNd)
+_CAST = (nn.Linear, *CONVOLUTION)
 _state = threading.local()
 
 
@@ -76,13 +77,15 @@ class _Scope:
         self.outer: _Scope | _AtHand | None = getattr(_state, "scope", None)
         _state.scope = self
         # torch calls only the innermost pair of hooks, so ours call the pair around them (such as an activation checkpoint's).
-        around = saved_tensor_hooks()
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(*_hooks(self.origins, around))
+        self.hooks: AbstractContextManager[object] = nullcontext()
+        if FAST_PATH:
+            around = saved_tensor_hooks()
+            self.hooks = torch.autograd.graph.saved_tensors_hooks(*_hooks(self.origins, around))
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.hooks.__exit__()
+        self.hooks.__exit__(None, None, None)
         _state.scope = self.outer
         self.weights.clear()  # a storage's address may be used again from here on, but no tensor is packed any more
 

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from dist_ssn.plan.rules import MASK_WINDOW
 from dist_ssn.plan.slots import Slot
+from dist_ssn.torch_private import outside_of_modes
 
 _SIGN_ROOM = 65_536
 """Number of positions at which a weight may begin to read the common table of signs."""
@@ -247,8 +247,11 @@ def sign_table(seed: int, length: int, device: torch.device, dtype: torch.dtype)
     key = (seed, size, device, dtype)
     if key not in _tables:
         bits = np.frombuffer(hashlib.shake_256(f"signs/{seed}".encode()).digest(size // 8), dtype=np.uint8)
-        with torch.inference_mode(False), _disable_current_modes():
-            _tables[key] = torch.from_numpy(np.unpackbits(bits) * 2.0 - 1.0).to(device=device, dtype=dtype)
+        with torch.inference_mode(False), outside_of_modes():
+            table = torch.from_numpy(np.unpackbits(bits) * 2.0 - 1.0).to(device=device, dtype=dtype)
+        if type(table) is not Tensor:  # a mode's own, for this once
+            return table
+        _tables[key] = table
     return _tables[key]
 
 
@@ -259,8 +262,11 @@ def chunk_order(seed: int, name: str, k: int, count: int, available: int, device
         digest = hashlib.sha256(f"hash/{seed}/{name}/{k}".encode()).digest()
         draw = np.random.RandomState(int.from_bytes(digest[:4], "little"))  # a stream that numpy keeps stable for ever
         passes = [draw.permutation(available) for _ in range(-(-count // available))]
-        with torch.inference_mode(False), _disable_current_modes():
-            _orders[key] = torch.from_numpy(np.concatenate(passes)[:count].astype(np.int64)).to(device)
+        with torch.inference_mode(False), outside_of_modes():
+            order = torch.from_numpy(np.concatenate(passes)[:count].astype(np.int64)).to(device)
+        if type(order) is not Tensor:
+            return order
+        _orders[key] = order
     return _orders[key]
 
 

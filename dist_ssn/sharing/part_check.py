@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.parts import frozen_by_torch, listed, reads, slots_of
 from dist_ssn.sharing.plan_of import ATTRIBUTE
+from dist_ssn.sharing.trainer_check import warn_of_trainer
 
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all shared layers of this process
 _roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all models that were given to `share`
@@ -65,6 +66,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _checked.get(optimizer) != state:
         check_optimizer(optimizer)
         _checked[optimizer] = state
+        warn_of_trainer(optimizer)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
@@ -249,7 +251,12 @@ def _warn_of_half_frozen(training: dict[Any, set[int]], held: dict[int, Tensor])
             if not own or any(p.requires_grad for p in own):
                 continue
             inside = {id(module) for module in part.modules()}
-            weights = [s.weight_name(i) for s, i in reads(part) if i in training.get(s, ()) and id(s) not in inside]
+            weights = [
+                source.weight_name(index)
+                for source, index in reads(part)
+                if index in training.get(source, ()) and id(source) not in inside
+                if getattr(source, "bases", None) is None  # with kept weights, own parameters are frozen by `share`
+            ]
             if weights:
                 warnings.warn(
                     f"the parameters of {path} are frozen, but its weights {listed(weights)} train, since their bank is outside of "

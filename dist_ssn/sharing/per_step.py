@@ -20,14 +20,20 @@ import torch
 from torch import Tensor
 
 from dist_ssn.plan.slots import Slot
+from dist_ssn.sharing.bases import Bases
 from dist_ssn.sharing.morphs import sign_start, sign_table
 from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.signed_path import Run, cut_runs
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import graph_task_id, storage_uses
+from dist_ssn.torch_private import add_to_each, graph_task_id, multiply_each, storage_users
 
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
+SMALL = {"cpu": 2**22}
+"""Device → elements of a bank's weights up to which "auto" keeps a copy of them, 16 MiB in float32. Larger weights are mostly in
+large layers, where generation on demand costs 1 to 5 % on a processor (docs/results/cost.md)."""
+_SMALL_ELSEWHERE = 2**26
+"""On other devices small operations cost more, and memory is larger. Not measured yet."""
 _LARGE_BLOCK = 2**24
 """On other devices, few launches count more; it bounds what backward needs beside the gradients."""
 
@@ -88,20 +94,20 @@ class Block:
         """
         factor = signs.clone()
         views = [part.per_row(factor) for part in self.parts]
-        torch._foreach_mul_(views, [scales[part.index] for part in self.parts])
+        multiply_each(views, [scales[part.index] for part in self.parts])
         if gains is not None and (rows := [p for p in self.with_gains if p.rows_are_chunks]):
-            torch._foreach_mul_([part.per_row(factor) for part in rows], [part.row_gains(gains) for part in rows])
+            multiply_each([part.per_row(factor) for part in rows], [part.row_gains(gains) for part in rows])
         return factor
 
     def apply_gains(self, values: Tensor, gains: Tensor | None) -> None:
         """Multiplies `values` [n] by the column gains, and by the row gains that are not in the factor, in place."""
         if gains is None or not self.with_gains:
             return
-        torch._foreach_mul_(
+        multiply_each(
             [part.matrix(values) for part in self.with_gains], [part.column_gains(gains) for part in self.with_gains]
         )
         if rows := [part for part in self.with_gains if not part.rows_are_chunks]:
-            torch._foreach_mul_([part.matrix(values) for part in rows], [part.row_gains(gains) for part in rows])
+            multiply_each([part.matrix(values) for part in rows], [part.row_gains(gains) for part in rows])
 
     def generate(self, bank: Tensor, scales: Sequence[Tensor], gains: Tensor | None, out: Tensor) -> None:
         """Writes the block's weights to `out` [n]."""
@@ -217,22 +223,31 @@ class Sheet:
                 for block, values in zip(blocks, self.parts, strict=True)
                 for part in block.parts
             ]
-        self._idle = storage_uses(self.values)
+        self._idle = storage_users(self.values)
 
     def suits(self, bank: Tensor) -> bool:
         """True if the buffer has the bank's dtype and device."""
         return self.values.dtype == bank.dtype and self.values.device == bank.device
 
     def in_use(self) -> bool:
-        """True if somebody holds a weight of the last forward, such as a graph whose backward is to come."""
-        return storage_uses(self.values) > self._idle
+        """True if somebody may hold a weight of the last forward, such as a graph whose backward is to come."""
+        users = storage_users(self.values)
+        return users is None or self._idle is None or users > self._idle
 
-    def fill(self, tensors: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
-        """The weights, as new views of the buffer, from a bank's tensors by name."""
+    def fill(self, tensors: Mapping[str, Tensor | None], bases: Bases | None) -> tuple[Tensor, ...]:
+        """The weights, as new views of the buffer.
+
+        Args:
+            tensors: the bank's, by name.
+            bases: kept weights, which the generated differences are added to.
+        """
         bank, scales, gains = _of_bank(tensors)
         for block, part in zip(self.blocks, self.parts, strict=True):
             block.generate(bank, scales, gains, part)
-        return tuple(weight.detach() for weight in self.weights)
+        if bases is None:
+            return tuple(weight.detach() for weight in self.weights)
+        add_to_each(self.weights, [bases.tensors[index] for index in self.indices])
+        return tuple(weight.detach().to(bases.dtype) for weight in self.weights)
 
     def pull_back(
         self,
@@ -278,10 +293,12 @@ class PerStep:
         slots: that can be generated together.
         seed: of the plan.
         bank: number of elements in the bank.
+        only_small: generate together only while the weights are `SMALL` for their device.
     """
 
-    def __init__(self, slots: Sequence[Placed], seed: int, bank: int):
-        self.slots, self.seed, self.bank = slots, seed, bank
+    def __init__(self, slots: Sequence[Placed], seed: int, bank: int, only_small: bool = False):
+        self.slots, self.seed, self.bank, self.only_small = slots, seed, bank, only_small
+        self.numel = sum(placed.slot.numel for placed in slots)
         self.indices = frozenset(placed.index for placed in slots)
         self.forwards = 0
         """Number of forwards of the model that run."""
@@ -290,11 +307,18 @@ class PerStep:
         self.values: Values | None = None
         self.sheet: Sheet | None = None
 
-    def begin(self) -> None:
-        """A forward of the model begins."""
+    def begin(self, device: str) -> None:
+        """A forward of the model begins.
+
+        Args:
+            device: type of the bank's device.
+        """
         if self.forwards == 0:
             self.made = self.values = None
-        self.forwards += 1
+        if self.only_small and self.numel > SMALL.get(device, _SMALL_ELSEWHERE):
+            self.sheet = None
+        else:
+            self.forwards += 1
 
     def end(self) -> None:
         """A forward of the model has ended, perhaps by an exception."""
@@ -315,7 +339,7 @@ class PerStep:
                 return None
         return self.made
 
-    def make(self, values: Values, name: str, graph: bool, frozen: Collection[int]) -> None:
+    def make(self, values: Values, name: str, graph: bool, frozen: Collection[int], bases: Bases | None) -> None:
         """Generates the weights.
 
         Args:
@@ -323,6 +347,7 @@ class PerStep:
             name: of the bank's first weight, for messages.
             graph: whether the weights depend on the parameters in the graph.
             frozen: indices of the slots that send no gradient.
+            bases: kept weights.
         """
         bank, gains = values.tensors["bank"], values.tensors["gains"]
         assert bank is not None
@@ -330,7 +355,10 @@ class PerStep:
         if self.sheet is None or not self.sheet.suits(bank) or self.sheet.in_use():
             self.sheet = Sheet(make_blocks(self.slots, self.seed, self.bank, bank.device.type), bank.detach())
         self.values, self.has_graph = values, graph
-        weights = _AllAtOnce.apply(self.sheet, values, name, bank, gains) if graph else self.sheet.fill(values.tensors)
+        if graph:
+            weights = _AllAtOnce.apply(self.sheet, values, bases, name, bank, gains)
+        else:
+            weights = self.sheet.fill(values.tensors, bases)
         self.made = {
             index: weight.detach() if index in frozen else weight
             for index, weight in zip(self.sheet.indices, weights, strict=True)  # type: ignore[arg-type]
@@ -342,15 +370,15 @@ class _AllAtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, sheet: Sheet, values: Values, name: str, bank: Tensor, gains: Tensor | None
+        ctx: Any, sheet: Sheet, values: Values, bases: Bases | None, name: str, bank: Tensor, gains: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.sheet, ctx.values, ctx.name = sheet, values, name
-        return sheet.fill(values.tensors)
+        return sheet.fill(values.tensors, bases)
 
     @staticmethod
     @differentiable_once(lambda ctx: (ctx.name, tuple(p for p in ctx.values.tensors.values() if p is not None)))
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         values = ctx.values.checked(ctx.name)
-        needs = ctx.needs_input_grad[3:]
-        return None, None, None, *ctx.sheet.pull_back(gradients, values, needs)
+        needs = ctx.needs_input_grad[4:]
+        return None, None, None, None, *ctx.sheet.pull_back(gradients, values, needs)

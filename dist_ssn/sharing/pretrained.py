@@ -42,8 +42,8 @@ def warn_of_pretrained(model: nn.Module, specs: Specs) -> None:
             kind = type(module).__name__
             warnings.warn(
                 f"{kind} was loaded from {source!r}, and share() replaces its values by new random ones ({loaded[0]}; "
-                f"{len(loaded)} weights in all): to train from scratch, build it from its config, {kind}(config); to keep a "
-                "weight's values, name it in exclude=",
+                f"{len(loaded)} weights in all): to train from scratch, build it from its config, {kind}(config); to keep "
+                "its values and train a difference, share(model, budget, keep=True)",
                 stacklevel=3,
             )
             return
@@ -56,7 +56,8 @@ def _warn_of_uneven_scales(model: nn.Module, specs: Specs) -> None:
     if uneven:
         warnings.warn(
             f"the values of {uneven[0]} ({len(uneven)} weights in all) differ in scale by row or column, as loaded or trained "
-            "ones do, and share() replaces them by new random ones of one scale: to keep a weight's values, name it in exclude=",
+            "ones do, and share() replaces them by new random ones of one scale: to keep its values, name it in exclude=, or train "
+            "a difference from all, share(model, budget, keep=True)",
             stacklevel=4,
         )
 
@@ -117,6 +118,11 @@ class _SavePretrained:
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters only are written, and those are the model's own
             return getattr(type(model), METHOD)(model, save_directory, *args, **options)
         if "state_dict" not in options or options.get("push_to_hub"):
+            if any(banks.plan.keep for banks in bank_sets(model)):
+                raise ShareError(
+                    f"{name} keeps its weights and trains a difference: dist_ssn.save(model, folder) writes the difference, and "
+                    "dist_ssn.materialize(model).save_pretrained(folder) the merged model"
+                )
             whole = "" if bank_sets(model) else " of the whole model, and its part"
             raise ShareError(
                 f"{name} is shared, and from_pretrained would fill what save_pretrained writes with random weights: save "

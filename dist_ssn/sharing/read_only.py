@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_ssn.errors import ShareError
+from dist_ssn.torch_private import without_torch_function
 
 
 class GeneratedWeight(Tensor):
@@ -30,7 +31,7 @@ class GeneratedWeight(Tensor):
         elif name.startswith("__i") and name[3:-2] in _IN_PLACE:
             written = args[0]
         mine = next((a for a in (args[0] if foreach and args else args) if isinstance(a, GeneratedWeight)), None)
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             for target in written if isinstance(written, (list, tuple)) else [written]:
                 if isinstance(target, GeneratedWeight) and name not in _HARMLESS:
                     raise ShareError(no_write(target._dist_ssn_name))
@@ -52,7 +53,7 @@ class GeneratedWeight(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A copy of the values, without a graph: torch refuses to copy a tensor that is the result of an operation."""
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             memo[id(self)] = copied = guarded(self.detach().as_subclass(Tensor).clone(), self._dist_ssn_name)
         return copied
 

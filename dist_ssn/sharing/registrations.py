@@ -44,7 +44,7 @@ def _keep_banks(parent: nn.Module, _: str, child: Any) -> None:
 def _watch_wrapper(parent: nn.Module, _: str, child: Any) -> None:
     """Lets the ranks of a wrapper such as DDP agree on the scales of a shared model."""
     if is_wrapper(parent) and isinstance(child, nn.Module):
-        watch_wrapper(parent, [module for module in child.modules() if isinstance(module, Bank)])
+        watch_wrapper(parent, child, [module for module in child.modules() if isinstance(module, Bank)])
 
 
 def _refuse_generated(module: nn.Module, name: str, buffer: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.parts import listed, slots_of
+from dist_ssn.torch_private import MODULE_APPLY
 
 COPIED = "dist_ssn"
 """Key in a deep copy's memo, whose other keys are integers: the ids of all modules that are being copied."""
@@ -148,7 +149,7 @@ def check_converted(layer: nn.Module, fn: Any) -> None:
         same = (result.dtype, result.device) == (source.dtype, source.device)
         if same and (source.device.type != "cpu" or not result.is_shared() or next(source.parameters()).is_shared()):
             continue
-        start = _start(nn.Module._apply.__code__, "fn", fn) or layer
+        start = _start(MODULE_APPLY.__code__, "fn", fn) or layer
         if not _contains(fn, start, source):
             what = f"to {result.dtype}, {result.device}" if not same else "to shared memory"
             raise ShareError(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dist_ssn.sharing.bank import banks_of
 from dist_ssn.sync.reports import Workers
 
 
@@ -28,10 +29,11 @@ class Buffers:
         """Values after the last average, by name."""
 
     def _current(self) -> dict[str, Tensor]:
+        fixed = {id(buffer) for bank in banks_of(self._model) for buffer in bank.fixed_buffers()}  # they never change
         return {
             name: buffer
             for name, buffer in self._model.named_buffers()
-            if buffer.is_floating_point() and not isinstance(buffer, DTensor)
+            if buffer.is_floating_point() and not isinstance(buffer, DTensor) and id(buffer) not in fixed
         }
 
     def problem(self) -> str | None:

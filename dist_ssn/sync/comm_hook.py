@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import GradBucket
+from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.sync.codecs import SLICE, find_codec

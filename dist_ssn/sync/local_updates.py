@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from dist_ssn.comm.meter import purpose
 from dist_ssn.errors import UserError
+from dist_ssn.sharing.bases import kept_fingerprints
 from dist_ssn.sync.anchor import Anchor
 from dist_ssn.sync.buffers import Buffers
 from dist_ssn.sync.codecs import Codec
@@ -117,6 +118,7 @@ class LocalUpdates:
                 (every, warmup, delay, outlier, self.exchange.codec.name, self.exchange.route, self.outer),
                 [(t.name, t.values.shape, t.values.dtype, t.plain) for t in trained],
                 plan_of(self.model),
+                kept_fingerprints(self.model),
             ]
         except UserError as error:
             failure = error
@@ -134,12 +136,11 @@ class LocalUpdates:
         ]
         held.add(self.optimizer)
 
-    @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         self.step += 1
         warm = self.step <= self.warmup
         if warm or (self.step - self.warmup) % self.every == 0:
-            with purpose("synchronization"):
+            with torch.no_grad(), purpose("synchronization"):  # not around all: an ordinary step only counts
                 self._meet(plain=warm, late=self.delay > 0 and not warm)
 
     @torch.no_grad()

@@ -121,7 +121,7 @@ def require_agreement(reports: Sequence[Report], workers: Workers, problem: str 
         )
 
 
-FACTS = ("the settings of local updates", "the trained parameters", "the plans")
+FACTS = ("the settings of local updates", "the trained parameters", "the plans", "the kept values")
 """What must be the same on all workers."""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_ssn.errors import UserError
+from dist_ssn.sharing.bases import sent_at_the_start
 from dist_ssn.sync.reports import Workers
 from dist_ssn.sync.trained import Trained
 from dist_ssn.sync.transport import Transport
@@ -51,8 +52,11 @@ def workers_of(
 
 
 def send_from_first(model: nn.Module, trained: Sequence[Trained], workers: Workers) -> None:
-    """Sets all parameters and buffers to those of the first worker, by one broadcast per dtype; a second one in an island."""
-    whole = [t.detach() for t in (*model.parameters(), *model.buffers()) if not isinstance(t, DTensor)]
+    """Sets all parameters and buffers to those of the first worker, by one broadcast per dtype; a second one in an island.
+
+    Values that `share(keep=True)` keeps are not sent; they are equal already (`reports.require_same`).
+    """
+    whole = [t.detach() for t in sent_at_the_start(model) if not isinstance(t, DTensor)]
     of_shards = [t.values for t in trained if isinstance(t.parameter, DTensor)]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for tensor in (*whole, *of_shards):

@@ -154,7 +154,8 @@ def refuse_wrapper(wrapper: nn.Module | None) -> Callable[..., None]:
     """
 
     def before_forward(*_: object) -> None:
-        if not torch.compiler.is_compiling() and (active := active_ddp()) is not None and active is not wrapper:
+        active = active_ddp()
+        if active is not None and active is not wrapper and not torch.compiler.is_compiling():
             raise UserError(
                 "this forward runs in a DistributedDataParallel, which averages gradients on every step, and LocalUpdates got the "
                 "model inside of it: call the model itself, or, for islands, give LocalUpdates the wrapper"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 from dist_ssn.baselines import control
 from dist_ssn.engines import World
 from dist_ssn.errors import PlanError, RecipeError, UserError, describe
-from dist_ssn.files import read_text
+from dist_ssn.files import read_tensors, read_text
 from dist_ssn.plan import Plan
 from dist_ssn.sharing.attach import share
 from dist_ssn.train.data import Task, load_task
-from dist_ssn.train.models import build_model
+from dist_ssn.train.models import HasHints, build_model
 from dist_ssn.train.recipe.check import validate
 from dist_ssn.train.recipe.schema import Recipe, ShareConfig
 
@@ -34,9 +35,47 @@ def build(recipe: Recipe, world: World) -> tuple[Task, nn.Module]:
     batch = task.batch(0, recipe.batch_size, world.rank, world.world_size, recipe.accumulation, 0)
     task.validation(recipe.batch_size, world.rank, world.world_size, recipe.evaluate_batches)
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe.model, recipe.model_args, task)
+    model = start_model(recipe, task)
     _check_fit(model, task, batch, recipe)
     return task, share_as(model, recipe.share).to(world.device)
+
+
+def start_model(recipe: Recipe, task: HasHints) -> nn.Module:
+    """A recipe's dense model with the values that it starts from: those of `model_weights`, or its initial ones.
+
+    Raises:
+        RecipeError: the model cannot be built, or the file is not that of such a model.
+    """
+    model = build_model(recipe.model, recipe.model_args, task)
+    if recipe.model_weights is not None:
+        _read_weights(model, recipe.model_weights)
+    return model
+
+
+def _read_weights(model: nn.Module, path: str) -> None:
+    """Reads all parameters and buffers of a model; the file may have a tied tensor under any of its names."""
+    try:
+        found = read_tensors(Path(path))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model_weights: cannot read {path}: {error}") from error
+    wanted = model.state_dict(keep_vars=True)
+    ties: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
+        ties.setdefault(id(tensor), []).append(name)
+    for names in ties.values():
+        if known := [name for name in names if name in found]:
+            found |= {name: found[known[0]] for name in names if name not in found}
+    problems = [f"it has no {name}" for name in wanted if name not in found]
+    problems += [f"the model has no {name}" for name in found if name not in wanted]
+    problems += [
+        f"{name} has the shape {tuple(found[name].shape)} there and {tuple(tensor.shape)} in the model"
+        for name, tensor in wanted.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise RecipeError(f"model_weights: {path} is of another model: {'; '.join(problems[:3])}{more}")
+    model.load_state_dict(found)
 
 
 @torch.no_grad()
@@ -67,9 +106,10 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
     Raises:
         PlanError: the plan's file cannot be read.
     """
+    how: Any = {"generate": config.generate, "keep": config.keep, "train": config.train}
     if config.plan is not None:
         plan = plan_of_file(config.plan)
-        return share(model, None, plan=plan, include=config.include, exclude=config.exclude, generate=config.generate)
+        return share(model, None, plan=plan, include=config.include, exclude=config.exclude, **how)
     if config.budget is None:
         return model
     if config.control is not None:
@@ -84,7 +124,7 @@ def share_as(model: nn.Module, config: ShareConfig) -> nn.Module:
         include=config.include,
         exclude=config.exclude,
         seed=config.seed,
-        generate=config.generate,
+        **how,
     )
 
 

@@ -55,7 +55,7 @@ def equal_buffers(model: nn.Module, world: World) -> None:
     if world.world_size == 1:
         return
     kept = model.state_dict(keep_vars=True)
-    fixed = {id(bank.scales) for bank in banks_of(model)}
+    fixed = {id(buffer) for bank in banks_of(model) for buffer in bank.fixed_buffers()}
     with purpose("metrics"):
         for name, buffer in model.named_buffers():
             if name in kept and id(buffer) not in fixed:

@@ -24,10 +24,10 @@ from torch.utils.hooks import RemovableHandle
 from dist_ssn.errors import UserError
 from dist_ssn.files import read_text
 from dist_ssn.sharing.bank_set import shared_plan
-from dist_ssn.train.build import share_as
+from dist_ssn.train.build import share_as, start_model
 from dist_ssn.train.checkpoint.store import load_model
 from dist_ssn.train.data import Task, logits_of
-from dist_ssn.train.models import MODELS, build_model
+from dist_ssn.train.models import MODELS
 from dist_ssn.train.prune import with_thresholds
 from dist_ssn.train.recipe.read import recipe_from_json
 from dist_ssn.train.recipe.schema import DENSE, DistillConfig, Recipe, ShareConfig
@@ -60,8 +60,10 @@ def load_teacher(recipe: Recipe, task: Task, student: nn.Module) -> Teacher:
         )
     share, plan = theirs.share, folder / "plan.json"
     if plan.exists():  # the plan that the teacher was trained with
-        share = ShareConfig(plan=str(plan), include=share.include, exclude=share.exclude)
-    model = with_thresholds(share_as(build_model(theirs.model, theirs.model_args, task), share), theirs.prune)
+        share = ShareConfig(
+            plan=str(plan), include=share.include, exclude=share.exclude, keep=share.keep, train=share.train
+        )
+    model = with_thresholds(share_as(start_model(theirs, task), share), theirs.prune)
     load_model(folder / "checkpoints", model, shared_plan(model))
     device = next(student.parameters()).device
     teacher = Teacher(recipe.distill, model.to(device), student)

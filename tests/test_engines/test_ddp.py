@@ -22,6 +22,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.plan import Group
 from dist_ssn.plan.overlap import bucket_bytes
 from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.registrations import watch_registrations
 from testing.ranks import RanksFailed, run_ranks
 
 distributed = pytest.mark.distributed
@@ -127,6 +128,7 @@ class Banks(nn.Module):
 
     def __init__(self, *sizes: int) -> None:
         super().__init__()
+        watch_registrations()  # as `share` does, so that DDP leaves out the banks' buffers
         groups = [Group(f"group{i}", size, slots=()) for i, size in enumerate(sizes)]
         self.dist_ssn = nn.ModuleDict({group.name: Bank(group, seed=0) for group in groups})
         for parameter in self.dist_ssn.parameters():

@@ -171,6 +171,23 @@ def test_a_plain_optimizer_is_warned_of(tmp_path: Path) -> None:
     dense.train()
 
 
+def test_trainers_own_optimizer_is_warned_of_once(tmp_path: Path) -> None:
+    """At its first step, with and without our callback; not a user's own, nor a dense model's."""
+    args = arguments(tmp_path, max_steps=3)
+    for ledger in (False, True):
+        trainer = transformers.Trainer(share(build("GPT-2"), 0.3), args, train_dataset=rows("GPT-2"))
+        if ledger:
+            add_ledger(trainer)
+        with pytest.warns(UserWarning, match=r"made as for a dense model.*create_optimizer\(model, args\)") as caught:
+            trainer.train()
+        assert len([warning for warning in caught if "dense model" in str(warning.message)]) == 1
+    model = share(build("GPT-2"), 0.3)
+    own = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    transformers.Trainer(model, args, train_dataset=rows("GPT-2"), optimizers=(own, None)).train()
+    transformers.Trainer(build("GPT-2"), args, train_dataset=rows("GPT-2")).train()
+    trainer_of("GPT-2", share(build("GPT-2"), 0.3), args).train()
+
+
 def test_a_callback_behind_wandb_is_an_error() -> None:
     """It would put its figures into logs that W&B has sent already."""
     args = SimpleNamespace(report_to=["wandb"])

@@ -279,7 +279,18 @@ def test_a_small_group_gets_what_it_needs() -> None:
     """In proportion it would get half a number, and the plan would fail although the budget is ample."""
     small, large = LayerSpec("a", (1, 5), "Linear", 5, 0.1), LayerSpec("b", (100, 100), "Linear", 100, 0.1)
     plan = make_plan(Specs((small, large)), 0.01, mapping="shape", morph="inter")
-    assert [group.size for group in plan.groups] == [1, 95] and plan.parameters == 100
+    assert [group.size for group in plan.groups] == [1, 99] and plan.parameters == 100
+
+
+def test_inter_reads_one_template_as_the_papers_code_does() -> None:
+    """Several are smaller, so that a resized one has a lower rank."""
+    weights = tuple(LayerSpec(name, (64, 64, 3, 3), "Conv2d", 576, 0.06) for name in "ab")
+    one, four = (
+        make_plan(Specs(weights), 0.1, morph=morph).groups[0].slots[0] for morph in ("inter", "inter:templates=4")
+    )
+    assert (one.morph, one.templates, one.coefficients) == ("inter", 1, 0)
+    assert (four.morph, four.templates, four.coefficients) == ("inter", 4, 4)
+    assert min(one.template_shape) > 1.6 * min(four.template_shape)
 
 
 @pytest.mark.parametrize("morph", ["auto", "inter", "mask", "wavg", "emb", "hash"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore
 from torch.nn.utils import prune
 
 from dist_ssn import Plan, make_plan, materialize, parameter_groups, share, shared_plan, summary

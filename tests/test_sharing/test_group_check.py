@@ -40,6 +40,15 @@ def test_a_dense_models_optimizer(mapping: str) -> None:
     assert group_fault(model, scheduled, 1e-3) == DENSE_LR
 
 
+def test_parameters_that_an_engine_has_flattened() -> None:
+    """DeepSpeed's optimizers hold none of the model's parameters: the learning rates alone are judged."""
+    model, flat = net(), [nn.Parameter(torch.zeros(9))]
+    assert group_fault(model, torch.optim.Adam(flat, lr=1e-3), 1e-3, engine=True) == DENSE_LR
+    ours = [{"params": [nn.Parameter(torch.zeros(9))], "lr": g["lr"]} for g in parameter_groups(model, lr=1e-3)]
+    for optimizer in (torch.optim.Adam(ours), torch.optim.SGD(flat, lr=1e-3)):
+        assert group_fault(model, optimizer, 1e-3, engine=True) is None
+
+
 def test_one_group_of_two_has_a_fault() -> None:
     """A table that is left dense has the learning rate of the bank: the ratio is wrong."""
     model = share(nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 64), nn.Linear(64, 16)), 0.1, exclude="0.*")
@@ -48,7 +57,9 @@ def test_one_group_of_two_has_a_fault() -> None:
 
 def test_the_warning() -> None:
     model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
     with pytest.warns(UserWarning, match=f"made as for a dense model, and {DECAY}: do this"):
-        warn_of_groups(model, torch.optim.AdamW(model.parameters()), "do this")
+        warn_of_groups(model, optimizer, "do this")
+    warn_of_groups(model, optimizer, "do this")  # once
     warn_of_groups(model, None, "do this")
     warn_of_groups(model, torch.optim.AdamW(parameter_groups(model, lr=1e-3)), "do this")

@@ -1,4 +1,4 @@
-"""Memory of generation on demand, measured: generated weights are temporaries, and backward allocates one sum per bank, not one per layer."""
+"""Memory of generation on demand: generated weights are temporaries, and backward allocates one sum per bank, not one per layer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,3 +240,26 @@ def test_a_layer_with_many_weights_makes_each_once_per_forward(monkeypatch: pyte
         with generated(monkeypatch) as made:
             model(*inputs)
         assert len(made) == weights
+
+
+def test_sharing_kept_weights_copies_at_most_one(tmp_path: Path) -> None:
+    """Also of a file that is mapped into memory: the banks read the file's own pages."""
+    dense = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6)))
+    save_file(dense.state_dict(), tmp_path / "dense.safetensors")
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(6)))
+    mapped = load_file(tmp_path / "dense.safetensors")
+    model.load_state_dict(mapped, assign=True)
+    one, most = 512 * 512 * 4, 0
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, watch.alive())
+
+    with Watch(look) as watch:
+        dist_ssn.share(model, 1000, keep=True)
+    assert most < one + 100_000, f"{most:,} bytes were alive, and one weight has {one:,}"
+    (bank,) = banks_of(model)
+    assert bank.bases is not None
+    for slot, base in zip(bank.group.slots, bank.bases.tensors, strict=True):
+        assert base.data_ptr() == mapped[slot.name].data_ptr()

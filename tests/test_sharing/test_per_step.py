@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_ssn import freeze, materialize, set_generation, share
 from dist_ssn.errors import ShareError
+from dist_ssn.sharing.per_step import SMALL
 from testing.layer_kinds import KINDS, Twins, banks_of, loss_of, relative_error, shake
 
 TOLERANCE = 1e-10
@@ -336,12 +337,14 @@ def test_other_morphs_and_pruned_weights_are_generated_on_demand() -> None:
 
 
 def test_auto_decides_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    def modes(model: nn.Module) -> list[bool]:
-        return [bank.per_step is not None for bank in banks_of(model)]
-
-    assert modes(net(generate="auto")) == [True]
-    monkeypatch.setattr("dist_ssn.sharing.generation.LARGEST", 100)
-    assert modes(net(generate="auto")) == [False]
+    model = net(generate="auto")
+    model(batch())
+    assert made(model)
+    for limit, weights in ((100, 0), (2**22, 4)):
+        monkeypatch.setitem(SMALL, "cpu", limit)
+        for one in (model, copy.deepcopy(model), net(generate="per_step") if weights else model):
+            one(batch())
+            assert made(one) == weights
 
 
 def test_bad_input() -> None:

@@ -93,6 +93,16 @@ def in_a_dictionary(net: Any) -> Callable[[Tensor], Tensor]:
     return lambda h: F.linear(h, kept["table"])
 
 
+def transposed_in_a_closure(net: Any) -> Callable[[Tensor], Tensor]:
+    weight = net.table.weight.t()
+    return lambda h: h @ weight
+
+
+def detached_in_a_list(net: Any) -> Callable[[Tensor], Tensor]:
+    kept = [net.table.weight.detach()]
+    return lambda h: F.linear(h, kept[0])
+
+
 def in_a_hidden_layer(net: Any) -> Callable[[Tensor], Tensor]:
     hidden = [nn.Linear(16, 40, bias=False)]
     hidden[0].weight = net.table.weight
@@ -112,6 +122,8 @@ def beside_its_parameters(net: Any) -> Callable[[Tensor], Tensor]:
         (in_a_default, "a default argument of in_a_default.<locals>.out()"),
         (in_a_partial, "a functools.partial"),
         (in_a_dictionary, "a dict"),
+        (transposed_in_a_closure, "the closure of a function"),
+        (detached_in_a_list, "a list"),
         (in_a_hidden_layer, "a Linear that is no part of the model"),
         (beside_its_parameters, "an attribute of a Tied"),
     ],
@@ -139,7 +151,9 @@ def test_variables_and_recurrent_layers_are_no_holders() -> None:
             break
     tied = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9, bias=False))
     tied[1].weight = tied[0].weight
+    view = model[0].weight.t()
     share(model, 0.5)
+    assert view.shape == (8, 16)
     share(nn.Sequential(tied, nn.Linear(9, 9)), 0.5)
     assert parameter.ndim == 2
 
@@ -230,6 +244,16 @@ def merged(model: Any) -> None:
     model[3].weight.data += torch.randn(4, 2) @ torch.randn(2, 288)
 
 
+def traced_by_the_pure_path(model: Any) -> None:
+    for bank in banks_of(model):
+        bank.pure = True
+    try:
+        torch.jit.trace(model, torch.randn(2, 2, 8, 8))
+    finally:
+        for bank in banks_of(model):
+            bank.pure = False
+
+
 def written_by_numpy(model: Any) -> None:
     model[3].weight.detach().numpy()[:] = 0
 
@@ -261,6 +285,7 @@ TOOLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "jit.script": (torch.jit.script, r"0\.weight .* script materialize\(model\)"),
     "jit.trace": (lambda m: torch.jit.trace(m, torch.randn(2, 2, 8, 8)), r"0\.weight .* trace materialize\(model\)"),
+    "jit.trace of the pure path": (traced_by_the_pure_path, r"0\.weight .* trace materialize\(model\)"),
     "jit.trace without gradients": (
         lambda m: torch.no_grad()(torch.jit.trace)(m, torch.randn(2, 2, 8, 8)),
         r"0\.weight .* trace materialize\(model\)",

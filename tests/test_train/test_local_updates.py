@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import CheckpointError, Preempted, RecipeError, UserError
 from dist_ssn.sync.codecs import CODECS
+from dist_ssn.sync.islands import check_islands
 from dist_ssn.sync.local_updates import LocalUpdates
 from dist_ssn.sync.outer import OUTER
 from dist_ssn.train.checkpoint.folder import checkpoints
@@ -195,7 +197,7 @@ def test_the_keys_of_a_recipe_are_the_words_of_local_updates() -> None:
     [
         (
             {"sync": SyncConfig(codec="int4")},
-            "sync.codec is for local updates: set sync.every too, such as --sync.every=16",
+            "sync.codec needs local updates: set sync.every too, such as --sync.every=16",
         ),
         (
             {"engine": EngineConfig("fsdp")},
@@ -226,6 +228,25 @@ def test_what_does_not_go_together(changes: dict[str, Any], sentence: str, tmp_p
     with pytest.raises(RecipeError) as caught:
         recipe(tmp_path, **{"sync": SyncConfig(every=4)} | changes)
     assert sentence in str(caught.value)
+
+
+def test_engine_options_that_cannot_be() -> None:
+    model = torch.nn.Linear(2, 2)
+    for options, sentence in (
+        ({"overlap": "delay"}, "leave them out with sync"),
+        ({"compress": "fp16"}, "leave them out with sync"),
+        ({"within": "node"}, "islands need several processes"),
+        ({"within": "rack"}, "unknown kind of island 'rack': known are node"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            DDPEngine(model, torch.optim.SGD(model.parameters()), sync={"every": 2}, **options)
+
+
+def test_islands_of_different_sizes() -> None:
+    with pytest.raises(
+        UserError, match=r"different numbers of processes \(2 on a, 1 on b\): start equally many on each"
+    ):
+        check_islands({"a": [0, 1], "b": [2]})
 
 
 def test_packed_states() -> None:

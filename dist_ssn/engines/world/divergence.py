@@ -13,6 +13,7 @@ from dist_ssn.engines.world.join import is_distributed
 from dist_ssn.errors import ShareError, UserError
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import shared_plan
+from dist_ssn.sharing.bases import as_rows, kept_fingerprints
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 OWN = "the model's own parameters"
@@ -79,12 +80,12 @@ def _difference(names: list[str], by_rank: list[list[int]], step: int) -> str:
 
 
 def require_one_plan(model: nn.Module) -> None:
-    """Checks that the models of all ranks follow one plan; sends 16 bytes.
+    """Checks that the models of all ranks follow one plan, and keep the same values; sends 16 bytes, and 16 for each kept tensor.
 
-    DDP copies rank 0's parameters to all ranks, but not the plan with which each rank reads them.
+    DDP copies rank 0's parameters to all ranks, but not the plan with which each rank reads them, and no kept values.
 
     Raises:
-        ShareError: the ranks' plans differ. All ranks raise it.
+        ShareError: the ranks' plans or kept values differ. All ranks raise it.
     """
     plan = shared_plan(model)
     number = int(plan.fingerprint, 16) >> 1 if plan is not None else 0
@@ -95,3 +96,25 @@ def require_one_plan(model: nn.Module) -> None:
             "the ranks' models follow different plans, so each would read the same bank differently: give all ranks the same "
             "seed before the model is built, or one plan, share(model, plan=...)"
         )
+    if plan is not None and plan.keep:
+        _require_one_base(model)
+
+
+def _require_one_base(model: nn.Module) -> None:
+    """Checks that all ranks keep the same values; sends 16 bytes for each tensor.
+
+    Raises:
+        ShareError: a rank has other values than rank 0; the message names rank and tensor. All ranks raise it.
+    """
+    found = kept_fingerprints(model)
+    mine = as_rows(found.values(), next(model.parameters()).device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    for rank, theirs in enumerate(gathered):
+        if others := [
+            name for name, same in zip(found, theirs.eq(gathered[0]).all(1).tolist(), strict=True) if not same
+        ]:
+            raise ShareError(
+                f"rank {rank} keeps other values of {others[0]} than rank 0 ({len(others)} of {len(found)} tensors differ), and "
+                "nobody sends them: load the same pretrained values on all ranks"
+            )

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]  # torch documents it there
 from torch.distributed.rendezvous import rendezvous
 
 from dist_ssn.engines.world import mpi as mpi_world

@@ -10,7 +10,7 @@ import time
 import uuid
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]  # torch documents it there
 
 _PAUSE_SECONDS = 0.01
 

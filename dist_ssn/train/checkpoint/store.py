@@ -31,10 +31,11 @@ from torch.optim import Optimizer
 
 from dist_ssn.engines.base import Engine, OptimizerState
 from dist_ssn.engines.overlap.delay import without_delay
-from dist_ssn.errors import CheckpointError, describe
+from dist_ssn.errors import CheckpointError, ShareError, describe
 from dist_ssn.files import parse_json, read_json, read_tensors, read_text
 from dist_ssn.plan import Plan
 from dist_ssn.plan.compare import plan_difference
+from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sync.local_updates import LocalUpdates
 from dist_ssn.train.checkpoint.folder import checkpoints, fingerprint, latest, name_of
@@ -168,6 +169,7 @@ def _fitting(
         if (scales := recorded_scales(loaded, name.removesuffix("scales"))) is not None:
             loaded[name] = torch.tensor(scales, dtype=torch.float32)
     _check_tensors(path, loaded, entries.tensors)
+    _check_base(path, loaded, model)
     if strangers := sorted(state["extra"].keys() - entries.extra.keys()):
         raise CheckpointError(f"the checkpoint {path} is of another model: {strangers[0]} is not in this one")
     return path, state, entries, loaded
@@ -312,6 +314,15 @@ def _check_tensors(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[s
                 f"the checkpoint {path} is of another model: {name} has the shape {tuple(loaded[name].shape)} there "
                 f"and {tuple(shape)} here"
             )
+
+
+def _check_base(path: Path, loaded: Mapping[str, Tensor], model: nn.Module) -> None:
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, Bank) and module.bases is not None:
+                module.require_base(loaded[f"{name}.fingerprints"], f"the checkpoint {path} was")
+    except ShareError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _shape(tensor: Tensor) -> Any:

@@ -34,6 +34,7 @@ def problems_here(recipe: Recipe, world_size: int) -> Iterator[Problem]:
     if Path(recipe.output).exists() and not Path(recipe.output).is_dir():
         yield Problem("output", f"must be a folder, but {recipe.output!r} is a file")
     for key, path, noun in (
+        ("model_weights", recipe.model_weights, "a safetensors file"),
         ("share.plan", recipe.share.plan, "a plan's JSON file"),
         ("engine.config", recipe.engine.config, "DeepSpeed's JSON file"),
     ):

@@ -161,9 +161,18 @@ class ShareConfig:
     """Seed of the plan's pseudo-random choices."""
     generate: Literal["auto", "on_demand", "per_step"] = "auto"
     """Weights are generated on demand (no copy in memory) or once per forward (quicker); auto: the latter for small models."""
+    keep: StrictBool = False
+    """Keep the values of model_weights, frozen, and train a generated difference from them."""
+    train: Annotated[tuple[str, ...], Field(examples=[["head", "*.bias"]])] = ()
+    """Names or globs of parameters that are trained whole beside the banks (keep)."""
 
     def rules(self) -> Iterator[Problem]:
         """Rules across keys."""
+        if self.train and not self.keep:
+            yield Problem("share.train", "goes with share.keep: without it everything is trained", ("share.keep",))
+        if self.keep and self.budget is None and self.plan is None:
+            text = "is true, which needs a budget or a plan: set share.budget too, such as --share.budget=1%"
+            yield Problem("share.keep", text, ("share.budget", "share.plan"))
         if self.control is None:
             return
         if self.budget is None:
@@ -172,9 +181,9 @@ class ShareConfig:
                 f"is {self.control}, which needs a budget: set share.budget too, such as --share.budget=10%",
                 ("share.budget",),
             )
-        unset_values = {"plan": None, "mapping": "auto", "morph": "auto", "generate": "auto"}
+        unset_values = {"plan": None, "mapping": "auto", "morph": "auto", "generate": "auto", "keep": False}
         for name, unset in unset_values.items():
-            shown = "null" if unset is None else unset
+            shown = json.dumps(unset).strip('"')
             if getattr(self, name) != unset:
                 yield Problem(
                     f"share.{name}",
@@ -278,6 +287,11 @@ class PruneConfig:
             )
             yield Problem("prune.final", text, ("engine.name",))
         share = recipe.share
+        if share.keep:
+            text = (
+                "is above 0, and a difference from kept weights cannot be pruned: prune the merged model, or leave it 0"
+            )
+            yield Problem("prune.final", text, ("share.keep",))
         reads = ("prune.final", "share.budget", "share.plan", "share.control")
         if self.what == "bank" and ((share.budget is None and share.plan is None) or share.control is not None):
             text = "is bank, and this model has none: set share.budget, or prune its weights"
@@ -307,7 +321,7 @@ class SyncConfig:
     """Number of first steps after each of which parameters are averaged plainly."""
     outlier: Annotated[StrictFloat | None, Field(gt=1), Says("a number above 1, or null")] = 10.0
     """Multiple of the median norm above which a process's change is left out of a round; null: only what is not finite."""
-    within: Literal["node"] | None = None
+    within: Annotated[Literal["node"] | None, Field(examples=["node"])] = None
     """Processes that average gradients on every step, so that only nodes train apart; null: none (ddp)."""
     limit: Annotated[str | None, AfterValidator(_limit), Field(examples=["20kB/step"])] = None
     """Bytes that a process sends per step, on average: chooses share.budget, every and codec where they are not given."""
@@ -324,7 +338,7 @@ class SyncConfig:
         if self.every is None and self.limit is None:
             for field in dataclasses.fields(self):
                 if getattr(self, field.name) != field.default:
-                    text = "is for local updates: set sync.every too, such as --sync.every=16"
+                    text = "needs local updates: set sync.every too, such as --sync.every=16"
                     yield Problem(f"sync.{field.name}", text, ("sync.every",))
             return
         own = "sync.every" if self.limit is None else "sync.limit"
@@ -448,6 +462,8 @@ class Recipe:
         Says(type="a dict of argument names to values"),
     ] = dataclasses.field(default_factory=dict)
     """Keyword arguments of that function; --model_args.NAME=value sets one of them."""
+    model_weights: Annotated[str | None, Field(examples=["pretrained.safetensors"])] = None
+    """Safetensors file with values for all tensors of the model; null: the model's initial values."""
     data: DataConfig = DataConfig()
     share: ShareConfig = ShareConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -484,6 +500,14 @@ class Recipe:
         yield from self.engine.rules()
         yield from self.schedule.rules(self.steps)
         yield from self.share.rules()
+        if self.share.keep and self.model_weights is None:
+            yield Problem(
+                "share.keep", "is true, and there are no values to keep: set model_weights too", ("model_weights",)
+            )
+        shares = self.share.budget is not None or self.share.plan is not None
+        if self.model_weights is not None and shares and not self.share.keep:
+            text = "would be lost, because a shared model draws new values: set share.keep, or no share.budget and no share.plan"
+            yield Problem("model_weights", text, ("share.keep", "share.budget", "share.plan"))
         if self.predicted is not None and self.engine.name not in ("ddp", "mpi"):
             text = f"goes with the engine ddp or mpi, not with {self.engine.name}"
             yield Problem("predicted", text, ("engine.name",))

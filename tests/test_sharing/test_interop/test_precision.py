@@ -55,7 +55,7 @@ def test_autocast(kind: str) -> None:
 
 def test_autocast_makes_the_weight_in_low_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, where the operation would only cast it; an embedding's rows stay as they are."""
-    model, made = share(nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 9)), 0.5), []
+    model, made = share(nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 9)), 0.5, generate="on_demand"), []
     plain = Bank.forward
 
     def forward(bank: Bank, index: int, *args: Any, **kwargs: Any) -> Tensor:
