@@ -68,9 +68,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "ladder", help="folder with the lines")
     arguments = parser.parse_args()
     files = sorted(arguments.results.glob("*.jsonl"))
-    lines = [json.loads(text) for file in files for text in file.read_text().splitlines()]
+    lines = [json.loads(text) for file in files for text in file.read_text(encoding="utf-8").splitlines()]
     content = content_of(lines)
-    FILE.write_text(json.dumps(content, indent=1) + "\n")
+    FILE.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for name, task in content["tasks"].items():
         print(f"{name}: {len(task['rows'])} combinations, {task['described']}")
 

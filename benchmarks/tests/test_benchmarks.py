@@ -48,11 +48,13 @@ def test_every_allocation_is_seen() -> None:
 def test_a_bank_takes_less_memory_than_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     small = (lambda: torch.nn.Linear(256, 256), torch.randn(8, 256), torch.randint(256, (8,)))
     monkeypatch.setattr("benchmarks.compute.memory.MODELS", {"small": lambda: small})
-    dense, shared = measure("small", None), measure("small", 0.1)
+    dense, shared = measure("small", None, "on_demand"), measure("small", 0.1, "on_demand")
     assert dense["gradient_bytes"] == 4 * dense["parameters"] == 4 * (256 * 256 + 256)
     assert dense["optimizer_bytes"] >= 8 * dense["parameters"] > 8 * shared["parameters"]
     assert dense["held_bytes"] >= 12 * dense["parameters"]
     assert shared["peak_bytes"] < dense["peak_bytes"] and dense["left_bytes"] == shared["left_bytes"] == 0
+    kept = measure("small", 0.1, "per_step")
+    assert shared["peak_bytes"] < kept["peak_bytes"] < dense["peak_bytes"] and kept["left_bytes"] == 0
     assert cells(memory_table([dense, shared]))[1][-1] == f"{shared['peak_bytes'] / dense['peak_bytes']:.3f}"
 
 

@@ -28,6 +28,8 @@ TEXT = torch.randint(256, (4, CONTEXT), generator=torch.Generator().manual_seed(
 TINY_BUDGET = 0.3
 """At 10 % a bank of the narrow models has a single parameter, whose gradient before a norm is zero but for rounding."""
 IMAGES = torch.randn(4, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+ROUNDING = 1e-15
+"""Gradients below it are zero but for rounding."""
 
 
 def _batch(architecture: Architecture) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,11 @@ def test_gradients_equal_those_of_plain_autograd(name: str) -> None:
     wanted = {name: parameter.grad for name, parameter in dense.named_parameters()} | pulled_back(model, dense)
     reached = 0
     for parameter_name, parameter in model.named_parameters():
-        error = relative_error(parameter.grad, wanted[parameter_name])
+        oracle = wanted[parameter_name]
+        if oracle is not None and float(oracle.abs().max()) < ROUNDING:  # a key's bias, which a softmax cancels
+            assert float(parameter.grad.abs().max()) < ROUNDING  # type: ignore[union-attr]
+            continue
+        error = relative_error(parameter.grad, oracle)
         assert error <= 1e-10, f"{name}: {parameter_name} is off by {error:.1e}"
         reached += parameter.grad is not None and parameter_name.startswith("dist_ssn") and bool(parameter.grad.any())
     assert reached, f"{name}: no bank has a gradient"

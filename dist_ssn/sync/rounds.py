@@ -32,7 +32,7 @@ class Vector:
     Args:
         values: number of all of them.
         plain: number of gains, coefficients, biases and norms, which travel in 16 bits if the codec has fewer.
-        buffers: number of elements of floating-point buffers, which are averaged when a run ends.
+        buffers: number of elements of floating-point buffers but those of banks, which are averaged when a run ends.
         buffer_bytes: bytes of all buffers but those of banks, which DDP hands out in each step where gradients are averaged.
     """
 
@@ -67,11 +67,12 @@ def vector_of(model: nn.Module) -> Vector:
     plain = plain_ones(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     of_banks = {id(buffer) for bank in banks_of(model) for buffer in bank.buffers()}
+    others = [buffer for buffer in model.buffers() if id(buffer) not in of_banks]
     return Vector(
         values=sum(p.numel() for p in trained),
         plain=sum(p.numel() for p in trained if id(p) in plain),
-        buffers=sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
-        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in of_banks),
+        buffers=sum(buffer.numel() for buffer in others if buffer.is_floating_point()),
+        buffer_bytes=sum(buffer.nbytes for buffer in others),
     )
 
 
@@ -85,8 +86,7 @@ def vector_with(plan: Plan, dense: Vector, specs: Specs) -> Vector:
     """
     parts = sum(group.parameters - group.size for group in plan.groups)
     values = dense.values - specs.numel + plan.parameters
-    scales = sum(1 + len(group.slots) for group in plan.groups)  # buffers of the banks
-    return Vector(values, dense.plain + parts, dense.buffers + scales, dense.buffer_bytes)
+    return Vector(values, dense.plain + parts, dense.buffers, dense.buffer_bytes)
 
 
 def of_round(vector: Vector, codec: str, workers: int) -> Sent:

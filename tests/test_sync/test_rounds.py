@@ -211,7 +211,7 @@ def test_what_does_not_go_with_a_limit(changes: dict[str, Any], said: str, tmp_p
     [
         ("sync.every=0", "sync.every must be at least 1, got 0"),
         ("sync.codec=int5", "sync.codec is an unknown name 'int5': known are bf16, bins2"),
-        ("sync.within=node", "sync.within is for local updates: set sync.every too"),
+        ("sync.within=node", "sync.within needs local updates: set sync.every too"),
     ],
 )
 def test_bad_words_of_a_recipe(key: str, said: str) -> None:
