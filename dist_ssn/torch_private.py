@@ -151,7 +151,7 @@ def assert_soon(condition: Tensor, message: str) -> None:
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """How long a collective of this process group may take; torch's default where it does not tell."""
+    """Time-out of this process group's collectives; torch's default where torch hides it."""
     try:
         return group._get_backend(group._device_types[0]).options._timeout
     except AttributeError:

@@ -35,7 +35,7 @@ from dist_ssn.train.optim import build_optimizer, build_schedule
 from dist_ssn.train.recipe.schema import Recipe
 
 Met = tuple[Tensor, SimulatedExchange]
-"""What the workers have given [n, P], and how it is exchanged."""
+"""The workers' vectors [n, P], and their exchange."""
 POINTS = 24
 """Exchanges of a run whose agreement is kept, evenly spread."""
 
@@ -96,7 +96,7 @@ class Worker:
 
 
 def agreement(changes: Tensor) -> dict[str, float]:
-    """How alike the workers' changes [n, P] are.
+    """Agreement of the workers' changes [n, P].
 
     Returns:
         cosine: mean over all pairs of workers. largest: share of the sum of squares that the largest 1/64 of the values have, mean

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.network.in_the_lab import cluster_file, in_the_lab, quietly
+from benchmarks.network.prediction import caption_of
 from benchmarks.result_files import ResultFile
 from dist_ssn.train.limit import sent_per_step, vectors_of
 from dist_ssn.train.recipe.read import load_recipe
@@ -119,11 +120,7 @@ def table(lines: list[Line]) -> Table:
         middle = f"{statistics.median(ms):.0f} ({min(ms):.0f}-{max(ms):.0f})"
         named = ("dense" if budget is None else f"{budget:.0%}", str(every), codec, f"{mbit:g}", str(delay))
         shown.add_row(*named, middle, f"{predicted:.0f}", f"{errors[-1]:+.0%}", ", ".join(map(str, sorted(sent))))
-    if errors:
-        sizes = [abs(error) for error in errors]
-        shown.caption = (
-            f"{len(errors)} cells; off by {statistics.median(sizes):.1%} in the median, {max(sizes):.1%} at most"
-        )
+    shown.caption = caption_of(errors)
     return shown
 
 

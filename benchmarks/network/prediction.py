@@ -84,12 +84,15 @@ def table(lines: list[Line]) -> Table:
         engine, model, budget, hosts, mbit = key
         named = (engine, model, f"{budget:.0%}" if budget else "dense", str(hosts), f"{mbit:g}")
         shown.add_row(*named, middle, f"{predicted:.0f}", f"{errors[-1]:+.0%}", f"{sent:+.1%}")
-    if errors:
-        sizes = [abs(error) for error in errors]
-        shown.caption = (
-            f"{len(errors)} cells; off by {statistics.median(sizes):.1%} in the median, {max(sizes):.1%} at most"
-        )
+    shown.caption = caption_of(errors)
     return shown
+
+
+def caption_of(errors: Sequence[float]) -> str | None:
+    """Number of cells, and how far their predictions are off; None without any."""
+    sizes = [abs(error) for error in errors]
+    middle = statistics.median(sizes) if sizes else 0.0
+    return f"{len(sizes)} cells; off by {middle:.1%} in the median, {max(sizes):.1%} at most" if sizes else None
 
 
 def main() -> None:

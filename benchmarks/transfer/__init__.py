@@ -1,1 +1,1 @@
-"""What fine-tuning by a generated difference reaches, beside full fine-tuning and the adapters of PEFT."""
+"""Fine-tuning by a generated difference, beside full fine-tuning and the adapters of PEFT."""

@@ -130,7 +130,7 @@ def _times(row: dict[str, Any], of: str) -> str:
 
 
 def limits(model: str) -> str:
-    """What the losses are worth, as a sentence."""
+    """Limits of the losses, as a sentence."""
     return (
         "kB are what a process sends in a step, on average. Losses are over that of the dense model with gradients on every step, "
         f"after as many steps, measured in {reference(model).described}: one small model, a hint for another. ? was not measured; "

@@ -55,7 +55,7 @@ class Side:
 
     @property
     def vector(self) -> Vector:
-        """What local updates would send; where it was not counted, as if all of it travelled in the codec."""
+        """The vector of local updates; where it was not counted, as if all of it travelled in the codec."""
         return self.counted or Vector(self.parameters, 0)
 
     @property

@@ -82,7 +82,7 @@ class Engine(ABC):
         self._exchange: Exchange | None = None
         """Averages gradients instead of the engine, for overlap settings other than "none"."""
         self.local: LocalUpdates | None = None
-        """Averages what the processes have changed, every so many steps; None if gradients are averaged on every step."""
+        """Averages the processes' changes once per round; None if gradients are averaged on every step."""
 
     @property
     def delay(self) -> Delay | None:

@@ -49,8 +49,8 @@ class DDPEngine(Engine):
             With "delay" all gradients are, and buffers are not synchronized.
         compress: "fp16" sends gradients as 16-bit floats, by torch's own hook, which first divides them by the number of
             processes.
-        sync: keyword arguments of `dist_ssn.LocalUpdates`: gradients stay local, and every so many steps the processes average
-            what they have changed. None averages gradients on every step.
+        sync: keyword arguments of `dist_ssn.LocalUpdates`: gradients stay local, and once per round the processes average their
+            changes. None averages gradients on every step.
         within: "node": DDP averages gradients within each node on every step, and local updates run between the nodes.
 
     Raises:
@@ -111,16 +111,8 @@ class DDPEngine(Engine):
                     f"DDP of torch {torch.__version__} cannot leave banks to overlap {setting.kind!r}: use 'none'"
                 )
             limit = _bucket_limit(model, trainable) if bucket_mb is None else bucket_mb * MIB
-            # DDP's default broadcasts buffers before each forward if the model has any; the argument for it changes its name
-            # between releases.
-            self.model = DistributedDataParallel(
-                model,
-                bucket_cap_mb=None if limit is None else limit / MIB,  # pyright: ignore[reportArgumentType]
-                gradient_as_bucket_view=True,
-                static_graph=static_graph,
-                find_unused_parameters=find_unused_parameters,
-                process_group=None if islands is None else islands.within,
-            )
+            options = {"static_graph": static_graph, "find_unused_parameters": find_unused_parameters}
+            self.model = _wrapped(model, limit, None if islands is None else islands.within, options)
             if compress == "fp16":
                 self.model.register_comm_hook(None, default_hooks.fp16_compress_hook)
         if sync is not None and islands is not None:
@@ -161,6 +153,21 @@ class DDPEngine(Engine):
         if last and self._exchange is not None:
             self._exchange.arm(loss)
         loss.backward()
+
+
+def _wrapped(
+    model: nn.Module, limit: float | None, process_group: Any, options: Mapping[str, Any]
+) -> DistributedDataParallel:
+    """The model in a DistributedDataParallel that closes a bucket at `limit` bytes; None for DDP's default."""
+    # DDP's default broadcasts buffers before each forward if the model has any; the argument for it changes its name between
+    # releases.
+    return DistributedDataParallel(
+        model,
+        bucket_cap_mb=None if limit is None else limit / MIB,  # pyright: ignore[reportArgumentType]
+        gradient_as_bucket_view=True,
+        process_group=process_group,
+        **options,
+    )
 
 
 def _bucket_limit(model: nn.Module, parameters: list[nn.Parameter]) -> int | None:

@@ -16,7 +16,7 @@ from dist_ssn.plan import Plan
 
 
 class Job(Protocol):
-    """What a search trains: the model, data and optimizer of a recipe (recipe_job.py) or of the caller (own_job.py)."""
+    """Subject of a search: the model, data and optimizer of a recipe (recipe_job.py) or of the caller (own_job.py)."""
 
     seed: int
     """Of the random numbers of each step, such as those of dropout."""

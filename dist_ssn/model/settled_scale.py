@@ -22,7 +22,7 @@ the square roots of whole numbers mostly, and 3.08² is between 9 and 10."""
 
 
 class Measured(NamedTuple):
-    """What is known of a weight's initial scale."""
+    """Facts about a weight's initial scale."""
 
     kind: str
     """Class of the layer."""

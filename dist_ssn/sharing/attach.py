@@ -94,14 +94,8 @@ def share(
         assert budget is not None
         specs = specs_of_kept(model, include, exclude, train) if keep else find_specs(model, include, exclude)
         plan = make_plan(specs, budget, mapping=mapping, morph=morph, seed=seed, keep=keep)
-    elif not isinstance(plan, Plan):
-        raise PlanError(f"plan is of type {type(plan).__name__}: read it first, Plan.from_json(Path(...).read_text())")
-    elif plan.keep != keep:
-        raise PlanError(
-            f"the plan is {'' if plan.keep else 'not '}for weights that are kept: call share(model, plan=plan, keep={plan.keep})"
-        )
     else:
-        specs = _specs_of_plan(model, plan)
+        specs = _specs_of_plan(model, plan, keep)
         if not keep:
             _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
@@ -132,8 +126,14 @@ def _require_kept_values(model: nn.Module, specs: Specs) -> None:
         )
 
 
-def _specs_of_plan(model: nn.Module, plan: Plan) -> Specs:
-    """Specs of the weights that a plan has slots for; the plan must belong to the model."""
+def _specs_of_plan(model: nn.Module, plan: Plan, keep: bool) -> Specs:
+    """Specs of the weights that a plan has slots for; the plan must belong to the model, and to `keep`."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan is of type {type(plan).__name__}: read it first, Plan.from_json(Path(...).read_text())")
+    if plan.keep != keep:
+        raise PlanError(
+            f"the plan is {'' if plan.keep else 'not '}for weights that are kept: call share(model, plan=plan, keep={plan.keep})"
+        )
     names = [slot.name for _, slot in plan.slots()]
     missing = sorted(set(names) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
     if missing:

@@ -20,8 +20,8 @@ def set_generation(model: nn.Module, mode: str = "auto") -> None:
         model: a shared model, or one that contains shared parts.
         mode: "on_demand": a layer generates its weight when it runs, and again in backward; no copy of the weights is alive.
             "per_step": every forward of the shared model generates all weights of a bank at once, and keeps them until its
-            backward: the time of a few operations per weight instead of some forty, and the memory of one copy of the
-            weights. "auto": per_step for each bank whose weights are small for its device (`per_step.SMALL`).
+            backward: fewer and larger operations, and the memory of one copy of the weights. "auto": per_step for each bank
+            whose weights are small for its device (`per_step.SMALL`).
 
     Raises:
         ShareError: the model is not shared, or the mode is unknown.

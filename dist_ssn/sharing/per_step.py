@@ -13,7 +13,7 @@ Letters: n elements in a block, q = n / chunk (rounded up), B elements in the ba
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from dist_ssn.sharing.morphs import sign_start, sign_table
 from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.signed_path import Run, cut_runs
 from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import add_to_each, graph_task_id, multiply_each, storage_users
+from dist_ssn.torch_private import add_to_each, multiply_each, storage_users
 
 _BLOCK = {"cpu": 2**18}
 """Device → elements of a block that holds more than one weight: on a processor, what its cache holds."""
@@ -324,22 +324,20 @@ class PerStep:
         """A forward of the model has ended, perhaps by an exception."""
         self.forwards = max(0, self.forwards - 1)
 
-    def current(self, parameters: Mapping[str, Tensor | None], graph: bool) -> dict[int, Tensor] | None:
-        """The weights that were made from these parameters in this forward, or in the one whose backward recomputes; else None.
+    def is_current(self, graph: bool, tensors: Callable[[], Mapping[str, Tensor | None]]) -> bool:
+        """True if the weights that were made are those of this forward, or of the one that a backward recomputes.
 
         Args:
-            parameters: of the bank, and its scales.
-            graph: whether the weights must depend on them.
+            graph: whether the weights must depend on the parameters in the graph.
+            tensors: gives the bank's parameters and scales, by name.
         """
         if self.made is None or (graph and not self.has_graph):
-            return None
-        if not self.forwards:
-            assert self.values is not None
-            if graph_task_id() == -1 or not self.values.are(parameters):
-                return None
-        return self.made
+            return False
+        return self.forwards > 0 or (self.values is not None and self.values.are(tensors()))
 
-    def make(self, values: Values, name: str, graph: bool, frozen: Collection[int], bases: Bases | None) -> None:
+    def make(
+        self, values: Values, name: str, graph: bool, frozen: Collection[int], bases: Bases | None
+    ) -> dict[int, Tensor]:
         """Generates the weights.
 
         Args:
@@ -363,6 +361,7 @@ class PerStep:
             index: weight.detach() if index in frozen else weight
             for index, weight in zip(self.sheet.indices, weights, strict=True)  # type: ignore[arg-type]
         }
+        return self.made
 
 
 class _AllAtOnce(torch.autograd.Function):

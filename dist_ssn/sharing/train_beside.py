@@ -1,4 +1,4 @@
-"""What is trained beside the banks of differences: the parameters that a user names; all others are frozen."""
+"""Parameters that are trained beside the banks of differences: those that a user names; all others are frozen."""
 
 from __future__ import annotations
 

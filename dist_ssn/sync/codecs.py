@@ -33,10 +33,10 @@ SLICE = 4096
 """Values that share scales. A place within a slice has 12 bits."""
 
 DENSITY = 64
-"""One value of so many is sent by "sparse": 64 of a slice."""
+"""Number of values of which "sparse" sends one: 64 of a slice."""
 
 BINS_END = 1.0
-"""Where the outer bins of "bins2" begin, in standard deviations from the slice's mean."""
+"""Distance of the outer bins of "bins2" from the slice's mean, in standard deviations."""
 
 _SCALE = torch.bfloat16
 _BLOCK = 32

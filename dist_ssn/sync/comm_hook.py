@@ -25,7 +25,7 @@ Key = tuple[tuple[int, int], ...]
 
 
 class CommHookState:
-    """What a hook made by `comm_hook` keeps between steps: for each bucket the gradients that were not sent yet.
+    """State of a hook between steps: for each bucket the gradients that were not sent yet.
 
     DDP cuts its buckets anew after the first step. A parameter has the number at which the hook first met it, which is the same in
     every process and after every start, and a bucket is the set of its numbers. What was not sent of a bucket that is no more goes
@@ -76,7 +76,7 @@ class CommHookState:
         return _torch_future(self._worker.submit(lambda: self._average(buffer, numbers, sizes)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank has not sent yet, between two steps; each rank saves its own."""
+        """The gradients that this rank has not sent yet, between two steps; each rank saves its own."""
         buckets = [(key, exchange.state_dict()) for key, exchange in self._exchanges.items()]
         return {"codec": self.codec.name, "buckets": buckets + self._loaded}
 

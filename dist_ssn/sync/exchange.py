@@ -140,7 +140,7 @@ class Exchange:
         return self._pending
 
     def unsent(self) -> Tensor:
-        """What this rank has not sent yet, float32 [size]. Summed over the ranks, it is what n times the means so far lack."""
+        """Values that this rank has not sent yet, float32 [size]. Summed over the ranks, n times the means so far lack them."""
         self._finish()
         return self._joined([lane.unsent() for lane in self._lanes])
 
@@ -151,7 +151,7 @@ class Exchange:
             lane.add_unsent(part)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank has not sent yet; each rank has its own."""
+        """The values that this rank has not sent yet; each rank has its own."""
         self._finish()
         kept = [feedback.kept for lane in self._lanes for feedback in (lane.of_values, lane.of_mean)]
         return {**self._facts(), "kept": [None if tensor is None else tensor.clone() for tensor in kept]}

@@ -16,7 +16,7 @@ from dist_ssn.sync.codecs import Codec
 
 
 class Feedback:
-    """What was not sent yet of the vectors of one codec.
+    """The rest of the vectors of one codec that was not sent yet.
 
     Args:
         codec: the codec; an exact one keeps nothing.
@@ -79,7 +79,7 @@ class Lane:
         return total.div_(len(messages))
 
     def unsent(self) -> Tensor:
-        """What this rank has not sent yet, float32 [size].
+        """Values that this rank has not sent yet, float32 [size].
 
         What it kept of its piece's mean counts n times, because a rank's value is an n-th of a mean.
         """

@@ -1,4 +1,4 @@
-"""`LocalUpdates`: workers that train apart, and meet every so many steps."""
+"""`LocalUpdates`: workers train apart, and average their changes every few steps."""
 
 from __future__ import annotations
 

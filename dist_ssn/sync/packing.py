@@ -41,7 +41,7 @@ def unpack_pairs(packed: Tensor, length: int) -> Tensor:
 
 
 def packed_places(number: int) -> int:
-    """Bytes of so many places."""
+    """Bytes of a number of places."""
     return -(-3 * number // 2)
 
 

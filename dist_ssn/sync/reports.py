@@ -19,7 +19,7 @@ REPORT_BYTES = 8 * 6
 
 @dataclass(frozen=True)
 class Report:
-    """What one worker says before it sends its change.
+    """Message of one worker before it sends its change.
 
     Args:
         step: number of its steps.
@@ -122,7 +122,7 @@ def require_agreement(reports: Sequence[Report], workers: Workers, problem: str 
 
 
 FACTS = ("the settings of local updates", "the trained parameters", "the plans", "the kept values")
-"""What must be the same on all workers."""
+"""Facts that must be the same on all workers."""
 
 
 def require_same(facts: Sequence[object], workers: Workers, failure: UserError | None) -> None:

@@ -1,4 +1,4 @@
-"""How packed bytes travel: the routes of an exchange, their bytes, and the choice between them. Pure arithmetic.
+"""Ways of packed bytes: the routes of an exchange, their bytes, and the choice between them. Pure arithmetic.
 
 - all-reduce: float32, summed by the network's own all-reduce (codec "none" alone).
 - all-gather: every rank gets every rank's message. One round; the mean is not encoded again. Its bytes grow with the ranks.
@@ -32,7 +32,7 @@ Lanes = Sequence[tuple[Codec, int]]
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank gives to the network in an exchange.
+    """Traffic of one rank in an exchange.
 
     Args:
         route: the route that "auto" became.
@@ -80,7 +80,7 @@ def is_smaller(codec: Codec) -> bool:
 
 
 def cuts(codec: Codec, size: int, ranks: int) -> list[int]:
-    """Where the pieces of a lane begin and end, as equal as whole slices allow: n + 1 places.
+    """The n + 1 borders of a lane's pieces, which are as equal as whole slices allow.
 
     Args:
         codec: the lane's.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Round:
-    """What happened in an exchange.
+    """Record of an exchange.
 
     Args:
         step: number of steps that were made when the changes were sent.

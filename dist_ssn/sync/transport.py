@@ -1,4 +1,4 @@
-"""What an exchange needs of a network: three collectives on flat tensors, over a torch process group or over MPI.
+"""The network of an exchange: three collectives on flat tensors, over a torch process group or over MPI.
 
 Letters: n = ranks, S = bytes.
 """

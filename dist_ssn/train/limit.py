@@ -1,4 +1,4 @@
-"""`sync.limit`: the combination of budget, period and codec that sends at most so many bytes per step.
+"""`sync.limit`: the combination of budget, period and codec whose bytes per step are within a limit.
 
 What a recipe gives is kept: share.budget (or a plan), sync.every, and a sync.codec other than none. The rest is chosen from the
 ladder below: of the combinations that keep the limit, the one with the least expected loss, of equal ones the one that sends most.

@@ -41,7 +41,7 @@ def on_meta() -> nn.Module:
 
 
 def test_a_plan_on_meta_is_that_of_the_initialized_model() -> None:
-    """Where the layers have their own default, or the config says what they are initialized with."""
+    """For layers with a default of their own, or with a config that has the deviation."""
     same = ("BERT", "ViT", "Llama", "Qwen2", "GPT-2", "LSTM", "torch's encoder")
     for name in same:
         with torch.device("meta"):

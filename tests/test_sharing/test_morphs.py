@@ -23,7 +23,8 @@ from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import Group, Slot
 from dist_ssn.plan.rules import EMBEDDING_SIZE, MASK_WINDOW, SLOT_MORPHS
 from dist_ssn.plan.scales import scales_of
-from dist_ssn.sharing.bank import PARAMETERS, Bank
+from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bank_values import PARAMETERS
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Chunks, Stretch, readings
 from testing.layer_kinds import banks_of, relative_error, shake
 

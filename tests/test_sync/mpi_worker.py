@@ -1,4 +1,4 @@
-"""What test_mpi.py runs under mpirun: python -m tests.test_sync.mpi_worker; rank 0 prints one line of JSON."""
+"""Worker of test_mpi.py under mpirun: python -m tests.test_sync.mpi_worker; rank 0 prints one line of JSON."""
 
 from __future__ import annotations
 

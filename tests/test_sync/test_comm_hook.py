@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
     "unused": {"find_unused_parameters": True},
 }
 LOSS = {"none": 0.0, "fp16": 1e-4, "bf16": 1e-3, "int8": 1e-3, "int4": 5e-3, "bins2": 0.1, "sparse": 0.6}
-"""How far the loss may be from that without a hook, after `STEPS` steps from 4.3 to about 2.6."""
+"""Largest distance of the loss from that without a hook, after `STEPS` steps from 4.3 to about 2.6."""
 
 
 class Net(nn.Module):

@@ -83,7 +83,7 @@ def _started(handed: int, rank: int, name: str, mean: Tensor) -> None:
 
 
 def _nothing_is_lost(rank: int, n: int) -> dict[tuple[str, str], dict[str, Any]]:
-    """What n times the means of all rounds lack is what the ranks have not sent yet."""
+    """n times the means of all rounds lack exactly the values that the ranks have not sent yet."""
     found = {}
     for name in CODECS:
         for route in ("all-gather", "two-phase"):

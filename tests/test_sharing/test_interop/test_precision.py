@@ -59,7 +59,7 @@ def test_autocast_makes_the_weight_in_low_precision(monkeypatch: pytest.MonkeyPa
     plain = Bank.forward
 
     def forward(bank: Bank, index: int, *args: Any, **kwargs: Any) -> Tensor:
-        weight = plain(bank, index, *args, **kwargs)
+        weight: Any = plain(bank, index, *args, **kwargs)
         made.append((bank.group.slots[index].name, weight.dtype))
         return weight
 
