@@ -123,7 +123,7 @@ def vectors_of(recipe: Recipe) -> Iterator[tuple[float | None, str | None, float
     """
     share = recipe.share
     hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
-    torch.manual_seed(recipe.seed)  # as in training: a scale that is measured depends on it
+    torch.manual_seed(recipe.seed)  # as in training, for a model function that draws random numbers
     model = build_model(recipe.model, recipe.model_args, hints)
     dense = vector_of(model)
     if share.budget is not None or share.plan is not None:
