@@ -24,7 +24,7 @@ from benchmarks.result_files import ResultFile, chosen
 from benchmarks.transfer.methods import METHODS
 from dist_ssn.train.data import Task, load_task
 from dist_ssn.train.models import build_model
-from dist_ssn.train.recipe.schema import DataConfig
+from dist_ssn.train.recipe.sections import DataConfig
 
 CONTEXT, BATCH, EVALUATED = 64, 8, 16
 ARGUMENTS = {"layers": 2, "width": 128, "heads": 4, "context": CONTEXT}

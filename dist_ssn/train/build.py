@@ -18,7 +18,8 @@ from dist_ssn.sharing.attach import share
 from dist_ssn.train.data import Task, load_task
 from dist_ssn.train.models import HasHints, build_model
 from dist_ssn.train.recipe.check import validate
-from dist_ssn.train.recipe.schema import Recipe, ShareConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import ShareConfig
 
 
 def build(recipe: Recipe, world: World) -> tuple[Task, nn.Module]:

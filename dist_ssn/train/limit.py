@@ -23,7 +23,8 @@ from dist_ssn.sync.rounds import Sent, Vector, of_every_step, of_run, parse_limi
 from dist_ssn.train.build import share_as
 from dist_ssn.train.data import data_hints
 from dist_ssn.train.models import build_model
-from dist_ssn.train.recipe.schema import Recipe, SyncConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import SyncConfig
 
 BUDGETS = (None, 0.5, 0.25, 0.1, 0.05)
 """Budgets to choose from; None is dense."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dist_ssn.model.specs import find_specs
 from dist_ssn.sharing.bank import Bank, banks_of
-from dist_ssn.train.recipe.schema import PruneConfig, ShareConfig
+from dist_ssn.train.recipe.sections import PruneConfig, ShareConfig
 
 
 def sparsity(config: PruneConfig, step: int, steps: int) -> float:

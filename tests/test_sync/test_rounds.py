@@ -21,7 +21,8 @@ from dist_ssn.train.limit import options_of, sent_per_step, within_limit
 from dist_ssn.train.loop import train
 from dist_ssn.train.models.gpt import GPT
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import EngineConfig, Recipe, ShareConfig, SyncConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import EngineConfig, ShareConfig, SyncConfig
 from testing.ranks import run_ranks
 from tests.test_train.test_loop import build, recipe
 

@@ -17,7 +17,8 @@ from dist_ssn.train.data import data_hints
 from dist_ssn.train.loop import train
 from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import CheckpointConfig, DataConfig, Recipe, ShareConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import CheckpointConfig, DataConfig, ShareConfig
 
 ARGS: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "context": 8}
 

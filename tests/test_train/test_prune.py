@@ -19,7 +19,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.train.loop import train
 from dist_ssn.train.prune import sparsity, with_thresholds
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import PruneConfig, ScheduleConfig, ShareConfig
+from dist_ssn.train.recipe.sections import PruneConfig, ScheduleConfig, ShareConfig
 from testing.layer_kinds import banks_of, be_pure, relative_error
 from testing.ranks import run_ranks
 from tests.test_train.test_loop import alone, assert_equal, outcome, recipe

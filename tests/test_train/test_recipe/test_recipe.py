@@ -21,14 +21,8 @@ from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
 from dist_ssn.train.recipe.check import validate
 from dist_ssn.train.recipe.keys import bundled_recipes, recipe_keys, recipe_schema
 from dist_ssn.train.recipe.read import load_recipe, parse_recipe, recipe_from_json, recipe_to_yaml
-from dist_ssn.train.recipe.schema import (
-    ENGINE_OPTIONS,
-    DataConfig,
-    OptimizerConfig,
-    Recipe,
-    ScheduleConfig,
-    ShareConfig,
-)
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import ENGINE_OPTIONS, DataConfig, OptimizerConfig, ScheduleConfig, ShareConfig
 from testing.write_schemas import text_of
 
 
