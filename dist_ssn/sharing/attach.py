@@ -18,6 +18,7 @@ from dist_ssn.plan import Morph, Plan, make_plan
 from dist_ssn.plan.budget import Budget
 from dist_ssn.plan.compare import require_plan_fits
 from dist_ssn.plan.scales import scales_of
+from dist_ssn.sharing.attributes import carry_attributes
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.bases import Bases
@@ -238,6 +239,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             bank.keep(Bases([parameters[slot.name] for slot in bank.group.slots]))
     slots: dict[str, dict[str, tuple[Bank, int]]] = {}
     for bank in banks.banks():
+        carry_attributes({slot.name: parameters[slot.name] for slot in bank.group.slots}, bank)
         for index, slot in enumerate(bank.group.slots):
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")
