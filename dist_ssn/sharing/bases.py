@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_ssn.sharing.start_values import check_starts
+
 FINGERPRINT_BYTES = 16
 
 
@@ -118,5 +120,6 @@ def kept_fingerprints(model: nn.Module) -> dict[str, str]:
 
 def sent_at_the_start(model: nn.Module) -> list[Tensor]:
     """The parameters and buffers that rank 0 sends to all others before the first step: all but kept values."""
+    check_starts(model)
     kept = {id(parameter) for parameter in frozen_beside(model).values()}
     return [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in kept]

@@ -255,7 +255,7 @@ class Sheet:
         tensors: Mapping[str, Tensor | None],
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the bank and of the gains.
+        """Gradients of the bank [B, 1] and of the gains.
 
         Args:
             gradients: of the weights; None for those without one.
@@ -276,14 +276,14 @@ class Sheet:
                 for gradient, placed in zip(given, block.slots, strict=True)
             ]
             block.pull_back(torch.cat(flat).to(bank.dtype), bank, scales, gains, bank_sum, gains_sum)
-        return bank_sum, gains_sum
+        return None if bank_sum is None else bank_sum.unsqueeze(1), gains_sum
 
 
 def _of_bank(tensors: Mapping[str, Tensor | None]) -> tuple[Tensor, Sequence[Tensor], Tensor | None]:
-    """The bank [B], the scale of each slot, and all gains."""
+    """The bank [B], as a view of its parameter [B, 1], the scale of each slot, and all gains."""
     bank, scales = tensors["bank"], tensors["scales"]
     assert bank is not None and scales is not None
-    return bank, scales[1:].unbind(), tensors["gains"]
+    return bank.view(-1), scales[1:].unbind(), tensors["gains"]
 
 
 class PerStep:

@@ -303,10 +303,12 @@ class LocalUpdates:
             )
             return
         if state["start"]:
-            self._start = [saved.to(start) for saved, start in zip(state["start"], self._start, strict=True)]
+            self._start = [
+                saved.to(start).view_as(start) for saved, start in zip(state["start"], self._start, strict=True)
+            ]
         own = state["parameters"] or self._start
         for t, saved in zip(self._anchor.trained, own, strict=True):
-            t.values.copy_(saved)
+            t.values.copy_(saved.view_as(t.values))
         self._buffers.put(state["own_buffers"])
 
     @torch.no_grad()

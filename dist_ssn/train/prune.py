@@ -82,7 +82,7 @@ class Pruner:
                 self._set_thresholds(bank, part)
         elif self._config.what == "bank":
             sizes = [parameter.abs() / unit for parameter, unit in self._held]
-            limit = _smallest(torch.cat(sizes), part)
+            limit = _smallest(torch.cat(sizes).flatten(), part)
             self._masks = [size > limit for size in sizes]
         else:
             self._masks = [size > _smallest(size.flatten(), part) for size in (p.abs() for p, _ in self._held)]

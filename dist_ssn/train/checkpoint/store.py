@@ -36,6 +36,7 @@ from dist_ssn.files import parse_json, read_json, read_tensors, read_text
 from dist_ssn.plan import Plan
 from dist_ssn.plan.compare import plan_difference
 from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.columns import load_flat
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sync.local_updates import LocalUpdates
 from dist_ssn.train.checkpoint.folder import checkpoints, fingerprint, latest, name_of
@@ -168,6 +169,7 @@ def _fitting(
     for name in entries.tensors.keys() - loaded.keys():
         if (scales := recorded_scales(loaded, name.removesuffix("scales"))) is not None:
             loaded[name] = torch.tensor(scales, dtype=torch.float32)
+    load_flat(loaded, {name: _shape(tensor) for name, tensor in entries.tensors.items()})
     _check_tensors(path, loaded, entries.tensors)
     _check_base(path, loaded, model)
     if strangers := sorted(state["extra"].keys() - entries.extra.keys()):
@@ -374,6 +376,9 @@ def _optimizer_state(
         )
     state: OptimizerState = {}
     whole = {"tensors": _read_tensors(path / "optimizer.safetensors"), **saved} if own is None else own
+    load_flat(
+        whole["tensors"], {e: trained[name] for e in whole["tensors"] if (name := e.partition("/")[2]) in trained}
+    )
     for entry, value in {**whole["tensors"], **whole["scalars"]}.items():
         key, _, name = entry.partition("/")
         state.setdefault(name, {})[key] = value
