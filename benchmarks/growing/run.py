@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS), help="only these")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="cells whose identity has one of these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after this time")
     parser.add_argument("--table", action="store_true", help="print what is measured so far")
     arguments = parser.parse_args()
@@ -104,12 +105,13 @@ def main() -> None:
     for suite in chosen(parser, arguments.suites, SUITES):
         for task in arguments.tasks:
             for wanted in SUITES[suite](task, results.lines()):
-                late = time.monotonic() - began > 60 * arguments.minutes
-                if late or identity(wanted) in {identity(line) for line in results.lines()}:
+                late, name = time.monotonic() - began > 60 * arguments.minutes, identity(wanted)
+                asked = any(text in name for text in arguments.only)
+                if late or not asked or name in {identity(line) for line in results.lines()}:
                     continue
                 line = run(wanted)
                 results.add({**line, "commit": results.provenance["commit"]})
-                print(f"  {line['validation_loss']:.4f}  {line['seconds']:.0f} s  {identity(line)}", flush=True)
+                print(f"  {line['validation_loss']:.4f}  {line['seconds']:.0f} s  {name}", flush=True)
     if arguments.table or not arguments.suites:
         Console(width=160).print(table(results))
 
