@@ -51,6 +51,7 @@ def cell(
     codec: str = "none",
     outer: tuple[float, float] = AVERAGE,
     seed: int = 0,
+    small: str = "bf16",
 ) -> Cell:
     """A cell.
 
@@ -63,18 +64,19 @@ def cell(
         codec: Name of the codec of what is exchanged.
         outer: Learning rate and Nesterov momentum of the outer optimizer; unused with `every=1`.
         seed: Of weights, data and mapping together.
+        small: Name of the codec of gains, coefficients, biases and norms, where `codec` has fewer bits.
     """
     assert kind in KINDS and (budget is None) == (kind == "dense"), (kind, budget)
     made = {"task": task, "kind": kind, "budget": budget, "lr": lr, "every": every, "codec": codec}
-    return {**made, "outer": list(AVERAGE if every == 1 else outer), "seed": seed}
+    return {**made, "outer": list(AVERAGE if every == 1 else outer), "seed": seed, "small": small}
 
 
-_KEYS = tuple(cell("gpt", "dense", None, 1.0))
+_DEFAULTS = cell("gpt", "dense", None, 1.0)
 
 
 def identity(measured: Mapping[str, Any]) -> str:
     """The text that is equal for equal cells."""
-    return json.dumps([measured[key] for key in _KEYS])
+    return json.dumps([measured.get(key, default) for key, default in _DEFAULTS.items()])
 
 
 def without(wanted: Iterable[Cell], lines: Iterable[Mapping[str, Any]]) -> list[Cell]:

@@ -17,20 +17,21 @@ class SimulatedExchange:
 
     Args:
         size: Values of a vector, P.
-        packed: Number of first values that are in the codec; the others travel in 16 bits, if the codec has fewer.
+        packed: Number of first values that are in the codec; the others, gains and the like, travel in `small`, if it has more bits.
         codec: A name in CODECS.
         workers: Number of workers, n.
+        small: A name in CODECS.
 
     Attributes:
         handed_bytes: Bytes that one worker hands to collectives in an exchange.
         sent_bytes: Bytes that one worker must send in an exchange, on average.
     """
 
-    def __init__(self, size: int, packed: int, codec: str, workers: int) -> None:
-        kind = find_codec(codec)
-        smaller = kind.packed_bytes(2**16) < 2 * 2**16
+    def __init__(self, size: int, packed: int, codec: str, workers: int, small: str = "bf16") -> None:
+        kind, of_small = find_codec(codec), find_codec(small)
+        smaller = kind.packed_bytes(2**16) < of_small.packed_bytes(2**16)
         self._sizes = [packed, size - packed] if smaller else [size, 0]
-        lanes = [(kind, self._sizes[0]), (routes.PLAIN, self._sizes[1])]
+        lanes = [(kind, self._sizes[0]), (of_small, self._sizes[1])]
         self.route = routes.choose_route("auto", lanes, workers)
         self.handed_bytes = sum(routes.handed_bytes(self.route, lanes, workers).values())
         self.sent_bytes = routes.sent_bytes(self.route, lanes, workers)
