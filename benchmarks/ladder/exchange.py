@@ -17,10 +17,10 @@ class SimulatedExchange:
 
     Args:
         size: Values of a vector, P.
-        packed: Number of first values that are in the codec; the others, gains and the like, travel in `small`, if it has more bits.
+        packed: Number of first values that are in the codec; the others travel in `small`, if it has more bits.
         codec: A name in CODECS.
         workers: Number of workers, n.
-        small: A name in CODECS.
+        small: A name in CODECS, for gains, coefficients, biases and norms.
 
     Attributes:
         handed_bytes: Bytes that one worker hands to collectives in an exchange.
