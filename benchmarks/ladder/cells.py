@@ -52,6 +52,7 @@ def cell(
     outer: tuple[float, float] = AVERAGE,
     seed: int = 0,
     small: str = "bf16",
+    steps: int | None = None,
 ) -> Cell:
     """A cell.
 
@@ -65,10 +66,12 @@ def cell(
         outer: Learning rate and Nesterov momentum of the outer optimizer; unused with `every=1`.
         seed: Of weights, data and mapping together.
         small: Name of the codec of gains, coefficients, biases and norms, where `codec` has fewer bits.
+        steps: Number of steps; None: the task's.
     """
     assert kind in KINDS and (budget is None) == (kind == "dense"), (kind, budget)
     made = {"task": task, "kind": kind, "budget": budget, "lr": lr, "every": every, "codec": codec}
-    return {**made, "outer": list(AVERAGE if every == 1 else outer), "seed": seed, "small": small}
+    more = {"seed": seed, "small": small, "steps": steps or TASKS[task]["steps"]}
+    return {**made, "outer": list(AVERAGE if every == 1 else outer), **more}
 
 
 _DEFAULTS = cell("gpt", "dense", None, 1.0)
@@ -85,10 +88,10 @@ def without(wanted: Iterable[Cell], lines: Iterable[Mapping[str, Any]]) -> list[
     return [one for name, one in {identity(one): one for one in wanted}.items() if name not in done]
 
 
-def recipe_of(wanted: Cell) -> Recipe:
-    """Recipe of a cell: its task, its model and its learning rate."""
+def settings_of(wanted: Cell) -> list[str]:
+    """Settings of a cell's recipe, as on a command line: its task, its model, its learning rate and its length."""
     task, kind, budget, seed = (wanted[key] for key in ("task", "kind", "budget", "seed"))
-    settings = {**TASKS[task], "optimizer.lr": wanted["lr"], "seed": seed, "threads": 1}
+    settings = {**TASKS[task], "optimizer.lr": wanted["lr"], "seed": seed, "threads": 1, "steps": wanted["steps"]}
     if kind == "small":
         settings |= {"model_args": SMALL[task, budget]}
     elif kind == "hashed":
@@ -96,4 +99,9 @@ def recipe_of(wanted: Cell) -> Recipe:
     elif kind == "bank":
         settings |= {"share.budget": budget, "share.morph": DEFAULT, "share.seed": seed}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    return load_recipe(None, [f"--{key}={text}" for key, text in texts.items()])
+    return [f"--{key}={text}" for key, text in texts.items()]
+
+
+def recipe_of(wanted: Cell) -> Recipe:
+    """Recipe of a cell."""
+    return load_recipe(None, settings_of(wanted))
