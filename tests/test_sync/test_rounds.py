@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from dist_ssn.train.limit import options_of, sent_per_step, within_limit
 from dist_ssn.train.loop import train
 from dist_ssn.train.models.gpt import GPT
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import EngineConfig, Recipe, ShareConfig, SyncConfig
+from dist_ssn.train.recipe.schema import CheckpointConfig, EngineConfig, Recipe, ShareConfig, SyncConfig
 from testing.ranks import run_ranks
 from tests.test_train.test_loop import build, recipe
 
@@ -72,6 +74,30 @@ def test_the_ledger_of_a_run_has_the_predicted_bytes(tmp_path: Path) -> None:
     assert limited["rows"][0]["bytes_per_step_ring"] <= 2000
     assert limited["chosen"][0].startswith("sync.limit 2kB/step: share.budget")
     assert chosen["sync"]["every"] and chosen["share"]["budget"]
+
+
+def _spoiled(rank: int, n: int, output: Path) -> tuple[list[str], dict[str, Any]]:
+    accident = {"accident": "nan", "at": 6, "rank": 1}
+    made = recipe(output, sync=SyncConfig(every=4), model_args=accident, checkpoint=CheckpointConfig(every=7))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        summary = train(made, progress=False).summary
+    return [str(one.message) for one in caught if "left out" in str(one.message)], summary
+
+
+@pytest.mark.distributed
+def test_a_nan_on_one_worker_costs_its_round_and_not_the_run(tmp_path: Path) -> None:
+    """The loss is NaN there from step 6 until the round ends after step 8; others' losses are what the metrics have."""
+    ranks = run_ranks(_spoiled, 2, tmp_path)
+    for said, summary in ranks:
+        assert said == [
+            "rank 1 sent a change that is not finite after step 8: it is left out, and goes on from the others' mean"
+        ]
+        assert [(one["step"], one["left_out"]) for one in summary["rounds"]] == [(4, ""), (8, "1"), (12, "")]
+        assert math.isfinite(summary["rows"][0]["validation_loss"])
+    logged = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train_loss"] for line in logged if "train_loss" in line]
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.4])
