@@ -40,6 +40,8 @@ KINDS = ("dense", "small", "hashed", "bank")
 
 AVERAGE = (1.0, 0.0)
 """Outer learning rate and momentum of plain averaging."""
+GAINS = "bf16"
+"""Codec of gains in the suites' lines, as `dist_ssn.sync` had it when they were measured; it has four bits since (`gains.py`)."""
 
 
 def cell(
@@ -51,7 +53,7 @@ def cell(
     codec: str = "none",
     outer: tuple[float, float] = AVERAGE,
     seed: int = 0,
-    small: str = "bf16",
+    small: str | None = GAINS,
     steps: int | None = None,
 ) -> Cell:
     """A cell.
@@ -65,7 +67,8 @@ def cell(
         codec: Name of the codec of what is exchanged.
         outer: Learning rate and Nesterov momentum of the outer optimizer; unused with `every=1`.
         seed: Of weights, data and mapping together.
-        small: Name of the codec of gains, coefficients, biases and norms, where `codec` has fewer bits.
+        small: Name of the codec of gains, coefficients, biases and norms, where `codec` has fewer than 16 bits; None: as
+            `dist_ssn.sync` has it.
         steps: Number of steps; None: the task's.
     """
     assert kind in KINDS and (budget is None) == (kind == "dense"), (kind, budget)

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ladder.__main__ import measure
-from benchmarks.ladder.cells import AVERAGE, WORKERS, Cell, cell, identity, settings_of
+from benchmarks.ladder.cells import AVERAGE, GAINS, WORKERS, Cell, cell, identity, settings_of
 from benchmarks.network.in_the_lab import cluster_file, in_the_lab
 from benchmarks.result_files import ResultFile, chosen, lines_of
 
@@ -64,7 +64,7 @@ class Side:
 
     def cell(self, seed: int, steps: int) -> Cell:
         """The simulated run of a number of steps."""
-        small = "int8" if self.codec in ("int4", "sparse") else "bf16"
+        small = GAINS if self.codec == "none" else "int4"
         return cell(TASK, self.kind, self.budget, self.lr, self.every, self.codec, AVERAGE, seed, small, steps)
 
 

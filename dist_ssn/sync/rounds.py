@@ -32,7 +32,7 @@ class Vector:
 
     Args:
         values: number of all of them.
-        plain: number of gains, coefficients, biases and norms, which travel in 16 bits if the codec has fewer.
+        plain: number of gains, coefficients, biases and norms, which have slices of their own, of at least 4 bits.
         buffers: number of elements of floating-point buffers but those of banks, which are averaged when a run ends.
         buffer_bytes: bytes of all buffers but those of banks, which DDP hands out in each step where gradients are averaged.
     """

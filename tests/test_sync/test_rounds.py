@@ -115,8 +115,9 @@ def test_the_vector_of_a_plan_is_that_of_the_shared_model(budget: float) -> None
 
 def test_bytes_of_a_round_by_hand() -> None:
     vector = Vector(4096 + 100, 100)
-    assert of_round(vector, "int8", 4).handed == (4096 + 2) + 2 * 100 + 48
-    assert of_round(vector, "int8", 4).sent == 3 * (4098 + 200 + 48)
+    assert of_round(vector, "int8", 4).handed == (4096 + 2) + (100 + 2) + 48
+    assert of_round(vector, "int8", 4).sent == 3 * (4098 + 102 + 48)
+    assert of_round(vector, "sparse", 4).handed == 4 + 64 * 12 // 8 + 64 // 4 + (50 + 2) + 48
     assert of_round(vector, "none", 4).sent == 1.5 * 4 * 4196 + 3 * 48
     assert of_round(vector, "int4", 1).sent == 0
     whole, short = (of_run(vector, "int8", 2, steps, 4) for steps in (8, 9))
