@@ -4,8 +4,8 @@
 
 Local updates of 16 steps between the nodes, gradients on every step within them. Counters are those of the nodes' devices, with the
 start, evaluation, metrics and packet headers (a full frame carries 1448 bytes in 1514). The short run of 16 steps is subtracted, so
-that the start does not count. An island sums its gradients in another order than one process, which float32 shows and AdamW amplifies;
-so losses are compared in float64, and in float32 beside it. Writes results/island_bytes/.
+that the start does not count. An island sums its gradients in another order than one process, which float32 shows and AdamW
+amplifies; so losses are compared in float64, and in float32 beside it. Writes results/island_bytes/.
 """
 
 from __future__ import annotations
