@@ -269,7 +269,8 @@ def main() -> None:
                 keys = (what.removesuffix("s"), name, link, repetition)
                 done = {(one["what"], one["side"], _link(one), one["repetition"]) for one in lines if "what" in one}
                 steps = steps_to(curves(lines).get(name, {}), target(curves(lines)) or 0.0)
-                if keys in done or time.monotonic() > until or (what == "whole" and steps is None):
+                pointless = steps is None if what == "whole" else name in FLOORS and place  # a floor has no link
+                if keys in done or pointless or time.monotonic() > until:
                     continue
                 line = step(name, *link) if what == "steps" else whole(name, steps or 0, *link)
                 results.add({**line, "repetition": repetition})
