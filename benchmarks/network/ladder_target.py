@@ -35,7 +35,7 @@ from benchmarks.result_files import ResultFile, chosen, lines_of
 
 Line = dict[str, Any]
 TASK, SEEDS = "lstm", (0, 1)
-LENGTHS = (250, 350, 500, 700, 1000, 1500, 2000)
+LENGTHS = (250, 300, 350, 400, 450, 500, 600, 700, 850, 1000, 1250, 1500, 2000)
 """Steps of the runs that are tried."""
 LINKS = ((100.0, 0.0), (100.0, 50.0), (10.0, 50.0))
 """Mbit/s, and milliseconds that a packet takes beside what the lab itself takes."""
