@@ -20,7 +20,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ FLOORS = {"dense, floor": "dense, DDP", "bank 25 %, floor": "bank 25 %, DDP"}
 """Runs that send nothing → the side that computes the same."""
 
 
-def curves(lines: Iterable[Line]) -> dict[str, dict[int, dict[int, float]]]:
+def curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, dict[int, float]]]:
     """Side → steps → seed → final loss, of the ladder's lines and `lines`."""
     measured = [*lines_of("ladder"), *lines_of("gains"), *(line for line in lines if "validation_loss" in line)]
     known = {identity(line): line["validation_loss"] for line in measured if "what" not in line}
@@ -108,7 +108,7 @@ def steps_to(losses: dict[int, dict[int, float]], goal: float) -> int | None:
     return min((steps for steps, loss in whole.items() if loss <= goal), default=None)
 
 
-def to_measure(lines: Iterable[Line]) -> Iterator[Cell]:
+def to_measure(lines: Iterable[Mapping[str, Any]]) -> Iterator[Cell]:
     """Runs of 500 steps; then shorter ones while they reach the target, or longer ones until one does."""
     found = curves(lines)
     goal, middle = target(found), LENGTHS.index(500)
