@@ -138,7 +138,7 @@ class _Run:
         self.folder = Path(recipe.output) / recipe.name
         self.clock = Clock(world.device)
         self.account = Account(meter, self.clock)
-        self.losses = Losses(world.device)
+        self.losses = Losses(world.device, apart=recipe.sync.every is not None)
         self.teacher: Teacher | None = None
         self.pruner: Pruner | None = None
         self.resumed_step: int | None = None
