@@ -150,6 +150,13 @@ class DeepSpeedEngine(Engine):
                 state[name] |= {key: copy.deepcopy(value) for key, value in plain.items()}
         return parameters, state
 
+    def kept(self) -> dict[str, Tensor]:
+        """See `Engine.kept`; at stage 3, partitioned parameters are gathered."""
+        from deepspeed import zero
+
+        with zero.GatheredParameters(list(frozen_beside(self.module).values()), enabled=self.stage == 3):
+            return {name: value.clone() for name, value in super().kept().items()}
+
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """Loads this process's part of the whole tensors."""
         if not self.stage:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dist_ssn import LocalUpdates, materialize, parameter_groups, share
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import Engine, engine_class
-from dist_ssn.errors import ShareError, UserError
+from dist_ssn.errors import CheckpointError, ShareError, UserError
+from dist_ssn.sharing.bank_set import shared_plan
+from dist_ssn.train.checkpoint import store as checkpoint
 from testing.ranks import run_ranks
 
 distributed = pytest.mark.distributed
@@ -114,6 +119,44 @@ def test_all_ranks_name_the_rank_and_the_tensor(name: str, change: str) -> None:
     both = run_ranks(train, 2, name, change)
     assert both[0] == both[1]
     assert both[0].startswith(f"rank 1 keeps other values of {change} than rank 0 (1 of ")
+
+
+def resume(rank: int, size: int, name: str, folder: str) -> tuple[set[str], bool, str]:
+    """Names in a checkpoint; whether it brings back all parameters; what another base beside the banks raises."""
+    models = [shared(rank, ""), shared(rank, ""), shared(0, "")]
+    with torch.no_grad():
+        models[2].get_parameter("beside.bias")[0] += 1  # on all ranks
+    engines = []
+    for model in models:
+        kind, options = engine_of(name, rank)
+        model = kind.prepare(model)
+        engines.append(kind(model, torch.optim.AdamW(parameter_groups(model, lr=1e-2)), **options))
+    trained, fresh, other = engines
+    with trained.accumulating(True):
+        trained.backward(trained.model(BATCHES[0, rank::size]).square().mean())
+    trained.step()
+    path = checkpoint.save(folder, step=1, engine=trained, recipe_json="{}", plan=shared_plan(trained.module))
+    dist.barrier()
+    checkpoint.load(path, engine=fresh, plan=shared_plan(fresh.module))
+    before, after = trained.gathered()[0], fresh.gathered()[0]
+    try:
+        checkpoint.load(path, engine=other, plan=shared_plan(other.module))
+        error = ""
+    except CheckpointError as raised:
+        error = str(raised)
+    names = set(load_file(path / "model.safetensors"))
+    return names, all(torch.equal(before[key], after[key]) for key in before), error
+
+
+@distributed
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero-2", "zero-3"])
+def test_a_checkpoint_has_no_kept_value_and_resumes_beside_the_same(name: str, tmp_path: Path) -> None:
+    require_deepspeed(name)
+    for names, same, error in run_ranks(resume, 2, name, str(tmp_path)):
+        assert {"head.weight", "head.bias"} <= names
+        assert not names & {"body.weight", "body.bias", "beside.weight", "beside.bias"}
+        assert same
+        assert "was trained on other kept values of beside.bias (1 of 3 frozen parameters differ)" in error
 
 
 def local(rank: int, size: int, change: str) -> Any:
