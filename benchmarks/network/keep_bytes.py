@@ -1,10 +1,10 @@
 """Bytes that two emulated hosts send in a whole run that keeps pretrained weights, by their network devices.
 
-    sudo python -m benchmarks.network.keep_bytes [--budgets 2000 20000] [--steps 50]
+    sudo python -m benchmarks.network.keep_bytes [--budgets 2000 0.5M] [--steps 50]
 
-A GPT of 15.9 M parameters (64 MB) is fine-tuned by `dist-ssn lab run`: start, evaluation, metrics and packet headers included. Beside
-each run is the same from scratch, with a bank of the same size, which keeps nothing. `beyond` is what a host sends more than the
-ring formula asks for the bank in all steps, in full Ethernet frames of TCP (1448 bytes in 1514). Writes results/keep_bytes/.
+A GPT of 15.9 M parameters (64 MB) is fine-tuned by `dist-ssn lab run`: start, evaluation, metrics and packet headers included.
+Beside each run is the bank alone: the same launcher starts processes that send a tensor of the bank's size once, and all-reduce it
+once for each step. What the run sends beyond that is all that a base of 64 MB costs. Writes results/keep_bytes/.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -27,55 +28,73 @@ from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe.schema import DataConfig
 
 MODEL = {"layers": 5, "width": 512, "heads": 8, "context": 32}
-HOSTS, FRAME = 2, 1514 / 1448
+HOSTS = 2
 
 
 def pretrained(folder: Path) -> tuple[Path, int]:
     """A file with the model's values, and their bytes."""
     torch.manual_seed(0)
     model = build_model("gpt", MODEL, data_hints(DataConfig(), context=MODEL["context"]))
-    unique = {id(p): name for name, p in reversed(list(model.state_dict(keep_vars=True).items()))}
-    tensors = {name: model.state_dict()[name] for name in unique.values()}
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}  # a tied one once
     save_file(tensors, folder / "pretrained.safetensors")
     return folder / "pretrained.safetensors", sum(tensor.nbytes for tensor in tensors.values())
 
 
-def measure(budget: str, keep: bool, steps: int) -> dict[str, Any]:
-    """Trains once, and reads the counters of the hosts."""
+def sent_by(program: list[str], folder: Path) -> list[int]:
+    """Runs a program on the hosts; bytes that each has sent."""
+    in_the_lab(cluster_file(folder, hosts=HOSTS), folder / "logs", program)
+    return [host["sent_bytes"] for host in json.loads((folder / "logs" / "counters.json").read_text())]
+
+
+def measure(budget: str, steps: int) -> dict[str, Any]:
+    """Trains once, and sends the bank alone once."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights, base_bytes = pretrained(folder)
-        kept = [f"--model_weights={weights}", "--share.keep=true"] if keep else []
-        program = ["train", "--config", "quickstart", f"--output={folder}", f"--share.budget={budget}", *kept]
+        program = ["train", "--config", "quickstart", f"--output={folder}", f"--share.budget={budget}"]
+        program += [f"--model_weights={weights}", "--share.keep=true", "--batch_size=4", "--schedule.warmup=1"]
         program += [f"--model_args.{key}={value}" for key, value in MODEL.items()]
-        program += [f"--steps={steps}", f"--evaluate_every={steps}", "--evaluate_batches=1", "--batch_size=4"]
-        in_the_lab(
-            cluster_file(folder, hosts=HOSTS), folder / "logs", [*program, "--schedule.warmup=1", "--no-progress"]
-        )
+        program += [f"--steps={steps}", f"--evaluate_every={steps}", "--evaluate_batches=1", "--no-progress"]
+        sent = sent_by(program, folder)
         row = json.loads((folder / "quickstart" / "summary.json").read_text())["rows"][0]
-        counters = json.loads((folder / "logs" / "counters.json").read_text())
-    sent = [host["sent_bytes"] for host in counters]
+        alone = sent_by([__file__, f"--alone={row['parameters']}", f"--steps={steps}"], folder)
     ring = round(2 * (HOSTS - 1) / HOSTS * 4 * row["parameters"] * steps)
     return {
-        **{"budget": budget, "keep": keep, "steps": steps, "hosts": HOSTS, "base_bytes": base_bytes},
-        **{"parameters": row["parameters"], "ring_bytes": ring, "meter_bytes": row["total_bytes"], "sent_bytes": sent},
-        "beyond_bytes": [value - round(ring * FRAME) for value in sent],
+        **{"budget": budget, "steps": steps, "hosts": HOSTS, "base_bytes": base_bytes, "parameters": row["parameters"]},
+        **{"ring_bytes": ring, "meter_bytes": row["total_bytes"], "sent_bytes": sent, "alone_bytes": alone},
+        "beyond_bytes": [mine - theirs for mine, theirs in zip(sent, alone, strict=True)],
     }
+
+
+def send_alone(parameters: int, steps: int) -> None:
+    """On a host: sends a tensor once, and sums it once for each step."""
+    dist.init_process_group("gloo")
+    tensor = torch.zeros(parameters)
+    dist.broadcast(tensor, src=0)
+    for _ in range(steps):
+        dist.all_reduce(tensor)
+    dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--budgets", nargs="+", default=["2000", "20000"])
+    parser.add_argument("--budgets", nargs="+", default=["2000", "0.5M"])
+    parser.add_argument("--alone", type=int, help="what a host runs: a tensor of so many elements")
     arguments = parser.parse_args()
+    if arguments.alone:
+        send_alone(arguments.alone, arguments.steps)
+        return
     results = ResultFile("keep_bytes")
-    table = Table("budget", "keeps", "parameters", "ring, kB", "sent by each host, kB", "beyond, kB")
+    table = Table(
+        "budget", "parameters", "ring, kB", "meter, kB", "sent by each host, kB", "bank alone, kB", "beyond, kB"
+    )
     for budget in arguments.budgets:
-        for keep in (True, False):
-            results.add(line := measure(budget, keep, arguments.steps))
-            cells = [f"{line['parameters']:,}", f"{line['ring_bytes'] / 1e3:.1f}"]
-            cells += [" ".join(f"{value / 1e3:.1f}" for value in line[key]) for key in ("sent_bytes", "beyond_bytes")]
-            table.add_row(budget, "yes" if keep else "no", *cells)
+        results.add(line := measure(budget, arguments.steps))
+        cells = [f"{line['parameters']:,}", f"{line['ring_bytes'] / 1e3:.1f}", f"{line['meter_bytes'] / 1e3:.1f}"]
+        for key in ("sent_bytes", "alone_bytes", "beyond_bytes"):
+            cells.append(" ".join(f"{value / 1e3:.1f}" for value in line[key]))
+        table.add_row(budget, *cells)
     Console(width=120).print(table)
 
 

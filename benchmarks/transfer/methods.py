@@ -36,7 +36,8 @@ def ours(budget: float, **options: Any) -> Method:
     return lambda model: dist_ssn.share(model, budget, keep=True, **options)
 
 
-def _lora(rank: int, targets: Any, **options: Any) -> Method:
+def lora(rank: int, targets: Any, **options: Any) -> Method:
+    """LoRA of PEFT, with a factor of 1."""
     return adapter(peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, **options))
 
 
@@ -46,9 +47,9 @@ GPT: Methods = {
     "full": (only(""), 1e-3),
     "tied head": (only("tokens."), 1e-3),
     "BitFit": (only("bias", "norm"), 3e-3),
-    "LoRA r=1 (attention in)": (_lora(1, _GPT[:1]), 1e-2),
-    "LoRA r=1": (_lora(1, _GPT), 1e-2),
-    "LoRA r=5": (_lora(5, _GPT), 3e-3),
+    "LoRA r=1 (attention in)": (lora(1, _GPT[:1]), 1e-2),
+    "LoRA r=1": (lora(1, _GPT), 1e-2),
+    "LoRA r=5": (lora(5, _GPT), 3e-3),
     "VeRA r=256": (adapter(peft.VeraConfig(r=256, target_modules=_GPT)), 3e-2),
     "FourierFT n=543": (adapter(peft.FourierFTConfig(n_frequency=543, scaling=100.0, target_modules=_GPT)), 1e-1),
     "FourierFT n=2711": (adapter(peft.FourierFTConfig(n_frequency=2711, scaling=100.0, target_modules=_GPT)), 1e-1),
@@ -76,7 +77,7 @@ WIDE_RESNET: Methods = {
     "last layer": (only("head."), 1e-2),
     "BitFit": (only("bias", "norm", "head."), 1e-2),
     **{
-        f"LoRA r={rank} ({where})": (_lora(rank, pattern, modules_to_save=["head"]), 1e-2)
+        f"LoRA r={rank} ({where})": (lora(rank, pattern, modules_to_save=["head"]), 1e-2)
         for where, (rank, pattern) in _CONVOLUTIONS.items()
     },
     **{f"keep {size:,}": (ours(size, train="head"), 3e-3) for size in (320, 1920, 8434)},
@@ -89,9 +90,9 @@ VIT: Methods = {
     "full": (only(""), 1e-3),
     "last layer": (only("classifier."), 1e-2),
     "BitFit": (only("bias", "norm", "classifier."), 1e-2),
-    "LoRA r=1 (two queries)": (_lora(1, r".*layers\.[23]\..*q_proj", **_HEAD), 1e-2),
-    "LoRA r=1 (q, k, v)": (_lora(1, _VIT[:3], **_HEAD), 1e-2),
-    "LoRA r=2": (_lora(2, _VIT, **_HEAD), 1e-2),
+    "LoRA r=1 (two queries)": (lora(1, r".*layers\.[23]\..*q_proj", **_HEAD), 1e-2),
+    "LoRA r=1 (q, k, v)": (lora(1, _VIT[:3], **_HEAD), 1e-2),
+    "LoRA r=2": (lora(2, _VIT, **_HEAD), 1e-2),
     "VeRA r=64 (q, k, v)": (adapter(peft.VeraConfig(r=64, target_modules=_VIT[:3], **_HEAD)), 3e-2),
     "VeRA r=224": (adapter(peft.VeraConfig(r=224, target_modules=_VIT, **_HEAD)), 3e-2),
     "FourierFT n=64": (
