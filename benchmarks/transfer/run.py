@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from benchmarks.result_files import ResultFile, chosen
 from benchmarks.transfer.transfers import TRANSFERS, Transfer
@@ -28,13 +30,18 @@ MOST = 6
 """Largest number of learning rates that are tried for a method and seed."""
 
 
-def fit(model: nn.Module, task: Task, steps: int, batch: int, lr: float, seed: int) -> None:
+def optimizer_of(trained: list[nn.Parameter], steps: int, lr: float) -> tuple[Optimizer, LRScheduler]:
     """AdamW with cosine to a tenth, and a tenth of the steps as warm-up; nothing decays."""
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps // 10)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - steps // 10, lr / 10)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [steps // 10])
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [steps // 10])
+
+
+def fit(model: nn.Module, task: Task, steps: int, batch: int, lr: float, seed: int) -> None:
+    """Trains what is not frozen; see `optimizer_of`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, schedule = optimizer_of(trained, steps, lr)
     model.train()
     for step in range(steps):
         inputs, targets = task.batch(seed * 10_000 + step, batch)
