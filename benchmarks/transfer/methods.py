@@ -68,6 +68,7 @@ GPT: Methods = {
 
 _CONVOLUTIONS: dict[str, tuple[int, str]] = {
     "one layer": (1, r"stage2\.1\.conv2"),
+    "stages 1 and 2": (1, r"stage[12]\..*(conv\d|shortcut)"),
     "stage 3": (1, r"stage3\.(0\.conv2|1\.conv\d)"),
     "all": (2, r"(stem|stage.*(conv\d|shortcut))"),
 }
