@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def _sixteen(images: np.ndarray) -> np.ndarray:
     return padded.reshape(*images.shape[:2], 16, 2, 16, 2).mean((3, 5)).astype(np.uint8)
 
 
-def _images(name: str, classes: Sequence[int] = range(10)) -> Callable[[], Task]:
+def _images(name: Any, classes: Sequence[int] = range(10)) -> Callable[[], Task]:
     """A data set of images, 16 × 16, of some classes only, which are counted from 0."""
 
     def load() -> Task:
@@ -106,8 +107,13 @@ class _Vit(nn.Module):
         super().__init__()
         from transformers import ViTConfig, ViTForImageClassification
 
-        sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
-        image = {"image_size": 16, "patch_size": 4, "num_channels": 1, "num_labels": 10}
+        sizes: dict[str, Any] = {
+            "hidden_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        }
+        image: dict[str, Any] = {"image_size": 16, "patch_size": 4, "num_channels": 1, "num_labels": 10}
         whole = ViTForImageClassification(
             ViTConfig(**sizes, **image, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         )
