@@ -116,7 +116,8 @@ class BankValues(nn.Module):
 
     def fixed_buffers(self) -> list[Tensor]:
         """The buffers in which all ranks agree with rank 0."""
-        return [b for name in ("scales", "structure", "fingerprints") if (b := self._buffers.get(name)) is not None]
+        names = ("scales", "structure", "fingerprints", "frozen_fingerprints")
+        return [buffer for name in names if (buffer := self._buffers.get(name)) is not None]
 
     def reset_parameters(self, scales: Scales | None = None) -> None:
         """Gives the bank its initial values.

@@ -7,7 +7,7 @@ them out. Each process has them whole. A fingerprint of each travels instead, in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,21 @@ def frozen_beside(model: nn.Module) -> dict[str, nn.Parameter]:
     banks = {id(p) for bank in keeping for p in bank.parameters(recurse=False)}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad and id(p) not in banks}
     return frozen if keeping else {}
+
+
+def kept_values(model: nn.Module, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name → value of everything that a model keeps; none without `keep=True`.
+
+    Args:
+        model: see `frozen_beside`.
+        beside: the values outside of its banks, whole.
+    """
+    found = dict(beside)
+    for module in model.modules():
+        if isinstance(bases := getattr(module, "bases", None), Bases):
+            slots: Any = getattr(module, "group").slots  # noqa: B009 - a Bank, whose file imports this one
+            found |= {slot.name: tensor for slot, tensor in zip(slots, bases.tensors, strict=True)}
+    return found
 
 
 def kept_fingerprints(model: nn.Module) -> dict[str, str]:

@@ -243,6 +243,8 @@ class CheckpointConfig:
     """Number of latest checkpoints to keep."""
     resume: StrictBool = False
     """Continue from the latest checkpoint of this run, if there is one."""
+    base: StrictBool = False
+    """Also write what share.keep keeps, as base.safetensors."""
 
 
 @checked(RecipeError)
