@@ -5,9 +5,11 @@ The usual loop, `if p.dim() > 1: nn.init.xavier_uniform_(p)`, takes a bank for a
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 _OTHER = 1.5
@@ -24,7 +26,7 @@ def check_start(bank: Any) -> None:
     if bank.bank.is_meta or hasattr(bank.bank, "device_mesh"):
         return
     wanted = float(bank.scales[0])
-    std = float(bank.bank.detach().double().square().mean().sqrt())
+    std = float(torch.linalg.vector_norm(bank.bank.detach())) / math.sqrt(bank.bank.numel())
     if not wanted / _OTHER <= std <= wanted * _OTHER:
         warnings.warn(
             f"the bank of {bank.weight_name(0)} has a standard deviation of {std:.3g}, and share() gave it {wanted:.3g}: a loop "
