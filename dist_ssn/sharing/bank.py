@@ -187,7 +187,7 @@ class Bank(BankValues):
         if rows is not None or path is None:
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
-            weight = self._pruned(index, path.generate(flat(bank), self._own_values(index, values)))
+            weight = self._pruned(index, path.generate(bank, self._own_values(index, values)))
             return self._whole(index, rows, weight, dtype)
 
     def _make(
@@ -268,9 +268,8 @@ class Bank(BankValues):
 
         Without a hand-written gradient, the pieces and the slot's own parameters become leaves of a small temporary graph.
         """
-        assert values["bank"] is not None
-        slot, bank, own = self.group.slots[index], flat(values["bank"]), self._own_values(index, values)
-        sums = {name: flat(total) for name, total in sums.items()}
+        slot, bank, own = self.group.slots[index], values["bank"], self._own_values(index, values)
+        assert bank is not None
         if self.thresholds is not None:
             gradient = gradient * (self.fast(index, rows, None, values) != 0)
         with _exact(bank.device.type):
@@ -279,6 +278,7 @@ class Bank(BankValues):
                 mine = {name: self.own(sums[name], index, name) for name in own if name in sums and own[name].numel()}
                 path.pull_back(gradient.to(bank.dtype), bank, own, sums.get("bank"), mine)
                 return
+            sums = {name: flat(total) for name, total in sums.items()}
             elements = self._elements(index, rows)
             pieces = self._read(index, elements, values)
             projection = self._projection(values["projections"], index)

@@ -9,7 +9,7 @@ Signs are constant within a chunk, so the weight is a grid of chunks. A template
 crosses the bank's end is read in two parts. If a row is a whole number of chunks, then sign, coefficient, scale and row gain are
 one factor per chunk.
 
-Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B elements in the bank.
+Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B elements in the bank. A bank is read by strides: [B] or [B, 1].
 """
 
 from __future__ import annotations

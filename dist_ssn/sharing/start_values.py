@@ -5,6 +5,7 @@ The usual loop, `if p.dim() > 1: nn.init.xavier_uniform_(p)`, takes a bank for a
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -25,7 +26,7 @@ def check_start(bank: Any) -> None:
     if bank.bank.is_meta or hasattr(bank.bank, "device_mesh"):
         return
     wanted = float(bank.scales[0])
-    std = float(torch.linalg.vector_norm(bank.bank.detach())) / bank.bank.numel() ** 0.5  # makes no copy
+    std = float(torch.linalg.vector_norm(bank.bank.detach())) / math.sqrt(bank.bank.numel())
     if not wanted / _OTHER <= std <= wanted * _OTHER:
         warnings.warn(
             f"the bank of {bank.weight_name(0)} has a standard deviation of {std:.3g}, and share() gave it {wanted:.3g}: a loop "
