@@ -253,6 +253,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", default=[], help="only these; all unless given")
     parser.add_argument("--links", nargs="*", type=int, default=range(len(LINKS)), help="places in LINKS")
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument(
+        "--only", nargs="*", default=[""], metavar="TEXT", help="curves whose cell's identity has one of these"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="simulated runs at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing further after this time")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
@@ -261,7 +264,7 @@ def main() -> None:
     sides = chosen(parser, arguments.sides, [*SIDES, *FLOORS]) or [*SIDES, *FLOORS]
     results, until = ResultFile("ladder_target"), time.monotonic() + 60 * arguments.minutes
     if "curves" in arguments.what:
-        measure(results, to_measure, [""], arguments.jobs, until)
+        measure(results, to_measure, arguments.only, arguments.jobs, until)
     for what in ("steps", "whole"):
         for repetition in range(arguments.repetitions) if what in arguments.what else ():
             for place, name in itertools.product(arguments.links, sides):
