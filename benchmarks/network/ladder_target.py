@@ -122,7 +122,9 @@ def to_measure(lines: Iterable[Mapping[str, Any]]) -> Iterator[Cell]:
 
         first = reaches(500)
         further = LENGTHS[middle - 1 :: -1] if first else LENGTHS[middle + 1 :]
-        for steps in (500, *(further if first is not None and name != DENSE else ())):
+        for place, steps in enumerate((500, *(further if first is not None and name != DENSE else ()))):
+            if place and any(reaches(beyond) is first for beyond in further[place:]):
+                continue  # a run beyond it is on this side of the target
             yield from (side.cell(seed, steps) for seed in SEEDS if seed not in mine.get(steps, {}))
             if steps != 500 and reaches(steps) is not first:  # unknown yet, or on the other side of the target
                 break
