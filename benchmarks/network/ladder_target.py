@@ -208,23 +208,19 @@ def table(lines: list[Line]) -> Table:
     )
     for name in (*SIDES, *FLOORS):
         timed = [one for one in lines if one.get("what") == "step" and one["side"] == name]
-        if not timed:
+        losses = found.get(FLOORS.get(name, name), {})
+        if not timed or not losses:
             continue
         row = [name, f"{statistics.median(one['sent_bytes_per_step'] for one in timed) / 1000:,.2f}"]
-        losses = found.get(FLOORS.get(name, name), {})
         steps = None if goal is None else steps_to(losses, goal)
+        last = steps or max(losses)
+        seeds = ", ".join(f"{loss:.3f}" for loss in losses[last].values())
         if name in FLOORS:
             row.append("")
-        elif losses:
-            last = steps or max(losses)
-            seeds = ", ".join(f"{loss:.3f}" for loss in losses[last].values())
-            row.append(
-                f"{steps:,}: {statistics.mean(losses[last].values()):.3f} ({seeds})"
-                if steps
-                else f"not in {last:,}: {seeds}"
-            )
+        elif steps:
+            row.append(f"{steps:,}: {statistics.mean(losses[last].values()):.3f} ({seeds})")
         else:
-            row.append("?")
+            row.append(f"not in {last:,}: {seeds}")
         for link in LINKS:
             ms = [one["ms_per_step"] for one in timed if _link(one) == link]
             took, dense = seconds_to_target(name, link, lines), seconds_to_target(DENSE, link, lines)
