@@ -117,8 +117,10 @@ def times(path: Path) -> None:
     lines = lines_of("ladder_target")
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
-    names = list(reversed(ladder_target.SIDES))
-    for index, link in enumerate(ladder_target.LINKS):
+    links = ladder_target.LINKS
+    reached = (name for name in ladder_target.SIDES if ladder_target.seconds_to_target(name, links[-1], lines))
+    names = list(reached)[::-1]
+    for index, link in enumerate(links):
         found = [ladder_target.seconds_to_target(name, link, lines) for name in names]
         places = [row + 0.27 * (1 - index) for row, seconds in enumerate(found) if seconds]
         axes.barh(

@@ -90,17 +90,6 @@ def lab_bytes() -> str:
     return grid(("engine, launcher", "parameters", "steps", "plan, MB per host", "host 0", "1", "2", "3"), rows)
 
 
-def islands() -> str:
-    """A row per type and codec: bytes between nodes over the predicted, and losses of islands and of as many processes."""
-    rows = []
-    for line in latest((line for line in lines_of("island_bytes") if "dtype" in line), ("dtype", "codec")).values():
-        sent = [f"{line['predicted_bytes'] / 1e6:.3f}", each(line["ratio"], ".3f")]
-        losses = [f"{line['loss']:.6f}", f"{line['loss_of_pair']:.6f}", f"{line['loss'] - line['loss_of_pair']:.0e}"]
-        rows.append([line["dtype"], line["codec"], *sent, *losses])
-    headings = ("parameters", "codec", "predicted, MB per node", "sent / predicted, by node")
-    return grid((*headings, "loss, 2 × 2 processes", "2 processes of double batch", "difference"), rows)
-
-
 def fuzz() -> str:
     headings = ("reader", "inputs", "accepted: the change did not matter", "other failures", "slowest, s")
     rows = [
@@ -164,6 +153,6 @@ def hooks() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{"faults": faults, "elastic": elastic, "lab-bytes": lab_bytes, "islands": islands, "fuzz": fuzz},
+    **{"faults": faults, "elastic": elastic, "lab-bytes": lab_bytes, "fuzz": fuzz},
     **{"overlap": overlap, "delay": delay, "hooks": hooks},
 }

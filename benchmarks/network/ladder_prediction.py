@@ -5,8 +5,10 @@
     python -m benchmarks.network.ladder_prediction --table
 
 Half of all combinations: a delay where the other four settings have an odd number of second values. A step's time is the mean over
-WINDOW steps, which are whole rounds; the bytes are those of the run's ledger. Compute is measured once per repetition, on all hosts
-at once. As many hosts as processors. "--limits" trains with nothing but `sync.limit`. Writes results/ladder_prediction/.
+WINDOW steps, which are whole rounds; the bytes are those of the run's ledger. Compute is measured once per start of the program, on
+all hosts at once, and again as what a run's steps take besides waiting, because other programs slow this machine down at times:
+with the latter, the waiting alone is predicted. As many hosts as processors. "--limits" trains with nothing but `sync.limit`.
+Writes results/ladder_prediction/.
 """
 
 from __future__ import annotations
@@ -28,11 +30,15 @@ from rich.table import Table
 from benchmarks.network.in_the_lab import cluster_file, in_the_lab, quietly
 from benchmarks.network.prediction import caption_of
 from benchmarks.result_files import ResultFile
+from dist_ssn.cluster import load_cluster
+from dist_ssn.cost.exchange import gather_seconds
+from dist_ssn.cost.fabric import fabric_of
+from dist_ssn.sync.reports import REPORT_BYTES
 from dist_ssn.train.limit import sent_per_step, vectors_of
 from dist_ssn.train.recipe.read import load_recipe
 
 Line = dict[str, Any]
-WINDOW = 80
+WINDOW = 48
 STEPS = 2 * WINDOW + 4
 BUDGETS, PERIODS, CODECS, MBIT = (None, 0.1), (4, 16), ("none", "int4"), (10.0, 40.0)
 MODEL = '--model_args={"layers": 2, "width": 128, "heads": 4, "context": 64}'
@@ -57,12 +63,28 @@ def calibrate(hosts: int, folder: Path) -> Path:
     return kept
 
 
-def predict(cluster: str, compute: Path, cell: Line) -> float:
-    """Milliseconds of a step."""
+def predict(cluster: str, compute: Path, cell: Line) -> Line:
+    """Milliseconds of a step, and of its waiting if nothing hides it."""
     command = ["plan", *COMMON, "--share.budget=0.1", f"--cluster={cluster}", f"--compute={compute}", "--json"]
     rows = json.loads(quietly(["-m", "dist_ssn.cli", *command]))["ladder"]
     wanted = {key: cell[key] for key in ("budget", "every", "codec", "delay")} | {"own": False}
-    return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))["ms_per_step"]
+
+    def row_of(wanted: Line) -> Line:
+        return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
+
+    waiting = row_of(wanted | {"delay": 0})["exposed_ms_per_step"]
+    return {"predicted_ms_per_step": row_of(wanted)["ms_per_step"], "predicted_unhidden_ms_per_step": waiting}
+
+
+def with_own_compute(cell: Line, cluster: str) -> float:
+    """Milliseconds of a step, predicted from what the run's own steps took besides waiting."""
+    own = cell["ms_per_step"] - cell["exposed_ms_per_step"]
+    waiting = cell["predicted_unhidden_ms_per_step"]
+    if cell["delay"]:
+        fabric = fabric_of(load_cluster(cluster), cell["hosts"], 1)
+        report = 1000 * gather_seconds(REPORT_BYTES, cell["hosts"], fabric) / cell["every"]
+        waiting = report + max(0.0, waiting - report - own)
+    return own + waiting
 
 
 SIZES = [f"--steps={STEPS}", "--evaluate_every=100000", "--evaluate_batches=1", f"--checkpoint.every={WINDOW}"]
@@ -95,9 +117,14 @@ def measure(cluster: str, cell: Line, folder: Path) -> Line:
     run, summary = trained(cluster, settings_of(cell), folder)
     row = summary["rows"][0]
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    at = {line["step"]: line["seconds"] for line in logged if "seconds" in line}
-    milliseconds = 1000 * (at[2 * WINDOW] - at[WINDOW]) / WINDOW
-    return {"ms_per_step": milliseconds, **{key: row[key] for key in ("bytes_per_step_logical", "bytes_per_step_ring")}}
+    keys = ("seconds", "exposed_seconds")
+    at, waited = ({line["step"]: line[key] for line in logged if key in line} for key in keys)
+    took = [1000 * (one[2 * WINDOW] - one[WINDOW]) / WINDOW for one in (at, waited)]
+    return {
+        "ms_per_step": took[0],
+        "exposed_ms_per_step": took[1],
+        **{key: row[key] for key in ("bytes_per_step_logical", "bytes_per_step_ring")},
+    }
 
 
 def predicted_bytes(cell: Line) -> dict[str, int]:
@@ -121,19 +148,23 @@ def table(lines: list[Line]) -> Table:
         "ms per step: median (min-max)",
         "predicted",
         "off",
+        "with the run's own compute",
+        "off",
         "bytes off",
     )
     shown = Table(*headings)
     found: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
-        if "limit" in line:
+        if "predicted_own_ms_per_step" not in line:
             continue
         found.setdefault(tuple(line[key] for key in KEYS[:-1]), []).append(line)
-    errors = []
+    errors, own_errors = [], []
     for (budget, every, codec, mbit, delay, _), mine in found.items():
         ms = [line["ms_per_step"] for line in mine]
         predicted = statistics.median(line["predicted_ms_per_step"] for line in mine)
+        own = statistics.median(line["predicted_own_ms_per_step"] for line in mine)
         errors.append(predicted / statistics.median(ms) - 1)
+        own_errors.append(own / statistics.median(ms) - 1)
         sent = {
             line[f"bytes_per_step_{what}"] - line[f"predicted_bytes_per_step_{what}"]
             for line in mine
@@ -141,8 +172,10 @@ def table(lines: list[Line]) -> Table:
         }
         middle = f"{statistics.median(ms):.0f} ({min(ms):.0f}-{max(ms):.0f})"
         named = ("dense" if budget is None else f"{budget:.0%}", str(every), codec, f"{mbit:g}", str(delay))
-        shown.add_row(*named, middle, f"{predicted:.0f}", f"{errors[-1]:+.0%}", ", ".join(map(str, sorted(sent))))
-    shown.caption = caption_of(errors)
+        figures = (f"{predicted:.0f}", f"{errors[-1]:+.0%}", f"{own:.0f}", f"{own_errors[-1]:+.0%}")
+        shown.add_row(*named, middle, *figures, ", ".join(map(str, sorted(sent))))
+    if errors:
+        shown.caption = f"{caption_of(errors)}; with the run's own compute {caption_of(own_errors)}"
     return shown
 
 
@@ -156,7 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results = ResultFile("ladder_prediction")
     until = time.monotonic() + 60 * arguments.minutes
-    done = {tuple(line[key] for key in KEYS) for line in results.lines() if "limit" not in line}
+    done = {tuple(line[key] for key in KEYS) for line in results.lines() if "predicted_own_ms_per_step" in line}
     for text in LIMITS if arguments.limits else ():
         with tempfile.TemporaryDirectory() as name:
             results.add(line := limited(text, arguments.hosts, Path(name)))
@@ -170,9 +203,10 @@ def main() -> None:
                     continue
                 compute = compute or calibrate(arguments.hosts, folder)
                 cluster = cluster_file(folder, hosts=arguments.hosts, mbit=cell["mbit"])
-                predicted = {"predicted_ms_per_step": predict(cluster, compute, cell), **predicted_bytes(cell)}
                 load = os.getloadavg()[0]
-                line = {**cell, **measure(cluster, cell, folder), **predicted, "load": load}
+                line = {**cell, **predict(cluster, compute, cell), **predicted_bytes(cell), "load": load}
+                line |= measure(cluster, cell, folder)
+                line["predicted_own_ms_per_step"] = with_own_compute(line, cluster)
                 results.add(line)
                 print({key: value for key, value in line.items() if key not in ("hosts", "repetition")}, flush=True)
     Console(width=140).print(table(results.lines()))

@@ -122,7 +122,9 @@ def to_measure(lines: Iterable[Mapping[str, Any]]) -> Iterator[Cell]:
 
         first = reaches(500)
         further = LENGTHS[middle - 1 :: -1] if first else LENGTHS[middle + 1 :]
-        for steps in (500, *(further if first is not None and name != DENSE else ())):
+        for place, steps in enumerate((500, *(further if first is not None and name != DENSE else ()))):
+            if place and any(reaches(beyond) is first for beyond in further[place:]):
+                continue  # a run beyond it is on this side of the target
             yield from (side.cell(seed, steps) for seed in SEEDS if seed not in mine.get(steps, {}))
             if steps != 500 and reaches(steps) is not first:  # unknown yet, or on the other side of the target
                 break
@@ -206,23 +208,19 @@ def table(lines: list[Line]) -> Table:
     )
     for name in (*SIDES, *FLOORS):
         timed = [one for one in lines if one.get("what") == "step" and one["side"] == name]
-        if not timed:
+        losses = found.get(FLOORS.get(name, name), {})
+        if not timed or not losses:
             continue
         row = [name, f"{statistics.median(one['sent_bytes_per_step'] for one in timed) / 1000:,.2f}"]
-        losses = found.get(FLOORS.get(name, name), {})
         steps = None if goal is None else steps_to(losses, goal)
+        last = steps or max(losses)
+        seeds = ", ".join(f"{loss:.3f}" for loss in losses[last].values())
         if name in FLOORS:
             row.append("")
-        elif losses:
-            last = steps or max(losses)
-            seeds = ", ".join(f"{loss:.3f}" for loss in losses[last].values())
-            row.append(
-                f"{steps:,}: {statistics.mean(losses[last].values()):.3f} ({seeds})"
-                if steps
-                else f"not in {last:,}: {seeds}"
-            )
+        elif steps:
+            row.append(f"{steps:,}: {statistics.mean(losses[last].values()):.3f} ({seeds})")
         else:
-            row.append("?")
+            row.append(f"not in {last:,}: {seeds}")
         for link in LINKS:
             ms = [one["ms_per_step"] for one in timed if _link(one) == link]
             took, dense = seconds_to_target(name, link, lines), seconds_to_target(DENSE, link, lines)
@@ -253,6 +251,9 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", default=[], help="only these; all unless given")
     parser.add_argument("--links", nargs="*", type=int, default=range(len(LINKS)), help="places in LINKS")
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument(
+        "--only", nargs="*", default=[""], metavar="TEXT", help="curves whose cell's identity has one of these"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="simulated runs at once")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing further after this time")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
@@ -261,7 +262,7 @@ def main() -> None:
     sides = chosen(parser, arguments.sides, [*SIDES, *FLOORS]) or [*SIDES, *FLOORS]
     results, until = ResultFile("ladder_target"), time.monotonic() + 60 * arguments.minutes
     if "curves" in arguments.what:
-        measure(results, to_measure, [""], arguments.jobs, until)
+        measure(results, to_measure, arguments.only, arguments.jobs, until)
     for what in ("steps", "whole"):
         for repetition in range(arguments.repetitions) if what in arguments.what else ():
             for place, name in itertools.product(arguments.links, sides):

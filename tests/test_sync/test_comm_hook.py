@@ -19,6 +19,7 @@ import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.sync.codecs import CODECS
+from dist_ssn.sync.routes import lanes_of
 from testing.ranks import run_ranks
 
 STEPS = 8
@@ -179,9 +180,8 @@ def _bytes(rank: int, n: int) -> None:
         with CommMeter() as meter:
             run.steps(batches(rank)[:1])
         sizes = [p.numel() for p in run.model.parameters()]
-        small = 0 if codec in ("none", "fp16", "bf16") else sum(size for size in sizes if size < 4096)
-        apart = CODECS["int4" if codec in ("bins2", "sparse") else codec]
-        wanted = CODECS[codec].packed_bytes(sum(sizes) - small) + apart.packed_bytes(small)
+        lanes = lanes_of(CODECS[codec], sum(sizes), sum(size for size in sizes if size < 4096))
+        wanted = sum(kind.packed_bytes(values) for kind, values in lanes)
         assert meter.totals("gradients").logical_bytes == meter.totals().logical_bytes == wanted, codec
 
 
