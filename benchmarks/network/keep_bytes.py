@@ -3,7 +3,7 @@
     sudo python -m benchmarks.network.keep_bytes [--budgets 2000 0.5M] [--steps 50] [--by recipe script]
 
 A GPT of 15.9 M parameters (64 MB) is fine-tuned on the hosts of `dist-ssn lab run`, by a recipe (evaluation, metrics and the ranks'
-agreements included), and by a script of a user's own with DDP. Beside each run is the bank alone: the same launcher starts processes
+agreements included), and by a script of a user's own with DDP. Beside each is the bank alone: the same launcher starts processes
 that send a tensor of the bank's size once, and all-reduce it once for each step, with a pause about as long as a step before each.
 What a run sends beyond that is all that a base of 64 MB costs, start and packet headers included. Writes results/keep_bytes/.
 """
