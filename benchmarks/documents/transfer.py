@@ -52,22 +52,14 @@ def _memory() -> str:
 def _bytes() -> str:
     """Bytes of whole runs on two hosts, by their devices, beside those of the bank alone."""
     rows = []
-    for line in latest(lines_of("keep_bytes"), ("budget", "steps")).values():
-        host = [
+    for line in latest(lines_of("keep_bytes"), ("by", "budget", "steps")).values():
+        hosts = [
             " and ".join(f"{value / 1e3:,.1f}" for value in line[f"{key}_bytes"]) for key in ("sent", "alone", "beyond")
         ]
-        cells = [f"{line['parameters']:,}", f"{line['base_bytes'] / 1e6:.1f}", str(line["steps"])]
-        rows.append([*cells, f"{line['ring_bytes'] / 1e3:,.1f}", *host])
-    headings = (
-        "bank",
-        "W₀, MB",
-        "steps",
-        "ring formula, kB",
-        "sent by each host, kB",
-        "the bank alone, kB",
-        "beyond it, kB",
-    )
-    return grid(headings, rows)
+        ring = f"{line['ring_bytes'] / 1e3:,.1f}"
+        rows.append([line["by"], f"{line['parameters']:,}", str(line["steps"]), ring, *hosts])
+    sizes = ("ring formula, kB", "sent by each host, kB", "the bank alone, kB", "beyond it, kB")
+    return grid(("by", "bank", "steps", *sizes), rows)
 
 
 def _rounds() -> str:
