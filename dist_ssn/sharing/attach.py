@@ -24,7 +24,7 @@ from dist_ssn.sharing.bases import Bases
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
 from dist_ssn.sharing.holders import views_of, warn_of_holders
-from dist_ssn.sharing.layers import share_layer
+from dist_ssn.sharing.layers import is_lowered, share_layer
 from dist_ssn.sharing.part_check import register_model
 from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
@@ -244,6 +244,11 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
+        bank.lowered = frozenset(
+            index
+            for index, slot in enumerate(bank.group.slots)
+            if all(is_lowered(model.get_submodule(name.rpartition(".")[0])) for name in places[slot.name])
+        )
     install(model, ATTRIBUTE, banks, slots)
     watch_forward(model, banks)
 

@@ -29,11 +29,12 @@ from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import agree_under_fsdp2
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
 from dist_ssn.sharing.bank_values import OWN, BankValues
+from dist_ssn.sharing.blocks import Placed, fits
 from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, readings
-from dist_ssn.sharing.per_step import PerStep, Placed, fits
+from dist_ssn.sharing.per_step import PerStep
 from dist_ssn.sharing.signed_path import fast_path
-from dist_ssn.sharing.weight_source import Values
+from dist_ssn.sharing.weight_source import Values, autocast_dtype
 from dist_ssn.torch_private import FAST_PATH, active_ddp, graph_task_id, is_tracing
 
 _ALL = -1
@@ -57,6 +58,8 @@ class Bank(BankValues):
 
     check_plan: Callable[[], None] | None = None
     """Checks that nobody wrote another plan into the state dict of this bank; None before there is one."""
+    lowered: frozenset[int] = frozenset()
+    """Indices of the slots that are read only by layers whose weight autocast lowers."""
 
     def __init__(
         self,
@@ -89,23 +92,24 @@ class Bank(BankValues):
             for index, slot in enumerate(self.group.slots if on else ())
             if fits(slot)
         ]
-        self.per_step = PerStep(slots, self.seed, self.group.size, only_small) if slots else None
+        self.per_step = PerStep(slots, self.seed, self.group.size, self.lowered, only_small) if slots else None
 
     def at_hand(self, index: int) -> Tensor | None:
         """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
         per_step = self.per_step
         if per_step is None or index not in per_step.indices:
             return None
-        if not per_step.forwards and (per_step.made is None or graph_task_id() == -1):
+        if not per_step.forwards and (not per_step.made or graph_task_id() == -1):
             return None  # neither in a forward of the model nor where its backward recomputes one
-        graph = torch.is_grad_enabled() and not self.stopped
-        if not per_step.is_current(graph, self._tensors):
+        graph, lower = torch.is_grad_enabled() and not self.stopped, autocast_dtype(self)
+        weights = per_step.current(lower, graph, self._tensors)
+        if weights is None:
             alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(self.bank, "ds_id")
             if alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 return None
             self(_ALL)
-        assert per_step.made is not None
-        return per_step.made[index]
+            weights = per_step.made[lower].weights
+        return weights[index]
 
     def _make_all(self) -> dict[int, Tensor]:
         """The weights of `per_step`, by slot."""
@@ -113,7 +117,8 @@ class Bank(BankValues):
         graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
         if graph:
             self._require_reduction()
-        return self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen, self.bases)
+        name, lower = self.weight_name(0), autocast_dtype(self)
+        return self.per_step.make(self.values(), name, lower, graph, self.frozen, self.bases)
 
     def forward(
         self,

@@ -60,7 +60,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 def made(model: nn.Module) -> int:
     """Number of weights that were generated at once for the last forward."""
-    return sum(len(bank.per_step.made or ()) for bank in banks_of(model) if bank.per_step is not None)
+    sheets = (made for bank in banks_of(model) if bank.per_step is not None for made in bank.per_step.made.values())
+    return sum(len(sheet.weights) for sheet in sheets)
 
 
 def same(one: nn.Module, other: nn.Module) -> None:
@@ -262,8 +263,8 @@ def test_the_buffer_is_used_again_unless_a_graph_holds_it() -> None:
     (bank,) = banks_of(model)
 
     def place() -> int:
-        assert bank.per_step is not None and bank.per_step.sheet is not None
-        return bank.per_step.sheet.values.data_ptr()
+        assert bank.per_step is not None
+        return bank.per_step.sheets[None].weights[0].data_ptr()
 
     loss = loss_of(model(batch()))
     first = place()
