@@ -3,8 +3,8 @@
     python -m benchmarks.compute.large [--cells "1B share" "8B plan" "8B plan keep"] [--budget 0.1]
     python -m benchmarks.compute.large --table
 
-Memory is the process's resident memory beyond what it has before the model is built: at its peak from the built model on. A model of
-1 B parameters needs 5 GB. Writes results/large/.
+Memory is the process's resident memory beyond what it has before the model is built, at its peak from the built model on. A model
+of 1 B parameters needs 5 GB. Writes results/large/.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.result_files import ResultFile, chosen, latest
 from dist_ssn.train.models.gpt import build_gpt
 
 Line = dict[str, Any]
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "10M": {"layers": 3, "width": 512, "heads": 8, "context": 128, "vocabulary": 1024},
     "1B": {"layers": 20, "width": 2048, "heads": 16, "context": 2048, "vocabulary": 32768},
     "8B": {"layers": 40, "width": 4096, "heads": 32, "context": 2048, "vocabulary": 32768},
@@ -65,39 +65,28 @@ def measure(arguments: tuple[str, float]) -> Line:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     forget_peak()
     start = time.perf_counter()
-    plan = dist_ssn.make_plan(model, budget, keep=keep)
-    planned = time.perf_counter()
-    if device != "meta":
-        dist_ssn.share(model, plan=plan)
-    end = time.perf_counter()
+    shared = None if device == "meta" else dist_ssn.share(model, budget)
+    plan = dist_ssn.make_plan(model, budget, keep=keep) if shared is None else dist_ssn.shared_plan(shared)
+    seconds = time.perf_counter() - start
+    assert plan is not None
     return {
         **{"cell": cell, "parameters": parameters, "device": device, "keep": keep, "budget": budget},
         **{"weights": sum(len(group.slots) for group in plan.groups), "bank_parameters": plan.parameters},
-        **{"plan_seconds": planned - start, "share_seconds": None if device == "meta" else end - planned},
-        **{"model_bytes": 4 * parameters, "peak_bytes": resident("VmHWM") - before},
+        **{"seconds": seconds, "model_bytes": 4 * parameters, "peak_bytes": resident("VmHWM") - before},
     }
 
 
 def table(lines: Iterable[Line]) -> Table:
     """A row for each cell's newest measurement."""
-    headings = (
-        "decoder",
-        "weights",
-        "budget",
-        "device",
-        "seconds to plan",
-        "to share",
-        "peak, MiB",
-        "to the dense model",
-    )
+    headings = ("decoder", "weights", "budget", "", "seconds", "peak, MiB", "to the dense model")
     shown = Table(*headings)
     for line in latest(lines, ("cell", "budget")).values():
-        share, dense = line["share_seconds"], line["device"] == "meta"
-        ratio = "" if dense else f"{line['peak_bytes'] / line['model_bytes']:.3f}"
+        on_meta = line["device"] == "meta"
         kind = f"{line['parameters'] / 1e9:.2f} B{', keep' if line['keep'] else ''}"
-        seconds = (f"{line['plan_seconds']:.2f}", "" if share is None else f"{share:.1f}")
-        peak = f"{line['peak_bytes'] / 2**20:,.0f}"
-        shown.add_row(kind, str(line["weights"]), f"{line['budget']:.0%}", line["device"], *seconds, peak, ratio)
+        what = "planned on meta" if on_meta else "planned and shared"
+        ratio = "" if on_meta else f"{line['peak_bytes'] / line['model_bytes']:.3f}"
+        numbers = (f"{line['seconds']:.2f}", f"{line['peak_bytes'] / 2**20:,.0f}", ratio)
+        shown.add_row(kind, str(line["weights"]), f"{line['budget']:.0%}", what, *numbers)
     return shown
 
 

@@ -231,9 +231,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
     dtype = torch.promote_types(first.dtype, torch.float32) if plan.keep else first.dtype
     banks = BankSet(plan, scales, specs.left_out, first.device, dtype)
     watch_decay(banks.banks())
-    for bank in banks.banks():
-        if not first.is_meta:
-            bank.reset_parameters(scales[bank.group.name])
+    is_meta = first.is_meta
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
     if plan.keep:
         for bank in banks.banks():
@@ -251,6 +249,10 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
         )
     install(model, ATTRIBUTE, banks, slots)
     watch_forward(model, banks)
+    del parameters, first  # the dense weights, so that they are gone when the banks get their values
+    for bank in banks.banks():
+        if not is_meta:
+            bank.reset_parameters(scales[bank.group.name])
 
 
 def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[str, dict[str, Any]]) -> None:

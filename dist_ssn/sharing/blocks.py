@@ -72,6 +72,12 @@ class Given(NamedTuple):
     gains: Tensor | None
     """All gains of the bank."""
 
+    @staticmethod
+    def of(bank: Tensor, scales: Tensor, gains: Tensor | None) -> Given:
+        """The tensors of a bank; 16-bit values in float32."""
+        dtype = torch.promote_types(bank.dtype, torch.float32)
+        return Given(bank.to(dtype), scales, scales[1:].unbind(), None if gains is None else gains.to(dtype))
+
 
 class Block:
     """Slots of a bank whose weights are made at once.

@@ -121,11 +121,10 @@ class Sheet:
 
 
 def _given(tensors: Mapping[str, Tensor | None]) -> Given:
-    """The tensors of a bank, by name, as a block takes them: 16-bit values in float32."""
-    bank, scales, gains = tensors["bank"], tensors["scales"], tensors["gains"]
+    """The tensors of a bank, by name, as a block takes them."""
+    bank, scales = tensors["bank"], tensors["scales"]
     assert bank is not None and scales is not None
-    dtype = torch.promote_types(bank.dtype, torch.float32)
-    return Given(bank.to(dtype), scales, scales[1:].unbind(), None if gains is None else gains.to(dtype))
+    return Given.of(bank, scales, tensors["gains"])
 
 
 class _Made(NamedTuple):
@@ -161,6 +160,10 @@ class PerStep:
         self.sheets: dict[torch.dtype | None, Sheet] = {}
         self._blocks: dict[torch.device, list[Block]] = {}
 
+    def suits(self, device: str) -> bool:
+        """True unless the weights are to be small, and are not for this type of device."""
+        return not self.only_small or self.numel <= SMALL.get(device, _SMALL_ELSEWHERE)
+
     def begin(self, device: str) -> None:
         """A forward of the model begins.
 
@@ -170,10 +173,10 @@ class PerStep:
         if self.forwards == 0:
             self.sheets = {lower: sheet for lower, sheet in self.sheets.items() if lower in self.made}
             self.made = {}
-        if self.only_small and self.numel > SMALL.get(device, _SMALL_ELSEWHERE):
-            self.sheets = {}
-        else:
+        if self.suits(device):
             self.forwards += 1
+        else:
+            self.sheets = {}
 
     def end(self) -> None:
         """A forward of the model has ended, perhaps by an exception."""

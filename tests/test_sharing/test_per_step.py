@@ -426,14 +426,46 @@ def test_a_materialized_copy_has_no_hooks() -> None:
     assert not dense._forward_pre_hooks and not dense._forward_hooks and not dense._forward_hooks_always_called
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at its inputs'
+@pytest.mark.parametrize("autocast", [False, True], ids=["exact", "autocast"])
 @pytest.mark.parametrize("mode", ["on_demand", "per_step"])
-def test_compile_has_no_graph_break(mode: str) -> None:
-    model = net(generate=mode)
+def test_compile_has_no_graph_break(mode: str, autocast: bool) -> None:
+    torch._dynamo.reset()
+    model, other = (net(generate=mode) for _ in range(2))
+    if autocast:
+        model, other = model.float(), other.float()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    loss_of(compiled(batch())).backward()
-    other = net(generate=mode)
-    loss_of(other(batch())).backward()
-    same(other, model)
+    for seed in (1, 2):
+        x = batch(seed) if not autocast else batch(seed).float()
+        for one in (compiled, other):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = one(x)
+            loss_of(output).backward()
+    for name, gradient in gradients(other).items():
+        assert relative_error(gradients(model)[name], gradient) <= (0.01 if autocast else TOLERANCE), name
+    assert all(not bank.compiled for bank in banks_of(model))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_all_weights_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the graph of the model itself, and in one of a function around it; on demand there is none."""
+    torch._dynamo.reset()
+    for mode, wanted in (("per_step", 1), ("on_demand", 0)):
+        model, graphs = net(generate=mode), []
+
+        def backend(graph: torch.fx.GraphModule, inputs: object, graphs: list[torch.fx.GraphModule] = graphs) -> object:
+            graphs.append(graph)
+            return graph.forward
+
+        def loss(x: Tensor, model: nn.Module = model) -> Tensor:
+            return loss_of(model(x))
+
+        for function in (loss, model):
+            graphs.clear()
+            found = torch.compile(function, backend=backend)(batch())
+            nodes = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+            assert sum("all_weights" in name for name in nodes) == wanted, nodes
+            assert found.requires_grad
 
 
 def test_other_morphs_and_pruned_weights_are_generated_on_demand() -> None:
