@@ -2,7 +2,7 @@
 
     python -m benchmarks.compute.gpu                  # on one GPU; about half an hour, most of it compilers
     python -m benchmarks.compute.gpu --cells kernels launch-bound
-    python -m benchmarks.compute.gpu --device cpu     # a rehearsal with tiny models: its figures mean nothing, and it writes no lines
+    python -m benchmarks.compute.gpu --device cpu     # a rehearsal with tiny models, whose figures mean nothing; writes no lines
     python -m benchmarks.compute.gpu --table
 
 Each cell has a process of its own, in which all sides step in turn. Writes results/gpu/ after each cell.
@@ -206,9 +206,9 @@ def measure_kernels(setting: Setting) -> Iterator[Line]:
     """Milliseconds to make all weights of the large GPT and to take their gradients back, and the error against float64."""
     model = build("large", setting.device, SHARED[0])
     bank = next(bank for banks in bank_sets(model) for bank in banks.banks() if bank.per_step is not None)
-    assert bank.per_step is not None and bank.gains is not None
+    assert bank.per_step is not None
     flat, choose = bank.bank.detach().reshape(-1), blocks.kernels_on
-    given = Given.of(flat, bank.scales, bank.gains.detach())
+    given = Given.of(flat, bank.scales, None if bank.gains is None else bank.gains.detach())
     for out in (torch.float32, torch.bfloat16):
         for side, chooser in (("kernels", choose), ("operations", lambda device: None)):
             try:
@@ -221,11 +221,10 @@ def measure_kernels(setting: Setting) -> Iterator[Line]:
 
 
 def _timed(made: list[blocks.Block], given: Given, out: torch.dtype, setting: Setting) -> dict[str, Line]:
-    assert given.gains is not None
     numel = [block.numel for block in made]
     weights = given.bank.new_empty(sum(numel), dtype=out)
     gradient = torch.randn(sum(numel), generator=torch.Generator().manual_seed(0)).to(given.bank.device, out)
-    sums = torch.zeros_like(given.bank), torch.zeros_like(given.gains)
+    sums = _zeros(given)
 
     def forward() -> None:
         for block, part in zip(made, weights.split(numel), strict=True):
@@ -233,7 +232,8 @@ def _timed(made: list[blocks.Block], given: Given, out: torch.dtype, setting: Se
 
     def backward() -> None:
         for total in sums:
-            total.zero_()
+            if total is not None:
+                total.zero_()
         for block, part in zip(made, gradient.split(numel), strict=True):
             block.pull_back(part.clone(), given, *sums)
 
@@ -252,20 +252,29 @@ def _timed(made: list[blocks.Block], given: Given, out: torch.dtype, setting: Se
             if setting.device == "cuda":
                 torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - start))
-        errors = [float((got.cpu().double() - value).norm() / value.norm()) for got, value in pairs]
+        errors = [_error(got, value) for got, value in pairs if got is not None and value is not None]
         spread = [f(times[WARM_UP:]) for f in (statistics.median, min, max)]
         found[work] = {"ms": spread, "first_seconds": times[0] / 1e3, "error": max(errors)}
     return found
 
 
-def _exact(made: list[blocks.Block], given: Given, gradient: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found.cpu().double() - exact).norm() / exact.norm())
+
+
+def _zeros(given: Given) -> tuple[Tensor, Tensor | None]:
+    """Sums for the gradients of the bank and, if there are gains, of these."""
+    return torch.zeros_like(given.bank), None if given.gains is None else torch.zeros_like(given.gains)
+
+
+def _exact(made: list[blocks.Block], given: Given, gradient: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """The weights, and the gradients of bank and gains, in float64 on the processor."""
-    assert given.gains is not None
-    exact = Given.of(given.bank.cpu().double(), given.all_scales.cpu(), given.gains.cpu().double())
+    gains = None if given.gains is None else given.gains.cpu().double()
+    exact = Given.of(given.bank.cpu().double(), given.all_scales.cpu(), gains)
     slots = [placed for block in made for placed in block.slots]
     plain = blocks.make_blocks(slots, made[0].seed, exact.bank.numel(), (), torch.device("cpu"))
     weights, numel = torch.empty(len(gradient), dtype=torch.float64), [block.numel for block in plain]
-    sums = [torch.zeros_like(exact.bank), torch.zeros(len(given.gains), dtype=torch.float64)]
+    sums = _zeros(exact)
     for block, part, its in zip(plain, weights.split(numel), gradient.cpu().double().split(numel), strict=True):
         block.generate(exact, part)
         block.pull_back(its.clone(), exact, *sums)
