@@ -44,7 +44,15 @@ from dist_ssn.train.models.gpt import build_gpt
 
 Line = dict[str, Any]
 WARM_UP = 3
-CELLS = ("step", "launch-bound", "memory", "nccl", "gloo", "kernels")
+WHAT = {
+    "step": "GPT of 124 M parameters, bfloat16, torch.compile, flash attention",
+    "launch-bound": "GPT of width 256, one sample, eager and with CUDA graphs",
+    "memory": "peak of a step of the GPT of 124 M parameters, AdamW",
+    "nccl": "DDP with NCCL on one process",
+    "gloo": "DDP with gloo, two processes on one GPU",
+    "kernels": "Triton kernels beside plain operations, and their error",
+}
+CELLS = tuple(WHAT)
 _TINY = {"layers": 2, "width": 32, "heads": 2, "context": 16, "vocabulary": 64, "samples": 2}
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     "cuda": {
@@ -308,9 +316,10 @@ def in_process(cell: str, setting: Setting) -> Line:
 
 
 def table(lines: Iterable[Line]) -> Table:
-    """A row for each side of each cell's newest measurement."""
+    """A row for each side of each cell's newest measurement, and one for each cell without any."""
     shown = Table("what", "side", "on", "ms: median (min-max)", "peak, MiB", "to dense", "first step, s", "error")
-    for cell in latest(lines, ("cell",)).values():
+    found = latest(lines, ("cell",))
+    for cell in found.values():
         on = cell["hardware"].split("NVIDIA ")[-1] if "NVIDIA" in cell["hardware"] else cell["device"]
         for line in cell["lines"]:
             ms = "{:.2f} ({:.2f}-{:.2f})".format(*line["ms"]) if "ms" in line else ""
@@ -320,6 +329,9 @@ def table(lines: Iterable[Line]) -> Table:
             shown.add_row(
                 line["what"], line["side"], on, ms, peak, *("" if n is None else f"{n:{f}}" for n, f in numbers)
             )
+    for name in CELLS:
+        if (name,) not in found:
+            shown.add_row(WHAT[name], "", "not measured", "", "", "", "", "")
     return shown
 
 
@@ -346,7 +358,7 @@ def main() -> None:
             continue
         if arguments.device == "cuda":
             results.add(line)
-        Console().print(table([{**results.provenance, **line}]))
+        Console().print(table(results.lines() if arguments.device == "cuda" else [{**results.provenance, **line}]))
     if failed:
         parser.exit(1, f"failed: {', '.join(failed)}\n")
 
