@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_ssn.train.models.gpt import build_gpt
+
 
 class RecurrentText(nn.Module):
     """Predicts the next byte with an LSTM."""
@@ -93,6 +95,13 @@ class ImageText(nn.Module):
 def lstm(vocabulary: int = 256, width: int = 128, layers: int = 2, context: int = 128) -> nn.Module:
     """Builds the LSTM. `context` is the number of bytes in a window of the data; the model does not need it."""
     return RecurrentText(vocabulary, width, layers)
+
+
+def gpt_in_double(
+    vocabulary: int = 256, layers: int = 2, width: int = 128, heads: int = 4, context: int = 64
+) -> nn.Module:
+    """Builds a recipe's GPT in float64, so that the order of sums does not show in a loss."""
+    return build_gpt(vocabulary, layers, width, heads, context).double()
 
 
 def vit(

@@ -270,6 +270,15 @@ NORM = _base(
 )
 """Base class of the batch and instance norms; without it, the seven classes."""
 
+MODULE_MEMBERS = getattr(getattr(nn.Module, "_named_members", None), "__code__", None)
+"""Code of the method that lists a module's parameters; None where torch has no such method."""
+
+
+def hooks_of(parameter: Tensor) -> bool:
+    """True if hooks see a parameter's gradient."""
+    return any(getattr(parameter, name, None) for name in ("_backward_hooks", "_post_accumulate_grad_hooks"))
+
+
 MODULE_APPLY = nn.Module._apply
 """The method by which modules convert their tensors, which `Bank` and layers override."""
 

@@ -189,6 +189,8 @@ def shake(model: nn.Module, by: float = 0.1) -> None:
     """Moves every parameter away from its start, where gains are 1 and differences 0 and much would pass unseen."""
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * by)
+    for bank in banks_of(model):
+        bank.at_start = False  # so that it is not taken for a mistake
 
 
 def relative_error(got: Tensor | None, wanted: Tensor | None) -> float:

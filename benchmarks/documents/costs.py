@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from benchmarks.compute import codecs, generation, gpu, large, memory
 from benchmarks.markdown import from_rich, grid
-from benchmarks.network import latency, prediction, probe, scaling, time_to_target
+from benchmarks.network import ladder_prediction, ladder_target, latency, prediction, probe, scaling, time_to_target
 from benchmarks.result_files import lines_of
 
 GENERATION = "2026-11-26T06:38"
@@ -64,5 +64,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaling-modelled": lambda: from_rich(scaling.tables(lines_of("scaling"))[1]),
     "latency": lambda: from_rich(latency.table(lines_of("latency"))),
     "probe": lambda: from_rich(probe.table(lines_of("probe"))),
+    "ladder-prediction": lambda: from_rich(ladder_prediction.table(lines_of("ladder_prediction"))),
+    "ladder-target": lambda: from_rich(ladder_target.table(lines_of("ladder_target"))),
     "time-to-target": lambda: from_rich(time_to_target.made()),
 }

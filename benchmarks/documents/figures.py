@@ -14,6 +14,7 @@ from benchmarks.documents import sizes
 from benchmarks.documents.ladder import model_name
 from benchmarks.documents.quality import losses_by_budget
 from benchmarks.ladder.rungs import DENSE, loss_of, rungs
+from benchmarks.network import ladder_target
 from benchmarks.result_files import latest, lines_of
 from dist_ssn.report import plot_loss_against_bytes
 
@@ -111,10 +112,30 @@ def ladder(task: str, path: Path) -> None:
     save(figure, path)
 
 
+def times(path: Path) -> None:
+    """Seconds to dense's final loss of the LSTM, by link, of every side that reaches it."""
+    lines = lines_of("ladder_target")
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    names = list(reversed(ladder_target.SIDES))
+    for index, link in enumerate(ladder_target.LINKS):
+        found = [ladder_target.seconds_to_target(name, link, lines) for name in names]
+        places = [row + 0.27 * (1 - index) for row, seconds in enumerate(found) if seconds]
+        axes.barh(
+            places, [seconds for seconds in found if seconds], 0.25, color=f"C{index}", label=ladder_target.named(*link)
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds to dense's final loss, steps alone (logarithmic)")
+    axes.legend(fontsize=8, frameon=False)
+    save(figure, path)
+
+
 FIGURES: dict[str, Callable[[Path], None]] = {
     "quality_by_budget.png": budgets,
     "quality_curves.png": curves,
     "loss_against_bytes.png": quickstart,
+    "ladder_target.png": times,
     **{f"ladder_{task}.png": partial(ladder, task) for task in ("gpt", "lstm")},
 }
 """File in docs/ → the function that draws it."""

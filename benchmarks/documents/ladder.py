@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.ladder.cells import AVERAGE, NAMES
+from benchmarks.ladder.cells import AVERAGE, NAMES, identity
 from benchmarks.ladder.rungs import DENSE, Rung, above_dense, lines_by_cell, loss_of, rungs
 from benchmarks.ladder.suites import DILOCO, LONG, NESTEROV, SHORT
 from benchmarks.markdown import grid, mean, short
+from benchmarks.result_files import lines_of
 
 Line = dict[str, Any]
 CODECS = {"none": "32 bits", "int8": "8 bits", "int4": "4 bits", "bins2": "2 bits", "sparse": "sparse"}
@@ -135,6 +136,28 @@ def methods(task: str) -> str:
     return grid((NAMES[task], "every", "codec", "outer", *headings), rows)
 
 
+GAINS = ("bf16", "int8", "int4", "sparse")
+
+
+def gains() -> str:
+    """Loss of a 25 % bank by the codec of its gains (a column each), and the bytes of a message."""
+    found: dict[tuple[Any, ...], dict[str, list[Line]]] = {}
+    for line in {identity(line): line for line in lines_of("gains")}.values():
+        rung = (line["task"], line["kind"], line["budget"], line["every"], line["codec"])
+        found.setdefault(rung, {}).setdefault(line["small"], []).append(line)
+    rows = []
+    for (task, kind, budget, every, codec), tried in sorted(
+        found.items(), key=lambda item: (item[0][0], -item[0][3], item[0][4])
+    ):
+        texts = [NAMES[task], model_name(kind, budget), str(every), CODECS[codec]]
+        for small in GAINS:
+            runs = sorted(tried.get(small, ()), key=lambda run: run["seed"])
+            size = f"{runs[0]['bytes'] / (-(-runs[0]['steps'] // every)) / 1000:,.1f} kB: " if runs else ""
+            texts.append(size + (mean([run["validation_loss"] for run in runs]) if runs else ""))
+        rows.append(texts)
+    return grid(("", "model", "every", "codec", *(f"gains: {CODECS.get(small, '16 bits')}" for small in GAINS)), rows)
+
+
 def _over_run(values: Sequence[float]) -> str:
     """Text "mean (first quarter → last quarter)"."""
     quarter = max(1, len(values) // 4)
@@ -143,7 +166,7 @@ def _over_run(values: Sequence[float]) -> str:
 
 
 def _tables() -> dict[str, Callable[[], str]]:
-    found: dict[str, Callable[[], str]] = {"ladder-agreement": agreements}
+    found: dict[str, Callable[[], str]] = {"ladder-agreement": agreements, "ladder-gains": gains}
     for task in ("gpt", "lstm"):
         found |= {
             f"ladder-methods-{task}": lambda task=task: methods(task),

@@ -15,20 +15,24 @@ Line = dict[str, Any]
 
 
 def faults() -> str:
-    """A row per fault, with both engines; the newest line of each cell counts."""
+    """A row per fault, with its engines; the newest line of each cell counts."""
     found = latest(lines_of("faults"), ("fault", "engine"))
     rows = []
-    for name in FAULTS:
-        both = [found[name, engine] for engine in ("ddp", "zero-1")]
+    for name, fault in FAULTS.items():
+        both = [found[name, engine] for engine in fault.engines]
         seconds = ["-" if line["detected_s"] is None else f"{line['detected_s']:.2g}" for line in both]
         rows.append(
             [
                 name,
-                ", ".join(seconds) if any(line["started_again"] for line in both) else "it waits, and goes on",
+                ", ".join(seconds)
+                if any(map(_ends, both))
+                else "it goes on"
+                if _left_out(both[0])
+                else "it waits, and goes on",
                 _same(str(line["steps_lost"]) for line in both),
                 _same("YES" if line["hang"] else "no" for line in both),
                 _same("yes" if line["checkpoint_whole"] else "yes, the one before" for line in both),
-                _same("yes" if line["equal"] else f"NO ({', '.join(line['differs'])})" for line in both),
+                _same(map(_equal, both)),
             ]
         )
     headings = (
@@ -40,6 +44,23 @@ def faults() -> str:
         "resumed = undisturbed",
     )
     return grid(headings, rows)
+
+
+def _ends(line: Line) -> bool:
+    """True if the processes end, and are started again."""
+    return line["started_again"] or (line["detected_s"] is not None and not _left_out(line))
+
+
+def _left_out(line: Line) -> list[Any]:
+    return line.get("left_out") or []
+
+
+def _equal(line: Line) -> str:
+    if line["equal"]:
+        return "yes"
+    if _left_out(line):
+        return f"no: a round without one worker; loss {line['last_loss']:.3f}, undisturbed {line['undisturbed_last_loss']:.3f}"
+    return f"NO ({', '.join(line['differs'])})"
 
 
 def _same(texts: Iterable[str]) -> str:
@@ -67,6 +88,17 @@ def lab_bytes() -> str:
         size = [f"{line['parameters']:,}", f"{line['steps']:,}", f"{line['plan_bytes'] / 1e6:,.0f}"]
         rows.append([f"{line['engine']}, {line['launcher']}", *size, *hosts])
     return grid(("engine, launcher", "parameters", "steps", "plan, MB per host", "host 0", "1", "2", "3"), rows)
+
+
+def islands() -> str:
+    """A row per type and codec: bytes between nodes over the predicted, and losses of islands and of as many processes."""
+    rows = []
+    for line in latest((line for line in lines_of("island_bytes") if "dtype" in line), ("dtype", "codec")).values():
+        sent = [f"{line['predicted_bytes'] / 1e6:.3f}", each(line["ratio"], ".3f")]
+        losses = [f"{line['loss']:.6f}", f"{line['loss_of_pair']:.6f}", f"{line['loss'] - line['loss_of_pair']:.0e}"]
+        rows.append([line["dtype"], line["codec"], *sent, *losses])
+    headings = ("parameters", "codec", "predicted, MB per node", "sent / predicted, by node")
+    return grid((*headings, "loss, 2 × 2 processes", "2 processes of double batch", "difference"), rows)
 
 
 def fuzz() -> str:
@@ -132,6 +164,6 @@ def hooks() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{"faults": faults, "elastic": elastic, "lab-bytes": lab_bytes, "fuzz": fuzz},
+    **{"faults": faults, "elastic": elastic, "lab-bytes": lab_bytes, "islands": islands, "fuzz": fuzz},
     **{"overlap": overlap, "delay": delay, "hooks": hooks},
 }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import subprocess
 import tempfile
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.faults.fault_lab import environment_of, sentences
+from benchmarks.faults.fault_lab import environment_of, lost, sentences
 from benchmarks.result_files import ResultFile
 from dist_ssn.cluster import load_cluster
 from dist_ssn.lab import Lab, plan_network
@@ -102,13 +101,6 @@ class Elastic:
                 logs = "\n".join((self.folder / f"host-{host}.log").read_text()[-2000:] for host in self.hosts)
                 raise SystemExit(f"the job does not go on:\n{logs}")
             time.sleep(0.05)
-
-
-def lost(said: list[str]) -> int | None:
-    """Number of repeated steps, from the ranks' messages; None if there is no message."""
-    named = [(re.search(r"after step (\d+)", line), re.search(r"checkpoints/step-(\d+)", line)) for line in said]
-    made = [int(at[1]) - int(saved[1]) for at, saved in named if at and saved]
-    return max(made, default=None)
 
 
 def measure(budget: str, dice: random.Random) -> list[dict[str, Any]]:

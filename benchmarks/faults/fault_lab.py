@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from dist_ssn.launch.run import found
 from dist_ssn.train.checkpoint.folder import fingerprint, latest
 
 LIMIT_SECONDS = 150  # from a fault to the end of everything; what takes longer hangs
+PORT = 29_623
 START_SECONDS = 400  # until the fault, and for a run without one: the start of four processes on a busy machine
 
 
@@ -54,12 +56,14 @@ def run_on(
     fault: str,
     act: Callable[[Lab, list[subprocess.Popen[bytes]], float], bool] | None = None,
     variables: Mapping[str, str] | None = None,
+    restarts: int = 0,
 ) -> Outcome:
     """Runs `dist-ssn PROGRAM` on all hosts.
 
     Args:
         fault: Kind, rank and step, as in `fault_model.py`.
         act: Called with the seconds since the fault, again and again, until it returns True; acts from outside.
+        restarts: Number of times that torchrun itself starts the processes again.
     """
     mark = folder / "mark"
     mark.unlink(missing_ok=True)
@@ -68,7 +72,7 @@ def run_on(
     marked: float | None = None
     detected: float | None = None
     variables = {"FAULT": fault, "FAULT_MARK": str(mark), **(variables or {})}
-    processes = start_on(lab, cluster, program, folder, logs, variables)
+    processes = start_on(lab, cluster, program, folder, logs, variables, restarts)
     hung = False
     while any(process.poll() is None for process in processes):
         time.sleep(0.1)
@@ -95,15 +99,31 @@ def start_on(
     folder: Path,
     logs: Sequence[Path],
     variables: Mapping[str, str],
+    restarts: int = 0,
 ) -> list[subprocess.Popen[bytes]]:
-    """Starts `dist-ssn PROGRAM` on all hosts, each with its log."""
+    """Starts `dist-ssn PROGRAM` on all hosts, each with its log; arguments as in `run_on`."""
     environ = environment_of(variables)
     processes = []
     for rank, command in enumerate(host_commands(cluster, lab.network, program, folder)):
+        if restarts:
+            command = dataclasses.replace(command, argv=restarting(lab, rank, restarts, program))
         command = found(command, environ["PATH"])
         with logs[rank].open("wb") as log:
             processes.append(lab.start(rank, command.argv, {**environ, **command.environment}, log))
     return processes
+
+
+def restarting(lab: Lab, host: int, restarts: int, program: Sequence[str]) -> tuple[str, ...]:
+    """Command of one host: torchrun that finds the others again, and starts `dist-ssn PROGRAM` anew, when a process has died."""
+    hosts = lab.network.hosts
+    # By itself torchrun guesses by names, which all hosts share here, who has the store, and where it is itself.
+    meeting = [
+        f"--rdzv-endpoint={hosts[0].address}:{PORT}",
+        "--rdzv-id=faults",
+        f"--rdzv-conf=is_host={int(host == 0)}",
+    ]
+    group = [f"--nnodes={len(hosts)}", "--nproc-per-node=1", f"--max-restarts={restarts}", "--rdzv-backend=c10d"]
+    return ("torchrun", *group, *meeting, f"--local-addr={hosts[host].address}", "-m", "dist_ssn.cli", *program)
 
 
 def environment_of(variables: Mapping[str, str]) -> dict[str, str]:
@@ -116,6 +136,13 @@ def sentences(log: Path) -> list[str]:
     """Messages of dist-ssn itself in a log."""
     lines = log.read_text(errors="replace").splitlines()
     return [line.removeprefix("dist-ssn: ") for line in lines if line.startswith("dist-ssn: ")]
+
+
+def lost(said: Sequence[str]) -> int | None:
+    """Number of repeated steps, from the ranks' messages; None if there is no message."""
+    named = [(re.search(r"after step (\d+)", line), re.search(r"checkpoints/step-(\d+)", line)) for line in said]
+    made = [int(at[1]) - int(saved[1]) for at, saved in named if at and saved]
+    return max(made, default=None)
 
 
 def link(lab: Lab, host: int, up: bool) -> None:

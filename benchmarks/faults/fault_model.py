@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from dist_ssn.comm import in_flight
 from dist_ssn.train.checkpoint import folder
 from dist_ssn.train.models.gpt import build_gpt
 
-STOPPED_SECONDS = 60
+STOPPED_SECONDS, PAUSED_SECONDS = 60, 10
+"""Seconds that "stop" and "pause" last: longer than the time-out, and shorter."""
 
 
 class FaultyGPT(nn.Module):
@@ -79,9 +81,9 @@ def _kill_while_saving(_: object) -> None:
     folder.sync = _kill  # the files are there, and not under their name yet
 
 
-def _stop(_: object) -> None:
+def _stop(_: object, seconds: int = STOPPED_SECONDS) -> None:
     mark()
-    later = f"sleep {STOPPED_SECONDS}; kill -CONT {os.getpid()} 2>/dev/null"
+    later = f"sleep {seconds}; kill -CONT {os.getpid()} 2>/dev/null"
     subprocess.Popen(["sh", "-c", later], start_new_session=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -99,6 +101,7 @@ BEFORE: dict[str, Callable[[nn.Module], None]] = {
     "kill in all-reduce": _kill_in_all_reduce,
     "kill while saving": _kill_while_saving,
     "stop": _stop,
+    "pause": partial(_stop, seconds=PAUSED_SECONDS),
     "flip": _flip,
     "mark": lambda _: mark(),
 }

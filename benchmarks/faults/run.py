@@ -1,6 +1,8 @@
 """Causes each fault on four emulated hosts at 100 Mbit/s, under DDP and ZeRO-1, then starts the run again and compares.
 
-    sudo python -m benchmarks.faults.run [--faults NAME ...] [--engines ddp zero-1] [--table]
+    sudo python -m benchmarks.faults.run [--faults NAME ...] [--engines ddp zero-1 rounds] [--table]
+
+"rounds" are local updates of ten steps under DDP's engine, with faults of their own.
 
 Writes results/faults/, one line per fault and engine, and skips what this commit has measured already. --table: shows the measured
 lines, and measures nothing.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -29,6 +32,7 @@ from benchmarks.faults.fault_lab import (
     fill,
     last_checkpoint,
     link,
+    lost,
     result_of,
     run_on,
     signal_all,
@@ -42,7 +46,12 @@ from dist_ssn.train.checkpoint.folder import latest
 
 STEPS, EVERY, AT, RANK = 30, 10, 25, 2
 TIMEOUT_SECONDS = 20
-ENGINES = {"ddp": ["--engine.name=ddp"], "zero-1": ["--engine.name=deepspeed", "--engine.stage=1"]}
+ENGINES = {
+    "ddp": ["--engine.name=ddp"],
+    "zero-1": ["--engine.name=deepspeed", "--engine.stage=1"],
+    "rounds": ["--engine.name=ddp", f"--sync.every={EVERY}", "--sync.codec=int4"],
+}
+EVERY_STEP = ("ddp", "zero-1")
 SETTINGS = {
     "name": "run",
     "model": "benchmarks.faults.fault_model.build",
@@ -75,6 +84,8 @@ class Fault:
         disk_mb: Size of the disk for the run's folder; None: no limit.
         truncate: Whether the newest checkpoint is truncated before the restart.
         made: Number of steps made at detection, if no message says it.
+        restarts: Number of times that torchrun starts the run again by itself; 0: the driver does.
+        engines: Engines that have this fault.
     """
 
     kind: str
@@ -85,6 +96,8 @@ class Fault:
     disk_mb: int | None = None
     truncate: bool = False
     made: int | None = None
+    restarts: int = 0
+    engines: tuple[str, ...] = EVERY_STEP
 
 
 def _link_down(seconds: float | None) -> Act:
@@ -121,6 +134,9 @@ FAULTS: dict[str, Fault] = {
     "NaN on one rank": Fault("nan", made=STEPS),
     "one bank bit flipped": Fault("flip"),
     "SIGTERM to all": Fault("mark", _signal_all, at=EVERY + 5),
+    "SIGKILL in a round": Fault("kill-in-forward", restarts=1, engines=("rounds",)),
+    "SIGSTOP for a round, 10 s": Fault("pause", engines=("rounds",)),
+    "NaN in a round": Fault("nan", at=EVERY + 5, made=STEPS, engines=("rounds",)),
 }
 
 
@@ -143,7 +159,8 @@ def measure(engine: str, fault: Fault, reference: dict[str, Any], folder: Path) 
     run = folder / "run"
     with lab_of(fault.loss_percent) as (lab, cluster):
         act = fault.act if fault.disk_mb is None else _fill_disk(folder)
-        outcome = run_on(lab, cluster, program(engine, folder), folder, f"{fault.kind} {fault.rank} {fault.at}", act)
+        cause = f"{fault.kind} {fault.rank} {fault.at}"
+        outcome = run_on(lab, cluster, program(engine, folder), folder, cause, act, restarts=fault.restarts)
         if outcome.ended is None:
             raise SystemExit(f"{fault.kind} did not come: {outcome.said}")
         link(lab, RANK, up=True)
@@ -165,22 +182,38 @@ def measure(engine: str, fault: Fault, reference: dict[str, Any], folder: Path) 
             )
     result = result_of(run)
     said = [sentence.replace(str(folder), "runs") for sentence in outcome.said]
-    passed_over = [line for line in (folder / "host-0.log").read_text().splitlines() if "it is skipped" in line]
+    log = (folder / "host-0.log").read_text()
+    told = [
+        line.replace(str(folder), "runs") for line in log.splitlines() if re.search(r"it is (skipped|left out)", line)
+    ]
+    steps_lost = lost(said) if fault.restarts else 0
+    if again is not None and found is not None:
+        steps_lost = steps_made - found[0]
     return {
         "detected_s": outcome.detected,
         "ended_s": outcome.ended,
         "exit_codes": outcome.codes,
-        "said": passed_over[0].replace(str(folder), "runs") if passed_over else (said[0] if said else None),
+        "said": told[0].partition("Warning: ")[2] or told[0] if told else (said[0] if said else None),
         "all_said": said,
-        "steps_lost": steps_made - found[0] if found is not None and again is not None else 0,
+        "steps_lost": steps_lost,
         "hang": outcome.hung or (again is not None and again.hung),
         "checkpoint_left": found[0] if found is not None else None,
         "checkpoint_whole": found is not None and found[1],
         "started_again": again is not None,
         "equal": result == reference,
         "differs": [key for key in reference if result is None or result[key] != reference[key]],
+        "last_loss": None if result is None else result["losses"][-1][1],
+        "undisturbed_last_loss": reference["losses"][-1][1],
+        "left_out": left_out_of(run),
         "seconds": outcome.seconds + (again.seconds if again is not None else 0.0),
     }
+
+
+def left_out_of(run: Path) -> list[list[Any]]:
+    """Last step of each round that left somebody out, and who; of the last start of the run."""
+    summary = run / "summary.json"
+    rounds = json.loads(summary.read_text()).get("rounds", []) if summary.exists() else []
+    return [[one["step"], one["left_out"]] for one in rounds if one["left_out"]]
 
 
 def undisturbed(engine: str) -> dict[str, Any]:
@@ -212,7 +245,8 @@ def table(lines: list[dict[str, Any]]) -> Table:
         "resumed = undisturbed",
     )
     for line in lines:
-        seen = line["said"] or ("it waits, and goes on" if not line["started_again"] else "the launcher's own report")
+        goes_on = "it waits, and goes on" if not line["started_again"] else "the launcher's own report"
+        seen = line["said"] or goes_on
         left = "-" if line["checkpoint_left"] is None else f"step {line['checkpoint_left']}"
         whole = "yes" if line["checkpoint_whole"] else "damaged, the one before is"
         made.add_row(
@@ -248,7 +282,8 @@ def main() -> None:
         if arguments.table or line["commit"] == results.provenance["commit"]
     }
     for engine in () if arguments.table else arguments.engines:
-        wanted = [name for name in arguments.faults if (name, engine) not in known]
+        mine = [name for name in arguments.faults if engine in FAULTS[name].engines]
+        wanted = [name for name in mine if (name, engine) not in known]
         if not wanted:
             continue
         if (UNDISTURBED, engine) not in known:

@@ -40,6 +40,8 @@ KINDS = ("dense", "small", "hashed", "bank")
 
 AVERAGE = (1.0, 0.0)
 """Outer learning rate and momentum of plain averaging."""
+GAINS = "bf16"
+"""Codec of gains in the suites' lines, as `dist_ssn.sync` had it when they were measured; it has four bits since (`gains.py`)."""
 
 
 def cell(
@@ -51,6 +53,8 @@ def cell(
     codec: str = "none",
     outer: tuple[float, float] = AVERAGE,
     seed: int = 0,
+    small: str | None = GAINS,
+    steps: int | None = None,
 ) -> Cell:
     """A cell.
 
@@ -63,18 +67,22 @@ def cell(
         codec: Name of the codec of what is exchanged.
         outer: Learning rate and Nesterov momentum of the outer optimizer; unused with `every=1`.
         seed: Of weights, data and mapping together.
+        small: Name of the codec of gains, coefficients, biases and norms, where `codec` has fewer than 16 bits; None: as
+            `dist_ssn.sync` has it.
+        steps: Number of steps; None: the task's.
     """
     assert kind in KINDS and (budget is None) == (kind == "dense"), (kind, budget)
     made = {"task": task, "kind": kind, "budget": budget, "lr": lr, "every": every, "codec": codec}
-    return {**made, "outer": list(AVERAGE if every == 1 else outer), "seed": seed}
+    more = {"seed": seed, "small": small, "steps": steps or TASKS[task]["steps"]}
+    return {**made, "outer": list(AVERAGE if every == 1 else outer), **more}
 
 
-_KEYS = tuple(cell("gpt", "dense", None, 1.0))
+_DEFAULTS = cell("gpt", "dense", None, 1.0)
 
 
 def identity(measured: Mapping[str, Any]) -> str:
     """The text that is equal for equal cells."""
-    return json.dumps([measured[key] for key in _KEYS])
+    return json.dumps([measured.get(key, default) for key, default in _DEFAULTS.items()])
 
 
 def without(wanted: Iterable[Cell], lines: Iterable[Mapping[str, Any]]) -> list[Cell]:
@@ -83,10 +91,10 @@ def without(wanted: Iterable[Cell], lines: Iterable[Mapping[str, Any]]) -> list[
     return [one for name, one in {identity(one): one for one in wanted}.items() if name not in done]
 
 
-def recipe_of(wanted: Cell) -> Recipe:
-    """Recipe of a cell: its task, its model and its learning rate."""
+def settings_of(wanted: Cell) -> list[str]:
+    """Settings of a cell's recipe, as on a command line: its task, its model, its learning rate and its length."""
     task, kind, budget, seed = (wanted[key] for key in ("task", "kind", "budget", "seed"))
-    settings = {**TASKS[task], "optimizer.lr": wanted["lr"], "seed": seed, "threads": 1}
+    settings = {**TASKS[task], "optimizer.lr": wanted["lr"], "seed": seed, "threads": 1, "steps": wanted["steps"]}
     if kind == "small":
         settings |= {"model_args": SMALL[task, budget]}
     elif kind == "hashed":
@@ -94,4 +102,9 @@ def recipe_of(wanted: Cell) -> Recipe:
     elif kind == "bank":
         settings |= {"share.budget": budget, "share.morph": DEFAULT, "share.seed": seed}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    return load_recipe(None, [f"--{key}={text}" for key, text in texts.items()])
+    return [f"--{key}={text}" for key, text in texts.items()]
+
+
+def recipe_of(wanted: Cell) -> Recipe:
+    """Recipe of a cell."""
+    return load_recipe(None, settings_of(wanted))

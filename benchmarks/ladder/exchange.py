@@ -17,24 +17,25 @@ class SimulatedExchange:
 
     Args:
         size: Values of a vector, P.
-        packed: Number of first values that are in the codec; the others travel in 16 bits, if the codec has fewer.
+        packed: Number of first values that are in the codec; the others travel in `small`, if the codec has fewer than 16 bits.
         codec: A name in CODECS.
         workers: Number of workers, n.
+        small: A name in CODECS, for gains, coefficients, biases and norms; None: as `dist_ssn.sync` has it.
 
     Attributes:
         handed_bytes: Bytes that one worker hands to collectives in an exchange.
         sent_bytes: Bytes that one worker must send in an exchange, on average.
     """
 
-    def __init__(self, size: int, packed: int, codec: str, workers: int) -> None:
-        kind = find_codec(codec)
-        smaller = kind.packed_bytes(2**16) < 2 * 2**16
-        self._sizes = [packed, size - packed] if smaller else [size, 0]
-        lanes = [(kind, self._sizes[0]), (routes.PLAIN, self._sizes[1])]
+    def __init__(self, size: int, packed: int, codec: str, workers: int, small: str | None = None) -> None:
+        lanes = routes.lanes_of(find_codec(codec), size, size - packed)
+        if small is not None:
+            lanes[1] = (find_codec(small), lanes[1][1])
+        self._sizes = [values for _, values in lanes]
         self.route = routes.choose_route("auto", lanes, workers)
         self.handed_bytes = sum(routes.handed_bytes(self.route, lanes, workers).values())
         self.sent_bytes = routes.sent_bytes(self.route, lanes, workers)
-        ends = [(codec, routes.cuts(codec, values, workers)) for codec, values in lanes]
+        ends = [(codec, routes.cuts(values, workers)) for codec, values in lanes]
         self._lanes = [[Lane(codec, cuts, rank) for codec, cuts in ends] for rank in range(workers)]
 
     @torch.no_grad()

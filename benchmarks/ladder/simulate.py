@@ -90,9 +90,9 @@ class Worker:
         self.schedule.step()
         self.optimizer.zero_grad()
 
-    def exchange(self, codec: str, workers: int) -> SimulatedExchange:
-        """An exchange of vectors like `values`."""
-        return SimulatedExchange(len(self.values), self.packed, codec, workers)
+    def exchange(self, wanted: Cell, workers: int) -> SimulatedExchange:
+        """An exchange of vectors like `values`, in the codecs of a cell."""
+        return SimulatedExchange(len(self.values), self.packed, wanted["codec"], workers, wanted["small"])
 
 
 def agreement(changes: Tensor) -> dict[str, float]:
@@ -148,7 +148,7 @@ def every_step(wanted: Cell, recipe: Recipe, task: Task, model: nn.Module, dense
     Without a codec the whole batch is one backward (its gradient is the mean), except with batch norm, which sees a worker's part.
     """
     worker = Worker(model, recipe, dense)
-    exchange = worker.exchange(wanted["codec"], WORKERS)
+    exchange = worker.exchange(wanted, WORKERS)
     apart = wanted["codec"] != "none" or any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     parts = WORKERS if apart else 1
     for step in range(recipe.steps):
@@ -170,7 +170,7 @@ def local_updates(
     """Trains copies of `model`, which is the anchor. Yields the workers' changes, or None between exchanges."""
     replicas = [Worker(copy.deepcopy(model), recipe, copy.deepcopy(dense)) for _ in range(workers)]
     whole = Worker(model, recipe, dense)
-    anchor, exchange = whole.values, whole.exchange(wanted["codec"], workers)
+    anchor, exchange = whole.values, whole.exchange(wanted, workers)
     rate, momentum = wanted["outer"]
     outer = outer_optimizer("nesterov" if momentum else "average", [anchor], rate, momentum or None)
     for step in range(recipe.steps):

@@ -4,12 +4,14 @@
 
 Local updates of 16 steps between the nodes, gradients on every step within them. Counters are those of the nodes' devices, with the
 start, evaluation, metrics and packet headers (a full frame carries 1448 bytes in 1514). The short run of 16 steps is subtracted, so
-that the start does not count. Writes results/island_bytes/.
+that the start does not count. An island sums its gradients in another order than one process, which float32 shows and AdamW
+amplifies; so losses are compared in float64, and in float32 beside it. Writes results/island_bytes/.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -25,6 +27,8 @@ from dist_ssn.train.recipe.read import load_recipe
 
 EVERY = 16
 MODEL = '--model_args={"layers": 2, "width": 128, "heads": 4, "context": 64}'
+DTYPES = {"float64": ["--model=benchmarks.models.gpt_in_double"], "float32": []}
+"""Type of the parameters → settings."""
 COMMON = [
     MODEL,
     "--batch_size=16",
@@ -36,13 +40,14 @@ COMMON = [
 COMMON += ["--schedule.name=constant", "--evaluate_every=100000", "--evaluate_batches=8"]
 
 
-def measure(processes: int, steps: int, codec: str) -> dict[str, Any]:
+def measure(processes: int, steps: int, codec: str, dtype: str) -> dict[str, Any]:
     """Validation loss, and bytes that each node's device has sent.
 
     Args:
         processes: of each of the two nodes.
         steps: of the run.
         codec: of the changes.
+        dtype: of the parameters, of DTYPES.
     """
     within = ["--sync.within=node"] if processes > 1 else []
     with tempfile.TemporaryDirectory() as name:
@@ -51,7 +56,8 @@ def measure(processes: int, steps: int, codec: str) -> dict[str, Any]:
         facts = yaml.safe_load(path.read_text())
         inside = {"latency_us": 20, "bandwidth_mbit": 10000}  # a fact that the lab does not need
         path.write_text(yaml.safe_dump(facts | {"processes_per_node": processes, "within": inside}))
-        program = ["train", "--config", "quickstart", *COMMON, *within, f"--steps={steps}", f"--sync.codec={codec}"]
+        program = ["train", "--config", "quickstart", *COMMON, *DTYPES[dtype], *within]
+        program += [f"--steps={steps}", f"--sync.codec={codec}"]
         in_the_lab(str(path), folder / "logs", [*program, f"--output={folder}", "--name=run", "--no-progress"])
         row = json.loads((folder / "run" / "summary.json").read_text())["rows"][0]
         counters = json.loads((folder / "logs" / "counters.json").read_text())
@@ -65,15 +71,19 @@ def main() -> None:
     results = ResultFile("island_bytes")
     recipe = load_recipe("quickstart", COMMON)
     vector = next(found for *_, found in vectors_of(recipe))
-    for codec in ("none", "int4"):
+    done = {(line.get("dtype"), line["codec"], line["steps"]) for line in results.lines()}
+    for dtype, codec in itertools.product(DTYPES, ("none", "int4")):
+        if (dtype, codec, arguments.steps) in done:
+            continue
         whole, short, pair = (
-            measure(processes, steps, codec)
+            measure(processes, steps, codec, dtype)
             for processes, steps in ((2, arguments.steps), (2, EVERY), (1, arguments.steps))
         )
         runs = (of_run(vector, codec, 2, steps, EVERY).sent for steps in (arguments.steps, EVERY))
         predicted = next(runs) - next(runs)
         sent = [after - before for after, before in zip(whole["sent_bytes"], short["sent_bytes"], strict=True)]
         line = {
+            "dtype": dtype,
             "codec": codec,
             "steps": arguments.steps,
             "every": EVERY,

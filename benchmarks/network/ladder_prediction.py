@@ -1,11 +1,12 @@
 """Predictions of `dist-ssn plan --cluster` for rounds, against runs in the lab: budget × period × codec × bandwidth × delay.
 
-    sudo python -m benchmarks.network.ladder_prediction [--hosts 2] [--repetitions 1]
+    sudo python -m benchmarks.network.ladder_prediction [--hosts 2] [--repetitions 1] [--minutes 7]    # resumable
+    sudo python -m benchmarks.network.ladder_prediction --limits
     python -m benchmarks.network.ladder_prediction --table
 
 Half of all combinations: a delay where the other four settings have an odd number of second values. A step's time is the mean over
 WINDOW steps, which are whole rounds; the bytes are those of the run's ledger. Compute is measured once per repetition, on all hosts
-at once. As many hosts as processors. Writes results/ladder_prediction/.
+at once. As many hosts as processors. "--limits" trains with nothing but `sync.limit`. Writes results/ladder_prediction/.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ STEPS = 2 * WINDOW + 4
 BUDGETS, PERIODS, CODECS, MBIT = (None, 0.1), (4, 16), ("none", "int4"), (10.0, 40.0)
 MODEL = '--model_args={"layers": 2, "width": 128, "heads": 4, "context": 64}'
 COMMON = ["--config=quickstart", MODEL, "--batch_size=8", "--threads=1", "--schedule.warmup=1"]
+LIMITS = ("2kB/step", "20kB/step", "200kB/step")
 KEYS = ("budget", "every", "codec", "mbit", "delay", "hosts", "repetition")
 
 
@@ -62,36 +65,49 @@ def predict(cluster: str, compute: Path, cell: Line) -> float:
     return next(row for row in rows if all(row[key] == value for key, value in wanted.items()))["ms_per_step"]
 
 
+SIZES = [f"--steps={STEPS}", "--evaluate_every=100000", "--evaluate_batches=1", f"--checkpoint.every={WINDOW}"]
+
+
 def settings_of(cell: Line) -> list[str]:
     """The recipe of a cell."""
-    sync = {key: cell[key] for key in ("every", "codec", "delay")}
-    sizes = [f"--steps={STEPS}", "--evaluate_every=100000", "--evaluate_batches=1", f"--checkpoint.every={WINDOW}"]
-    return [
-        *COMMON,
-        *sizes,
-        *(f"--sync.{key}={value}" for key, value in sync.items()),
-        f"--share.budget={json.dumps(cell['budget'])}",
-    ]
+    sync = (f"--sync.{key}={cell[key]}" for key in ("every", "codec", "delay"))
+    return [*COMMON, *SIZES, *sync, f"--share.budget={json.dumps(cell['budget'])}"]
+
+
+def trained(cluster: str, settings: list[str], folder: Path) -> tuple[Path, Line]:
+    """Folder and summary of a run on the hosts."""
+    program = ["train", *settings, "--no-progress", f"--output={folder}", f"--name=run-{os.getpid()}"]
+    in_the_lab(cluster, folder / "logs", program)
+    run = folder / f"run-{os.getpid()}"
+    return run, json.loads((run / "summary.json").read_text())
+
+
+def limited(text: str, hosts: int, folder: Path) -> Line:
+    """What a run sends to which only `sync.limit` is given."""
+    cluster = cluster_file(folder, hosts=hosts, mbit=MBIT[-1])
+    _, summary = trained(cluster, [*COMMON, *SIZES, "--share.budget=null", f"--sync.limit={text}"], folder)
+    sent = summary["rows"][0]["bytes_per_step_ring"]
+    return {"limit": text, "hosts": hosts, "bytes_per_step_ring": sent, "chosen": summary["chosen"][0]}
 
 
 def measure(cluster: str, cell: Line, folder: Path) -> Line:
     """Figures of a run on the hosts."""
-    program = ["train", *settings_of(cell), "--no-progress", f"--output={folder}", f"--name=run-{os.getpid()}"]
-    in_the_lab(cluster, folder / "logs", program)
-    run = folder / f"run-{os.getpid()}"
-    row = json.loads((run / "summary.json").read_text())["rows"][0]
+    run, summary = trained(cluster, settings_of(cell), folder)
+    row = summary["rows"][0]
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     at = {line["step"]: line["seconds"] for line in logged if "seconds" in line}
     milliseconds = 1000 * (at[2 * WINDOW] - at[WINDOW]) / WINDOW
-    return {"ms_per_step": milliseconds, "bytes_per_step_logical": row["bytes_per_step_logical"]}
+    return {"ms_per_step": milliseconds, **{key: row[key] for key in ("bytes_per_step_logical", "bytes_per_step_ring")}}
 
 
-def predicted_bytes(cell: Line) -> int:
-    """Bytes per step that a process hands to collectives, as a run's summary averages them."""
+def predicted_bytes(cell: Line) -> dict[str, int]:
+    """Bytes per step, handed to collectives and sent, as a run's summary averages them; a limit of as many keeps the cell."""
     recipe = load_recipe("quickstart", settings_of(cell)[1:])
     dense = cell["budget"] is None
     vector = next(found for _, kind, _, found in vectors_of(recipe) if not dense or kind == "dense")
-    return round(sent_per_step(vector, recipe, cell["hosts"], cell["every"], cell["codec"]).handed)
+    found = sent_per_step(vector, recipe, cell["hosts"], cell["every"], cell["codec"])
+    logical, ring = "predicted_bytes_per_step_logical", "predicted_bytes_per_step_ring"
+    return {logical: round(found.handed), ring: round(found.sent)}
 
 
 def table(lines: list[Line]) -> Table:
@@ -110,13 +126,19 @@ def table(lines: list[Line]) -> Table:
     shown = Table(*headings)
     found: dict[tuple[Any, ...], list[Line]] = {}
     for line in lines:
+        if "limit" in line:
+            continue
         found.setdefault(tuple(line[key] for key in KEYS[:-1]), []).append(line)
     errors = []
     for (budget, every, codec, mbit, delay, _), mine in found.items():
         ms = [line["ms_per_step"] for line in mine]
         predicted = statistics.median(line["predicted_ms_per_step"] for line in mine)
         errors.append(predicted / statistics.median(ms) - 1)
-        sent = {line["bytes_per_step_logical"] - line["predicted_bytes_per_step_logical"] for line in mine}
+        sent = {
+            line[f"bytes_per_step_{what}"] - line[f"predicted_bytes_per_step_{what}"]
+            for line in mine
+            for what in ("logical", "ring")
+        }
         middle = f"{statistics.median(ms):.0f} ({min(ms):.0f}-{max(ms):.0f})"
         named = ("dense" if budget is None else f"{budget:.0%}", str(every), codec, f"{mbit:g}", str(delay))
         shown.add_row(*named, middle, f"{predicted:.0f}", f"{errors[-1]:+.0%}", ", ".join(map(str, sorted(sent))))
@@ -128,21 +150,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after this time")
+    parser.add_argument("--limits", action="store_true", help="only runs of sync.limit")
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     arguments = parser.parse_args()
     results = ResultFile("ladder_prediction")
-    done = {tuple(line[key] for key in KEYS) for line in results.lines()}
-    for repetition in range(0 if arguments.table else arguments.repetitions):
+    until = time.monotonic() + 60 * arguments.minutes
+    done = {tuple(line[key] for key in KEYS) for line in results.lines() if "limit" not in line}
+    for text in LIMITS if arguments.limits else ():
+        with tempfile.TemporaryDirectory() as name:
+            results.add(line := limited(text, arguments.hosts, Path(name)))
+            print(line, flush=True)
+    for repetition in range(0 if arguments.table or arguments.limits else arguments.repetitions):
         with tempfile.TemporaryDirectory() as name:
             folder, compute = Path(name), None
             for cell in cells():
                 cell |= {"hosts": arguments.hosts, "repetition": repetition}
-                if tuple(cell[key] for key in KEYS) in done:
+                if tuple(cell[key] for key in KEYS) in done or time.monotonic() > until:
                     continue
                 compute = compute or calibrate(arguments.hosts, folder)
                 cluster = cluster_file(folder, hosts=arguments.hosts, mbit=cell["mbit"])
-                predicted = {"predicted_ms_per_step": predict(cluster, compute, cell)}
-                predicted["predicted_bytes_per_step_logical"] = predicted_bytes(cell)
+                predicted = {"predicted_ms_per_step": predict(cluster, compute, cell), **predicted_bytes(cell)}
                 load = os.getloadavg()[0]
                 line = {**cell, **measure(cluster, cell, folder), **predicted, "load": load}
                 results.add(line)

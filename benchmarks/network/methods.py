@@ -54,7 +54,11 @@ class PowerSGD(Method):
 
 
 class PostLocalSGD(Method):
-    """Post-local SGD: averages all models every `number` steps, by PyTorch's hook and averager (Lin et al., arXiv 1808.07217)."""
+    """Post-local SGD: averages all models every `number` steps, by PyTorch's hook and averager (Lin et al., arXiv 1808.07217).
+
+    `dist_ssn.LocalUpdates` gives the same with SGD. With Adam it does not: its first steps average parameters, and each process
+    keeps moments of its own gradients.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -72,35 +76,12 @@ class PostLocalSGD(Method):
 class DiLoCo(Method):
     """DiLoCo: `number` local steps of the recipe's optimizer, then one Nesterov step on the mean change of all processes.
 
-    Douillard et al., arXiv 2311.08105; the outer rate and momentum are the paper's.
+    By `dist_ssn.LocalUpdates`. Douillard et al., arXiv 2311.08105; the outer rate and momentum are the paper's.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.model = self.module  # nothing is sent in backward
-        self._steps = 0
-        self._shared = [parameter.detach().clone() for parameter in self.parameters()]
-        self._outer = torch.optim.SGD(self._shared, lr=0.7, momentum=0.9, nesterov=True)
-
-    def step(self) -> Tensor | None:
-        norm = super().step()
-        self._steps += 1
-        if self._steps % self.number == 0:
-            self._meet()
-        return norm
-
-    @torch.no_grad()
-    def _meet(self) -> None:
-        mine = self.parameters()
-        change = torch.cat([(old - new).flatten() for old, new in zip(self._shared, mine, strict=True)])
-        with purpose("parameters"):
-            dist.all_reduce(change)
-        parts = (change / self.world_size).split([shared.numel() for shared in self._shared])
-        for shared, part in zip(self._shared, parts, strict=True):
-            shared.grad = part.view_as(shared)
-        self._outer.step()
-        for parameter, shared in zip(mine, self._shared, strict=True):
-            parameter.copy_(shared)
+        sync = {"every": self.number, "outer": "nesterov", "outer_rate": 0.7, "outer_momentum": 0.9, "outlier": None}
+        super().__init__(*arguments, **{**options, "sync": sync})
 
 
 class DeMo(Method):

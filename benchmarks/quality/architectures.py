@@ -27,7 +27,7 @@ from benchmarks.quality.cells import SEEDS
 from benchmarks.result_files import ResultFile, chosen, latest, lines_of, provenance
 from dist_ssn.train.data import load_task
 from dist_ssn.train.optim import build_optimizer, build_schedule
-from dist_ssn.train.recipe.schema import DataConfig, OptimizerConfig, ScheduleConfig
+from dist_ssn.train.recipe.sections import DataConfig, OptimizerConfig, ScheduleConfig
 
 Line = dict[str, Any]
 Settings = dict[str, Any]

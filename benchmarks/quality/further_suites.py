@@ -13,7 +13,7 @@ from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import make_plan
 from dist_ssn.train.data import data_hints
 from dist_ssn.train.models import build_model
-from dist_ssn.train.recipe.schema import DataConfig
+from dist_ssn.train.recipe.sections import DataConfig
 
 OPTION_TASKS = ("digits", "lstm")
 """Tasks of the suites for a teacher, pruning and decay: they are quick, and a teacher makes a run 2.5 times as long."""

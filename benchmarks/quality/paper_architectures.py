@@ -33,7 +33,7 @@ from dist_ssn.train.data import Task, load_task
 from dist_ssn.train.data.captions import CAPTIONS
 from dist_ssn.train.models.wide_resnet import build_wide_resnet
 from dist_ssn.train.optim import build_optimizer, build_schedule
-from dist_ssn.train.recipe.schema import DataConfig, OptimizerConfig, ScheduleConfig
+from dist_ssn.train.recipe.sections import DataConfig, OptimizerConfig, ScheduleConfig
 
 Line = dict[str, Any]
 Sizes = dict[str, Any]

@@ -86,7 +86,8 @@ def _local_updates(rank: int, world_size: int, kind: str, codec: str, outer: tup
 )
 def test_simulated_workers_are_local_updates_on_processes(kind: str, codec: str, outer: tuple[float, float]) -> None:
     found = run_ranks(_local_updates, RANKS, kind, codec, outer)
-    recipe = recipe_of(wanted := cell("gpt", kind, None if kind == "dense" else 0.25, 3e-3, 4, codec, outer))
+    budget = None if kind == "dense" else 0.25
+    recipe = recipe_of(wanted := cell("gpt", kind, budget, 3e-3, 4, codec, outer, small=None))
     task, model = build(recipe, WORLD)
     dense = build_model(recipe.model, recipe.model_args, task)
     met = [one for one in simulate.local_updates(wanted, recipe, task, model, dense, RANKS) if one is not None]
@@ -112,6 +113,7 @@ def test_a_grid_of_learning_rates_grows_until_its_best_is_inside() -> None:
 def test_bytes_are_those_of_the_codec() -> None:
     dense = simulate.run(cell("gpt", "dense", None, 1e-3, 4, "none", NESTEROV))
     sparse = simulate.run(cell("gpt", "dense", None, 1e-3, 4, "sparse", NESTEROV))
+    fewer = simulate.run(cell("gpt", "dense", None, 1e-3, 4, "sparse", NESTEROV, small=None))
     assert dense["bytes"] == 2 * 4 * dense["parameters"]
     assert dense["ring_bytes"] == 1.5 * dense["bytes"]
     matrices = 256 * 16 + 16 * 16 + 12 * 16 * 16
@@ -119,6 +121,7 @@ def test_bytes_are_those_of_the_codec() -> None:
     values, whole = matrices % 4096, matrices // 4096
     assert sparse["bytes"] == 2 * (2 * plain + whole * 116 + 4 + -(-(values // 64) * 12 // 8) + -(-(values // 64) // 4))
     assert sparse["ring_bytes"] == 3 * sparse["bytes"]
+    assert sparse["bytes"] - fewer["bytes"] == 2 * (2 * plain - (2 + -(-plain // 2)))
     assert 4.0 < sparse["validation_loss"] < 6.0
     assert [point["step"] for point in sparse["agreement"]] == [4, 8]
     assert all(-1 <= point["cosine"] <= 1 and 1 / 64 <= point["largest"] <= 1 for point in sparse["agreement"])

@@ -1,48 +1,50 @@
-"""Fine-tunes a small GPT from Python's source to English documentation: full, PEFT's adapters, and generated differences.
+"""Fine-tunes small pretrained models by many methods: full, PEFT's adapters, and generated differences.
 
-The GPT is trained on the standard library's source first. Each method then gets the same steps, batches and schedule on pydoc's
-topics, at its own best learning rate: from the one in METHODS, the search goes by factors of 3 in the direction that improves,
+A transfer (transfers.py) trains its model first. Each method then gets the same steps, batches and schedule on other data, at its
+own best learning rate: from the one in its table (methods.py), the search goes by factors of 3 in the direction that improves,
 until it gets worse. Further seeds (--best) take the learning rate that is best for seed 0. One line per run in
-results/transfer/.
+results/transfer/; what is there is not measured again, so that a stopped run can go on (--minutes stops it).
 
-python -m benchmarks.transfer.run --methods "full" "LoRA r=1" "keep 1%"
+python -m benchmarks.transfer.run --transfer gpt --methods "full" "LoRA r=1" "keep 1%"
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from benchmarks.result_files import ResultFile, chosen
-from benchmarks.transfer.methods import METHODS
-from dist_ssn.train.data import Task, load_task
-from dist_ssn.train.models import build_model
-from dist_ssn.train.recipe.schema import DataConfig
+from benchmarks.transfer.transfers import TRANSFERS, Transfer
+from dist_ssn.train.data import Task
 
-CONTEXT, BATCH, EVALUATED = 64, 8, 16
-ARGUMENTS = {"layers": 2, "width": 128, "heads": 4, "context": CONTEXT}
-SETTING = {"pretraining_steps": 1000, "steps": 120, "pretraining_lr": 3e-3}
 MOST = 6
 """Largest number of learning rates that are tried for a method and seed."""
 
 
-def fit(model: nn.Module, task: Task, steps: int, lr: float, seed: int) -> None:
+def optimizer_of(trained: list[nn.Parameter], steps: int, lr: float) -> tuple[Optimizer, LRScheduler]:
     """AdamW with cosine to a tenth, and a tenth of the steps as warm-up; nothing decays."""
-    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=steps // 10)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - steps // 10, lr / 10)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [steps // 10])
+    return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [steps // 10])
+
+
+def fit(model: nn.Module, task: Task, steps: int, batch: int, lr: float, seed: int) -> None:
+    """Trains what is not frozen; see `optimizer_of`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, schedule = optimizer_of(trained, steps, lr)
     model.train()
     for step in range(steps):
-        inputs, targets = task.batch(seed * 10_000 + step, BATCH)
+        inputs, targets = task.batch(seed * 10_000 + step, batch)
         task.loss(model(inputs), targets).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -51,87 +53,61 @@ def fit(model: nn.Module, task: Task, steps: int, lr: float, seed: int) -> None:
 
 
 @torch.no_grad()
-def validation(model: nn.Module, task: Task) -> float:
-    """Mean loss in nats per byte over the first batches of the held-out text."""
+def validation(model: nn.Module, task: Task, batch: int, batches: int) -> dict[str, float]:
+    """Means over the held-out data: loss in nats (of text: per byte), and of images the accuracy."""
     model.eval()
-    losses = [task.loss(model(x), y).item() for x, y in task.validation(BATCH, limit=EVALUATED)]
-    return sum(losses) / len(losses)
+    sums = [task.metrics(model(x), y) for x, y in task.validation(batch, limit=batches)]
+    count = sum(entry["count"].item() for entry in sums)
+    return {key: sum(entry[key].item() for entry in sums) / count for key in sums[0] if key != "count"}
 
 
-def pretrained(folder: Path) -> nn.Module:
-    """The GPT, trained on the standard library's source; kept in a file, because it takes longest."""
-    file = folder / f"gpt-{'-'.join(map(str, SETTING.values()))}.pt"
-    library = Path(sysconfig.get_paths()["stdlib"])
-    task = load_task(DataConfig(name="text", path=str(library / "*.py")), context=CONTEXT, seed=0)
+def pretrained(name: str, transfer: Transfer, folder: Path) -> nn.Module:
+    """The model, trained on its first data; kept in a file, because it takes longest. Its head is drawn anew."""
+    task = transfer.before()
+    file = folder / f"{name.replace(' ', '-').replace(',', '')}-{transfer.pretraining_steps}.pt"
     torch.manual_seed(0)
-    model = build_model("gpt", ARGUMENTS, task)
+    model = transfer.build(task)
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
-        return model
-    fit(model, task, int(SETTING["pretraining_steps"]), SETTING["pretraining_lr"], 0)
-    print(f"pretrained: {validation(model, task):.4f} nats per byte on held-out source", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), file)
+    else:
+        fit(model, task, transfer.pretraining_steps, transfer.batch, transfer.pretraining_lr, 0)
+        print(f"pretrained: {validation(model, task, transfer.batch, transfer.evaluated)}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), file)
+    if transfer.head is not None:
+        torch.manual_seed(0)
+        head: Any = model.get_submodule(transfer.head)
+        head.reset_parameters()
     return model
 
 
-def measure(base: nn.Module, task: Task, method: str, lr: float, seed: int) -> dict[str, Any]:
+def measure(
+    base: nn.Module, name: str, transfer: Transfer, task: Task, method: str, lr: float, seed: int
+) -> dict[str, Any]:
     """One run: the validation loss before and after, and the number of trained parameters."""
     torch.manual_seed(seed)
-    model = METHODS[method][0](copy.deepcopy(base))
+    model = transfer.methods[method][0](copy.deepcopy(base))
     begin = time.process_time()
-    fit(model, task, int(SETTING["steps"]), lr, seed)
+    fit(model, task, transfer.steps, transfer.batch, lr, seed)
     seconds = time.process_time() - begin
     return {
+        "transfer": name,
         "method": method,
         "lr": lr,
         "seed": seed,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "head": sum(p.numel() for p in base.get_submodule(transfer.head).parameters()) if transfer.head else 0,
         "of": sum(p.numel() for p in base.parameters()),
-        "start": validation(base, task),
-        "loss": validation(model, task),
+        "start": validation(base, task, transfer.batch, transfer.evaluated)["loss"],
+        **validation(model, task, transfer.batch, transfer.evaluated),
         "cpu_seconds": round(seconds, 2),
-        **SETTING,
+        "pretraining_steps": transfer.pretraining_steps,
+        "pretraining_lr": transfer.pretraining_lr,
+        "steps": transfer.steps,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="which methods")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="seeds of batches, banks and adapters")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs") / "transfer", help="where the pretrained GPT is kept"
-    )
-    parser.add_argument("--best", action="store_true", help="no search: the learning rate that is best for seed 0")
-    arguments = parser.parse_args()
-    methods = chosen(parser, arguments.methods, METHODS)
-    torch.set_num_threads(1)
-    results = ResultFile("transfer")
-    base = pretrained(arguments.folder)
-    topics = Path(sysconfig.get_paths()["stdlib"]) / "pydoc_data" / "topics.py"
-    task = load_task(DataConfig(name="text", path=str(topics)), context=CONTEXT, seed=0)
-    done = {(line["method"], line["seed"], line["lr"]): line["loss"] for line in results.lines()}
-    for seed in arguments.seeds:
-        for method in methods:
-            if arguments.best:
-                lr = min((loss, lr) for (name, number, lr), loss in done.items() if (name, number) == (method, 0))[1]
-                results.add(line := measure(base, task, method, lr, seed))
-                print(f"{method}, seed {seed}, lr {lr:g}: {line['loss']:.4f}", flush=True)
-                continue
-
-            def loss_at(exponent: int, method: str = method, seed: int = seed) -> float:
-                lr = float(f"{METHODS[method][1] * 10 ** (exponent / 2):.1g}")
-                if (method, seed, lr) not in done:
-                    line = measure(base, task, method, lr, seed)
-                    results.add(line)
-                    print(f"{method}, seed {seed}, lr {lr:g}: {line['loss']:.4f} ({line['trained']:,})", flush=True)
-                    done[method, seed, lr] = line["loss"]
-                return done[method, seed, lr]
-
-            search(loss_at)
-
-
-def search(loss_at: Any) -> int:
+def search(loss_at: Callable[[int], float]) -> int:
     """The whole number with the least loss, found by going down from 0; at most MOST are tried."""
     losses = {0: loss_at(0), 1: loss_at(1)}
     way = 1 if losses[1] < losses[0] else -1
@@ -142,6 +118,44 @@ def search(loss_at: Any) -> int:
             break
         best += way
     return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transfer", choices=list(TRANSFERS), default="gpt")
+    parser.add_argument("--methods", nargs="*", help="which methods; all")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="seeds of batches, banks and adapters")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs") / "transfer", help="where the pretrained model is kept"
+    )
+    parser.add_argument("--best", action="store_true", help="no search: the learning rate that is best for seed 0")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="no run begins after so long")
+    arguments = parser.parse_args()
+    began, name, transfer = time.monotonic(), arguments.transfer, TRANSFERS[arguments.transfer]
+    methods = chosen(parser, arguments.methods or list(transfer.methods), transfer.methods)
+    torch.set_num_threads(1)
+    results = ResultFile("transfer")
+    base, task = pretrained(name, transfer, arguments.folder), transfer.after()
+    mine = [line for line in results.lines() if line.get("transfer", "gpt") == name]
+    done = {(line["method"], line["seed"], line["lr"]): line["loss"] for line in mine}
+
+    def loss_of(method: str, seed: int, lr: float) -> float:
+        if (method, seed, lr) not in done:
+            if time.monotonic() - began > 60 * arguments.minutes:
+                raise SystemExit("there is no time for more: start the same command again")
+            results.add(line := measure(base, name, transfer, task, method, lr, seed))
+            print(f"{method}, seed {seed}, lr {lr:g}: {line['loss']:.4f} ({line['trained']:,})", flush=True)
+            done[method, seed, lr] = line["loss"]
+        return done[method, seed, lr]
+
+    for seed in arguments.seeds:
+        for method in methods:
+            if arguments.best:
+                lr = min((loss, lr) for (other, zero, lr), loss in done.items() if (other, zero) == (method, 0))[1]
+                loss_of(method, seed, lr)
+                continue
+            first = transfer.methods[method][1]
+            search(lambda exponent, m=method, s=seed, f=first: loss_of(m, s, float(f"{f * 10 ** (exponent / 2):.1g}")))
 
 
 if __name__ == "__main__":

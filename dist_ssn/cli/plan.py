@@ -86,7 +86,7 @@ def _plan_of(recipe: Recipe) -> tuple[Plan, Sequence[tuple[str, str]]]:
     if followed is None and share.budget is None:
         raise RecipeError("share.budget is null, which leaves the model dense: give one, such as --share.budget=10%")
     hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
-    torch.manual_seed(recipe.seed)  # as in training: a scale that is measured depends on it
+    torch.manual_seed(recipe.seed)  # as in training, for a model function that draws random numbers
     model = build_model(recipe.model, recipe.model_args, hints)
     if followed is not None:
         names = [slot.name for _, slot in followed.slots()]

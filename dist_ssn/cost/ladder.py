@@ -1,6 +1,6 @@
-"""Bytes and time of a step with local updates: budget × period × codec × delay × islands. Pure arithmetic.
+"""Bytes and time of a step with local updates, or with gradients in a codec: budget × period × codec × delay × islands.
 
-Letters: S bytes that each worker hands in, n workers.
+Pure arithmetic.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dist_ssn.cost.exchange import coding_seconds, exchange_seconds, gather_seconds, latencies
 from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.measured import Measured, Side
 from dist_ssn.cost.rates import Rates
@@ -18,12 +19,14 @@ from dist_ssn.plan import Plan, make_plan
 from dist_ssn.sync import routes
 from dist_ssn.sync.codecs import find_codec
 from dist_ssn.sync.reports import REPORT_BYTES
-from dist_ssn.sync.rounds import FP32_BYTES, Vector, of_every_step, of_round, vector_with
+from dist_ssn.sync.rounds import FP32_BYTES, Vector, of_every_step, of_hook, of_round, vector_with
 
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 PERIODS = (1, 4, 16, 50)
-"""Steps in a round; 1: gradients are averaged on every step, uncoded."""
+"""Steps in a round; 1: gradients are averaged on every step."""
 CODECS = ("none", "int8", "int4", "bins2", "sparse")
+HOOKS = ("none", "int8", "int4")
+"""Codecs of gradients that are averaged on every step, by `dist_ssn.comm_hook`; fewer bits have cost too much there."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Rungs:
 
     Args:
         budget: share of the weights, or any other budget of a plan; None is dense.
-        every: steps in a round; 1 averages gradients on every step.
-        codec: of the changes.
+        every: steps in a round; 1 averages gradients on every step (rounds of one step are costed as if they were that).
+        codec: of the changes, or of the gradients.
         delay: 0 or 1.
         islands: nodes average gradients on every step, and are the workers.
     """
@@ -70,54 +73,6 @@ class Cost:
     step: float
 
 
-def gather_seconds(payload: float, workers: int, fabric: Fabric) -> float:
-    """Seconds of an all-gather of S bytes: n - 1 rounds in a ring. gloo's receiver announces each, which is one more latency."""
-    if workers < 2:
-        return 0.0
-    return (workers - 1) * (_latencies(fabric) * fabric.link.latency_seconds + payload / fabric.link.bytes_per_second)
-
-
-def all_to_all_seconds(payload: float, workers: int, fabric: Fabric) -> float:
-    """Seconds of an all-to-all of S bytes, all messages at once; the workers of a node share its link."""
-    if workers < 2:
-        return 0.0
-    per_node = 1 if fabric.nodes < 2 else workers / fabric.nodes
-    away = (workers - per_node) / workers if fabric.nodes > 1 else (workers - 1) / workers
-    return _latencies(fabric) * fabric.link.latency_seconds + per_node * away * payload / fabric.link.bytes_per_second
-
-
-def exchange_seconds(vector: Vector, codec: str, workers: int, fabric: Fabric) -> float:
-    """Seconds of an exchange on the network."""
-    found = routes.traffic(find_codec(codec), vector.values, vector.plain, workers)
-    if found.route == "all-reduce":
-        alone = fabric.all_reduce_seconds(0) if _latencies(fabric) > 1 else 0.0
-        return fabric.all_reduce_seconds(found.packed_bytes) + alone
-    gathered = gather_seconds(found.handed.get("all_gather", 0), workers, fabric)
-    if found.route == "all-gather":
-        return gathered
-    return gathered + all_to_all_seconds(found.handed["all_to_all"], workers, fabric)
-
-
-def coding_seconds(vector: Vector, codec: str, workers: int, rates: Rates) -> float:
-    """Seconds in which a worker encodes and decodes in an exchange."""
-    found = routes.traffic(find_codec(codec), vector.values, vector.plain, workers)
-    if found.route == "all-reduce" or workers < 2:
-        return 0.0
-    seconds = 0.0
-    for kind, values in routes.lanes_of(find_codec(codec), vector.values, vector.plain):
-        encode, decode = rates.encode[kind.name], rates.decode[kind.name]
-        if found.route == "all-gather":
-            seconds += values * (encode + workers * decode)
-        else:  # the parts of its own piece, its mean, and all means
-            seconds += values * (encode + decode + encode / workers + decode)
-    return seconds
-
-
-def _latencies(fabric: Fabric) -> int:
-    """Latencies of a round: gloo's receiver announces that it is ready, NCCL's does not."""
-    return 2 if fabric.algorithm == "ring" else 1
-
-
 def cost_of(rungs: Rungs, side: Side, plan: Plan | None, vector: Vector, fabric: Fabric, rates: Rates) -> Cost:
     """Predicted cost of a combination.
 
@@ -130,7 +85,13 @@ def cost_of(rungs: Rungs, side: Side, plan: Plan | None, vector: Vector, fabric:
         rates: measured.
     """
     if rungs.every == 1:
-        found, sent = side.step(fabric, plan=plan), of_every_step(vector, fabric.processes)
+        codec = rungs.codec
+        if codec == "none":
+            found, sent = side.step(fabric, plan=plan), of_every_step(vector, fabric.processes)
+        else:
+            found = side.step_with_hook(codec, fabric, rates, plan)
+            buckets = [message.vector for message in side.messages(plan)]
+            sent = of_hook(buckets, vector, codec, fabric.processes)
         return Cost(rungs, "", found.rounds, sent.handed, sent.handed, sent.sent, found.exposed, found.step)
     workers, links, compute, inside = fabric.processes, fabric, side.compute, 0.0
     if rungs.islands:
@@ -139,7 +100,7 @@ def cost_of(rungs: Rungs, side: Side, plan: Plan | None, vector: Vector, fabric:
         compute = side.step(island, plan=plan).step
         hops = math.ceil(math.log2(fabric.per_node)) if fabric.per_node > 1 else 0
         within = fabric.within
-        once = _latencies(fabric) * within.latency_seconds + FP32_BYTES * vector.values / within.bytes_per_second
+        once = latencies(fabric) * within.latency_seconds + FP32_BYTES * vector.values / within.bytes_per_second
         inside = hops * once  # the mean, from the process that exchanges to the others
     every = rungs.every
     route = routes.traffic(find_codec(rungs.codec), vector.values, vector.plain, workers)
@@ -166,7 +127,7 @@ def combinations(budget: float | int | str | None, fabric: Fabric) -> Iterator[R
     islands = (False, True) if fabric.nodes > 1 and fabric.per_node > 1 else (False,)
     for every in PERIODS:
         if every == 1:
-            yield Rungs(budget, 1)
+            yield from (Rungs(budget, 1, codec) for codec in HOOKS)
             continue
         for codec in CODECS:
             yield from (Rungs(budget, every, codec, delay, apart) for delay in (0, 1) for apart in islands)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_ssn.cost.exchange import coding_seconds, exchange_seconds
 from dist_ssn.cost.fabric import Fabric
-from dist_ssn.cost.overlap import Exposure, messages_of, predict
+from dist_ssn.cost.overlap import Exposure, Message, messages_of, predict
 from dist_ssn.cost.rates import Rates, measure_rates
 from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.engines import World
@@ -89,8 +90,27 @@ class Side:
             plan: another plan of the same weights, whose compute is assumed to be the same.
         """
         overlap = overlap or Overlap()
-        messages = messages_of(plan or self.plan, self.own, overlap, self.timeline)
-        return predict(messages, overlap, self.timeline, fabric)
+        return predict(self.messages(plan, overlap), overlap, self.timeline, fabric)
+
+    def messages(self, plan: Plan | None = None, overlap: Overlap | None = None) -> list[Message]:
+        """The messages of a step, in order; arguments as in `step`."""
+        return messages_of(plan or self.plan, self.own, overlap or Overlap(), self.timeline)
+
+    def step_with_hook(self, codec: str, fabric: Fabric, rates: Rates, plan: Plan | None = None) -> Exposure:
+        """Predicted cost of a step whose gradients travel in a codec, by `dist_ssn.comm_hook`.
+
+        Args:
+            codec: name of the codec.
+            fabric: the processes and their links.
+            rates: of encoding and decoding, which a thread does beside backward.
+            plan: see `step`.
+        """
+        messages, n = self.messages(plan), fabric.processes
+        seconds = [
+            exchange_seconds(message.vector, codec, n, fabric) + coding_seconds(message.vector, codec, n, rates)
+            for message in messages
+        ]
+        return predict(messages, Overlap(), self.timeline, fabric, seconds)
 
 
 @dataclass(frozen=True)

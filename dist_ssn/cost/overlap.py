@@ -12,6 +12,8 @@ from dist_ssn.cost.network import Sent, exposed_seconds
 from dist_ssn.cost.timeline import Timeline
 from dist_ssn.plan import Group, Plan
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, least_alone, pieces_of
+from dist_ssn.sync.codecs import SLICE
+from dist_ssn.sync.rounds import Vector
 
 FP32_BYTES = 4
 """Bytes of one gradient element: gradients are sent in fp32."""
@@ -21,10 +23,22 @@ FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 
 @dataclass(frozen=True)
 class Message:
-    """Gradients that are sent together: bytes, and the weights and own parameters that they wait for."""
+    """Gradients that are sent together.
+
+    Args:
+        payload: bytes.
+        waits_for: the weights and own parameters that they wait for.
+        small: number of those elements whose parameter is smaller than a codec's slice.
+    """
 
     payload: int
     waits_for: frozenset[str]
+    small: int = 0
+
+    @property
+    def vector(self) -> Vector:
+        """What a communication hook sends of it."""
+        return Vector(self.payload // FP32_BYTES, self.small)
 
 
 @dataclass(frozen=True)
@@ -54,10 +68,10 @@ def messages_of(plan: Plan | None, own: Mapping[str, int], overlap: Overlap, tim
         timeline: orders the messages.
     """
     groups = plan.groups if plan is not None else ()
-    banks = [Message(FP32_BYTES * group.size, _names(group)) for group in groups]
+    banks = [_message([group.size], _names(group)) for group in groups]
     # Autograd hands out a bank's own gradient first, and then those of its coefficients and gains.
-    parts = [Message(FP32_BYTES * (group.parameters - group.size), _names(group)) for group in groups]
-    parts += [Message(FP32_BYTES * numel, frozenset({name})) for name, numel in own.items()]
+    parts = [_message(_parts(group), _names(group)) for group in groups]
+    parts += [_message([numel], frozenset({name})) for name, numel in own.items()]
     if overlap.kind == "delay":
         return [_joined([*banks, *parts])]
     apart: list[Message] = []
@@ -78,8 +92,20 @@ def _names(group: Group, slots: Sequence[int] | frozenset[int] | None = None) ->
     return frozenset(group.slots[i].name for i in (range(len(group.slots)) if slots is None else slots))
 
 
+def _parts(group: Group) -> list[int]:
+    """Sizes of a bank's parameters other than the bank."""
+    own = (sum(getattr(slot, name) for slot in group.slots) for name in ("coefficients", "gains", "differences"))
+    return [group.projection_parameters, *own]
+
+
+def _message(sizes: Sequence[int], waits_for: frozenset[str]) -> Message:
+    """Parameters of these sizes."""
+    return Message(FP32_BYTES * sum(sizes), waits_for, sum(size for size in sizes if size < SLICE))
+
+
 def _joined(messages: Sequence[Message]) -> Message:
-    return Message(sum(m.payload for m in messages), frozenset().union(*(m.waits_for for m in messages)))
+    waits_for = frozenset().union(*(m.waits_for for m in messages))
+    return Message(sum(m.payload for m in messages), waits_for, sum(m.small for m in messages))
 
 
 def _buckets(messages: Sequence[Message], limit: int | None) -> Iterator[Message]:
@@ -102,16 +128,30 @@ def _ready(message: Message, timeline: Timeline) -> np.ndarray:
     return np.max([time.max(axis=1) for time in times], axis=0) if times else timeline.end.max(axis=1)
 
 
-def predict(messages: Sequence[Message], overlap: Overlap, timeline: Timeline, fabric: Fabric) -> Exposure:
+def predict(
+    messages: Sequence[Message],
+    overlap: Overlap,
+    timeline: Timeline,
+    fabric: Fabric,
+    seconds: Sequence[float] | None = None,
+) -> Exposure:
     """Lays a step's messages over each measured step.
 
     gloo's receiver announces that it is ready before a round's bytes leave, which adds a latency to each round. With two or
     more messages, one announcement overlaps another message's bytes, so only a single message waits for it
     (docs/results/cost.md).
+
+    Args:
+        messages: in their order.
+        overlap: the overlap setting.
+        timeline: the measured steps.
+        fabric: the processes and their links.
+        seconds: of each message, if it is no all-reduce.
     """
-    seconds = [fabric.all_reduce_seconds(message.payload) for message in messages]
-    if len(seconds) == 1 and fabric.algorithm == "ring":  # NCCL has no such announcement
-        seconds[0] += fabric.all_reduce_seconds(0)
+    if seconds is None:
+        seconds = [fabric.all_reduce_seconds(message.payload) for message in messages]
+        if len(seconds) == 1 and fabric.algorithm == "ring":  # NCCL has no such announcement
+            seconds[0] += fabric.all_reduce_seconds(0)
     drag = 2 * (fabric.processes - 1) * timeline.drag
     # A delayed message is sent during the whole next step.
     starts = [

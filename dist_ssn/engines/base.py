@@ -17,6 +17,7 @@ from dist_ssn.engines.overlap.delay import Delay
 from dist_ssn.engines.overlap.exchange import Exchange
 from dist_ssn.engines.whole_state import OptimizerState, load_whole_state, whole_state
 from dist_ssn.errors import UserError
+from dist_ssn.sharing.bases import frozen_beside
 from dist_ssn.sync.local_updates import LocalUpdates
 
 
@@ -169,6 +170,10 @@ class Engine(ABC):
         sent.
         """
         return whole_state(self.module, self.optimizer, self.delay)
+
+    def kept(self) -> dict[str, Tensor]:
+        """The frozen parameters beside the banks of a model that keeps its values, whole, by name; all processes call it."""
+        return {name: parameter.detach() for name, parameter in frozen_beside(self.module).items()}
 
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """Loads the result of `gathered`, which every process holds whole."""

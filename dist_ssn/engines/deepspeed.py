@@ -9,7 +9,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from dist_ssn.engines.overlap.delay import without_delay
 from dist_ssn.engines.whole_state import OptimizerState, load_whole_state, whole_state
 from dist_ssn.engines.world.divergence import require_one_plan
 from dist_ssn.errors import UserError
+from dist_ssn.sharing.bases import frozen_beside
 
 _REFUSED = {
     "optimizer": "the engine takes the optimizer as an argument, so that it holds the banks: make it before",
@@ -77,7 +78,8 @@ class DeepSpeedEngine(Engine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         with purpose("initialization"):
             require_one_plan(model)
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+            with _left_out(frozen_beside(model).values()):
+                self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.model = self._engine
 
     @contextmanager
@@ -148,6 +150,13 @@ class DeepSpeedEngine(Engine):
                 state[name] |= {key: copy.deepcopy(value) for key, value in plain.items()}
         return parameters, state
 
+    def kept(self) -> dict[str, Tensor]:
+        """See `Engine.kept`; at stage 3, partitioned parameters are gathered."""
+        from deepspeed import zero
+
+        with zero.GatheredParameters(list(frozen_beside(self.module).values()), enabled=self.stage == 3):
+            return {name: value.clone() for name, value in super().kept().items()}
+
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """Loads this process's part of the whole tensors."""
         if not self.stage:
@@ -203,6 +212,22 @@ class DeepSpeedEngine(Engine):
         if self.stage in (1, 2):
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _left_out(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Has DeepSpeed not broadcast these parameters at its start, which all processes have already.
+
+    It leaves out those with an attribute of its own layers. Stage 3 broadcasts them nevertheless, before it shards them.
+    """
+    marked = list(parameters)
+    for parameter in marked:
+        parameter.ds_optim_param = True  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for parameter in marked:
+            del parameter.ds_optim_param  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _is_elementwise(value: Any, parameter: Tensor) -> bool:

@@ -111,6 +111,11 @@ class FSDPEngine(Engine):
             {name: {key: _whole(value) for key, value in entries.items()} for name, entries in state.items()},
         )
 
+    def kept(self) -> dict[str, Tensor]:
+        """See `Engine.kept`; one all-gather per tensor."""
+        self._reshard()
+        return {name: _whole(value) for name, value in super().kept().items()}
+
     def scatter(self, parameters: dict[str, Tensor], optimizer: OptimizerState) -> None:
         """Loads this process's part of the whole tensors; nothing is sent."""
         self._reshard()

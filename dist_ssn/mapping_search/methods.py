@@ -158,7 +158,7 @@ class Cosines:
 
     def grown(self, index: int, sums: dict[str, Tensor]) -> None:
         """Records the part that weight `index` has added to the bank's gradient."""
-        now = sums["bank"][self.places]
+        now = sums["bank"][self.places, 0]
         self.parts[index] += now - self.before
         self.before = now
 

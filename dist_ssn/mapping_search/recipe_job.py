@@ -18,7 +18,8 @@ from dist_ssn.train.build import build
 from dist_ssn.train.data import Task
 from dist_ssn.train.evaluate import evaluate
 from dist_ssn.train.optim import build_optimizer, build_schedule
-from dist_ssn.train.recipe.schema import EngineConfig, Recipe, ScheduleConfig, ShareConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import EngineConfig, ScheduleConfig, ShareConfig
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:

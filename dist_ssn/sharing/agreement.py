@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dist_ssn.errors import ShareError
 from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.bases import as_rows, different, fingerprint, frozen_beside
+from dist_ssn.sharing.start_values import check_starts
 from dist_ssn.torch_private import fsdp_mesh, leave_out_buffers, leave_out_parameters
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -47,6 +48,7 @@ def watch_wrapper(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> Non
     """
     if not banks:
         return
+    check_starts(model)
     require_frozen = _replace_frozen(wrapper, model, banks)
 
     def before_forward(wrapper: nn.Module, *_: Any) -> None:

@@ -18,10 +18,10 @@ from dist_ssn.plan import Morph, Plan, make_plan
 from dist_ssn.plan.budget import Budget
 from dist_ssn.plan.compare import require_plan_fits
 from dist_ssn.plan.scales import scales_of
+from dist_ssn.sharing.attributes import carry_attributes
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.bases import Bases
-from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
 from dist_ssn.sharing.holders import views_of, warn_of_holders
 from dist_ssn.sharing.layers import is_lowered, share_layer
@@ -230,7 +230,6 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
         )
     dtype = torch.promote_types(first.dtype, torch.float32) if plan.keep else first.dtype
     banks = BankSet(plan, scales, specs.left_out, first.device, dtype)
-    watch_decay(banks.banks())
     is_meta = first.is_meta
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
     if plan.keep:
@@ -238,6 +237,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             bank.keep(Bases([parameters[slot.name] for slot in bank.group.slots]))
     slots: dict[str, dict[str, tuple[Bank, int]]] = {}
     for bank in banks.banks():
+        carry_attributes({slot.name: parameters[slot.name] for slot in bank.group.slots}, bank)
         for index, slot in enumerate(bank.group.slots):
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")

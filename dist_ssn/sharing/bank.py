@@ -1,4 +1,4 @@
-"""`Bank`: the few flat parameters of a group of weights, and the generation of its weights from them.
+"""`Bank`: the few parameters of a group of weights, and the generation of its weights from them.
 
 The fast path keeps no generated weight, and costs O(K·n) for a weight of n elements, independent of the bank's size:
 
@@ -28,13 +28,14 @@ from dist_ssn.plan.scales import Scales
 from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import agree_under_fsdp2
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
-from dist_ssn.sharing.bank_values import OWN, BankValues
+from dist_ssn.sharing.bank_values import OWN, BankValues, flat
 from dist_ssn.sharing.blocks import Given, Placed, fits
+from dist_ssn.sharing.columns import unpickle_flat
 from dist_ssn.sharing.compiled import all_weights, register
-from dist_ssn.sharing.decay_check import watch_decay
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, readings
 from dist_ssn.sharing.per_step import PerStep
 from dist_ssn.sharing.signed_path import fast_path
+from dist_ssn.sharing.start_values import check_start
 from dist_ssn.sharing.weight_source import Values, autocast_dtype
 from dist_ssn.torch_private import FAST_PATH, active_ddp, builds_graph, graph_task_id, is_tracing
 
@@ -187,6 +188,8 @@ class Bank(BankValues):
             return weight.detach() if frozen else weight
         if self.check_plan is not None:
             self.check_plan()
+        if self.at_start:
+            check_start(self)
         self._require_agreement()
         if index == _ALL:
             return self._make_all()
@@ -217,7 +220,7 @@ class Bank(BankValues):
         if rows is not None or path is None:
             return self._make(index, rows, values, dtype)
         with _exact(bank.device.type):
-            weight = self._pruned(index, path.generate(bank, self._own_values(index, values)))
+            weight = self._pruned(index, path.generate(flat(bank), self._own_values(index, values)))
             return self._whole(index, rows, weight, dtype)
 
     def _make(
@@ -249,8 +252,8 @@ class Bank(BankValues):
 
     def _read(self, index: int, elements: Tensor | None, values: Mapping[str, Tensor | None]) -> tuple[Tensor, ...]:
         """The slot's templates, as views of the bank where possible, or only their `elements`."""
-        bank = values["bank"]
-        assert bank is not None
+        assert values["bank"] is not None
+        bank = flat(values["bank"])
         if elements is None:
             return tuple(reading.take(bank) for reading in self._readings[index])
         return tuple(bank[reading.at(elements, bank.numel())] for reading in self._readings[index])
@@ -298,8 +301,9 @@ class Bank(BankValues):
 
         Without a hand-written gradient, the pieces and the slot's own parameters become leaves of a small temporary graph.
         """
-        slot, bank, own = self.group.slots[index], values["bank"], self._own_values(index, values)
-        assert bank is not None
+        assert values["bank"] is not None
+        slot, bank, own = self.group.slots[index], flat(values["bank"]), self._own_values(index, values)
+        sums = {name: flat(total) for name, total in sums.items()}
         if self.thresholds is not None:
             gradient = gradient * (self.fast(index, rows, None, values) != 0)
         with _exact(bank.device.type):
@@ -404,7 +408,7 @@ class Bank(BankValues):
         if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
             scales = self.group.init_std, *(slot.scale for slot in self.group.slots)  # type: ignore[attr-defined]
             self._set_fixed(scales)
-        watch_decay([self])
+        unpickle_flat(self._parameters)
 
     def extra_repr(self) -> str:
         """Sizes of the bank and its weights."""

@@ -99,6 +99,8 @@ class BankSet(nn.Module):
         Raises:
             PlanError: it belongs to another plan; the message has the first difference.
         """
+        for bank in self.banks():
+            bank.at_start = False
         difference = plan_difference(self.plan, plan_in(state))
         if difference:
             raise PlanError(

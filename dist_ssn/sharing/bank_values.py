@@ -17,20 +17,26 @@ from dist_ssn.plan.scales import Scales
 from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import structure_of_bank
 from dist_ssn.sharing.bases import Bases, as_rows, different
+from dist_ssn.sharing.columns import load_flat, shape_of
 from dist_ssn.sharing.initial_values import initial_values, write
 from dist_ssn.sharing.morphs import prepare
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sharing.weight_source import Values
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
-"""Names of a bank's flat parameters; those without elements in the plan are None."""
+"""Names of a bank's parameters, [n] or [n, 1] (`columns.py`); those without elements in the plan are None."""
 OWN = ("coefficients", "gains", "differences")
 """The parameters in which each slot has a stretch of its own; `Slot` gives the stretch's length under the same name."""
 _Self = TypeVar("_Self", bound="BankValues")
 
 
+def flat(values: Tensor) -> Tensor:
+    """A parameter of a bank, or its gradient, as [n]: a view."""
+    return values if values.ndim == 1 else values.view(-1)
+
+
 class BankValues(nn.Module):
-    """The values of one group's bank: flat parameters that are trained, and buffers that are not.
+    """The values of one group's bank: parameters that are trained, and buffers that are not.
 
     Args:
         group: the group of the plan.
@@ -59,6 +65,8 @@ class BankValues(nn.Module):
     """True if the parameters require no gradient because all slots are frozen."""
     empty: bool = False
     """True if the parameters have no values, since `to_empty` or on the meta device."""
+    at_start: bool = False
+    """True from the initial values on, until they are used or others are loaded (`start_values.py`)."""
     agreed: bool = False
     """True if all ranks are known to have the same scales (`agreement`)."""
 
@@ -79,8 +87,9 @@ class BankValues(nn.Module):
             for name in OWN:
                 sizes[name] += getattr(slot, name)
         for name in PARAMETERS:
-            values = torch.empty(sizes[name], device=device, dtype=dtype) if sizes[name] else None
-            self.register_parameter(name, nn.Parameter(values) if values is not None else None)
+            shape = shape_of(name, sizes[name])
+            values = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if sizes[name] else None
+            self.register_parameter(name, values)
         if scales is None:
             scales = 1.0, *(RULES[slot.morph].gain(slot) for slot in group.slots)
         self._set_fixed(scales)
@@ -107,7 +116,8 @@ class BankValues(nn.Module):
 
     def fixed_buffers(self) -> list[Tensor]:
         """The buffers in which all ranks agree with rank 0."""
-        return [b for name in ("scales", "structure", "fingerprints") if (b := self._buffers.get(name)) is not None]
+        names = ("scales", "structure", "fingerprints", "frozen_fingerprints")
+        return [buffer for name in names if (buffer := self._buffers.get(name)) is not None]
 
     def reset_parameters(self, scales: Scales | None = None) -> None:
         """Gives the bank its initial values.
@@ -121,7 +131,7 @@ class BankValues(nn.Module):
         for name, values in initial_values(self.group, self.seed, std).items():
             if (parameter := self._parameters[name]) is not None:
                 write(parameter, values)
-        self.empty = False
+        self.empty, self.at_start = False, True
 
     def _require_values(self) -> None:
         """Checks that the parameters have values.
@@ -181,9 +191,9 @@ class BankValues(nn.Module):
         return {**self._parameters, **self._fixed()}
 
     def own(self, values: Tensor | None, index: int, name: str) -> Tensor:
-        """The stretch of slot `index` in `values`, which has the length of the parameter `name`."""
+        """The stretch [n] of slot `index` in `values`, which has the length of the parameter `name`."""
         start, length = self._ranges[index][name]
-        return values[start : start + length] if values is not None else self.bank.new_empty(0)
+        return flat(values)[start : start + length] if values is not None else self.bank.new_empty(0)
 
     def projection_range(self, templates: int) -> tuple[int, int]:
         """Start and end of the projection to `templates` coefficients in `projections`."""
@@ -245,7 +255,8 @@ class BankValues(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool, *lists: list[str]
     ) -> None:
-        """Loads the values; a state dict of version 0.1.0 has the scales in its plan."""
+        """Loads the values; a state dict of version 0.1.0 has flat banks, and the scales in its plan."""
+        load_flat(state_dict, {f"{prefix}{name}": p.shape for name, p in self._parameters.items() if p is not None})
         key = f"{prefix}scales"
         if key not in state_dict and (recorded := recorded_scales(state_dict, prefix)) is not None:
             state_dict[key] = torch.tensor(recorded, dtype=torch.float32)
@@ -253,5 +264,5 @@ class BankValues(nn.Module):
             self.require_base(state_dict[f"{prefix}fingerprints"], "the state dict was")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         if f"{prefix}bank" in state_dict:
-            self.empty = self.bank.is_meta
+            self.empty, self.at_start = self.bank.is_meta, False
         self.scales = self.scales.float()  # `assign=True` takes the dtype that the state dict has

@@ -7,11 +7,13 @@ them out. Each process has them whole. A fingerprint of each travels instead, in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dist_ssn.sharing.start_values import check_starts
 
 FINGERPRINT_BYTES = 16
 
@@ -106,6 +108,21 @@ def frozen_beside(model: nn.Module) -> dict[str, nn.Parameter]:
     return frozen if keeping else {}
 
 
+def kept_values(model: nn.Module, beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name → value of everything that a model keeps; none without `keep=True`.
+
+    Args:
+        model: see `frozen_beside`.
+        beside: the values outside of its banks, whole.
+    """
+    found = dict(beside)
+    for module in model.modules():
+        if isinstance(bases := getattr(module, "bases", None), Bases):
+            slots: Any = getattr(module, "group").slots  # noqa: B009 - a Bank, whose file imports this one
+            found |= {slot.name: tensor for slot, tensor in zip(slots, bases.tensors, strict=True)}
+    return found
+
+
 def kept_fingerprints(model: nn.Module) -> dict[str, str]:
     """Name → fingerprint of each value that a model keeps, in its banks and beside them; none without `keep=True`."""
     found: dict[str, str] = {}
@@ -118,5 +135,6 @@ def kept_fingerprints(model: nn.Module) -> dict[str, str]:
 
 def sent_at_the_start(model: nn.Module) -> list[Tensor]:
     """The parameters and buffers that rank 0 sends to all others before the first step: all but kept values."""
+    check_starts(model)
     kept = {id(parameter) for parameter in frozen_beside(model).values()}
     return [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in kept]

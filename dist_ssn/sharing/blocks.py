@@ -74,9 +74,9 @@ class Given(NamedTuple):
 
     @staticmethod
     def of(bank: Tensor, scales: Tensor, gains: Tensor | None) -> Given:
-        """The tensors of a bank; 16-bit values in float32."""
+        """The tensors of a bank [B] or [B, 1]; 16-bit values in float32."""
         dtype = torch.promote_types(bank.dtype, torch.float32)
-        return Given(bank.to(dtype), scales, scales[1:].unbind(), None if gains is None else gains.to(dtype))
+        return Given(bank.to(dtype).view(-1), scales, scales[1:].unbind(), None if gains is None else gains.to(dtype))
 
 
 class Block:

@@ -105,7 +105,7 @@ def _all_gradients(
     sums = [torch.zeros_like(tensor) for tensor in (given.bank, given.gains) if tensor is not None]
     for block, part in _parts(_blocks_of(key, bank.device), flat, lower):
         block.pull_back(part.clone(), given, sums[0], sums[1] if gains is not None else None)
-    return [total.to(bank.dtype) for total in sums]
+    return [sums[0].to(bank.dtype).view(bank.shape), *(total.to(bank.dtype) for total in sums[1:])]
 
 
 @_all_gradients.register_fake

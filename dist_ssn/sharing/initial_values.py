@@ -71,8 +71,8 @@ def _coefficients(
 
 
 def write(parameter: nn.Parameter, values: np.ndarray) -> None:
-    """Writes values into a parameter [n], or each rank's part of them into a parameter that FSDP2 has sharded."""
-    source = torch.from_numpy(np.ascontiguousarray(values))
+    """Writes values [n] into a parameter of n elements, or each rank's part of them into a parameter that FSDP2 has sharded."""
+    source = torch.from_numpy(np.ascontiguousarray(values)).view(parameter.shape)
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor  # half a second, which only a sharded bank needs
 

@@ -216,6 +216,12 @@ class SharedLayer:
         walks.check_converted(self, fn)  # type: ignore[arg-type]
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """Every list of a model's parameters calls it."""
+        if not torch.compiler.is_compiling():
+            walks.check_listed(self)  # type: ignore[arg-type]
+        return super().named_modules(*args, **kwargs)  # type: ignore[misc]
+
     def _replicate_for_data_parallel(self) -> Any:
         raise ShareError(walks.NO_REPLICAS)
 

@@ -15,7 +15,7 @@ _EXPONENT = 3 / 8
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.01, lr: float | None = None) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer: banks, differences and matrices decay; gains, coefficients, biases and norms don't.
+    """Parameter groups for an optimizer: matrices, banks and differences decay; gains, coefficients, biases and norms don't.
 
     It works on dense models, too, so that both are trained in the same way.
 
@@ -40,20 +40,18 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.01, lr: float | N
         raise UserError(f"lr must be a number above 0, or None to leave learning rates to the optimizer, got {lr!r}")
     banks = banks_of(model)
     of_bank = {id(p): bank for bank in banks for p in bank.parameters(recurse=False)}
-    decayed = {id(p) for bank in banks for p in (bank.bank, bank.differences)}
     numel, size = (sum(getattr(bank.group, name) for bank in banks) for name in ("numel", "size"))
     param_groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         bank = of_bank.get(id(parameter))
-        decays = id(parameter) in decayed or (bank is None and parameter.ndim >= 2)
         factor = 1.0
         if lr is not None and bank is not None:
             factor = adam_learning_rate(1.0, bank.group.numel / bank.group.size)
         elif lr is not None and banks and parameter.ndim < 2:
             factor = adam_learning_rate(1.0, numel / size)
-        param_groups.setdefault((factor, decays), []).append(parameter)
+        param_groups.setdefault((factor, parameter.ndim >= 2), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay / factor if decays else 0.0}
         | ({} if lr is None else {"lr": lr * factor})

@@ -1,7 +1,7 @@
 """Checks each optimizer at its first step: it must not train a part of a shared model without the banks that the part reads.
 
 torch calls a global hook before the steps of all optimizers. It is registered with the first shared layer. An optimizer is checked
-once, and again after `add_param_group` or another `share`; every other step costs one look-up.
+once, and again after `add_param_group`, `load_state_dict` or another `share`; every other step costs one look-up.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from dist_ssn.errors import ShareError
+from dist_ssn.sharing.columns import load_flat_state
+from dist_ssn.sharing.matrix_optimizers import refuse_orthogonal
 from dist_ssn.sharing.parts import frozen_by_torch, listed, reads, slots_of
 from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.trainer_check import warn_of_trainer
 
 _layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all shared layers of this process
 _roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # all models that were given to `share`
-_checked: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
+_checked: weakref.WeakKeyDictionary[Optimizer, tuple[Any, int, int]] = weakref.WeakKeyDictionary()
 _counts = {"hooks": 0, "models": 0}
 
 
@@ -62,10 +64,14 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """Checks an optimizer once; later steps cost one look-up."""
     if torch.compiler.is_compiling():
         return
-    state = len(optimizer.param_groups), _counts["models"]
-    if _checked.get(optimizer) != state:
+    groups = optimizer.param_groups  # `load_state_dict` puts another list there
+    checked = _checked.get(optimizer)
+    if checked is None or checked[0] is not groups or checked[1:] != (len(groups), _counts["models"]):
         check_optimizer(optimizer)
-        _checked[optimizer] = state
+        banks = {source for layer in list(_layers) for source, _ in slots_of(layer).values()}
+        refuse_orthogonal(optimizer, banks)
+        load_flat_state(optimizer, banks)
+        _checked[optimizer] = groups, len(groups), _counts["models"]
         warn_of_trainer(optimizer)
 
 

@@ -93,7 +93,7 @@ class Sheet:
         tensors: Mapping[str, Tensor | None],
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the bank and of the gains.
+        """Gradients of the bank [B, 1] and of the gains.
 
         Args:
             gradients: of the weights; None for those without one.
@@ -117,7 +117,7 @@ class Sheet:
             ]
             block.pull_back(torch.cat(flat), given, bank_sum, gains_sum)
         bank_sum, gains_sum = (None if total is None else total.to(self.dtype) for total in (bank_sum, gains_sum))
-        return bank_sum, gains_sum
+        return None if bank_sum is None else bank_sum.unsqueeze(1), gains_sum
 
 
 def _given(tensors: Mapping[str, Tensor | None]) -> Given:

@@ -51,6 +51,17 @@ class GeneratedWeight(Tensor):
                 result.flags.writeable = False  # it may share the weight's memory
             return result if mine is None or foreach else _guard_views(result, mine)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute, with a warning if it is lost with this tensor."""
+        known = getattr(Tensor, name, None)  # writing to `data` and `grad` is refused where they are set
+        if not hasattr(known, "__set__") and not name.startswith(_OF_FRAMEWORKS):
+            warnings.warn(
+                f"{name} of {self._dist_ssn_name} is set on the tensor of this one read: the next read generates another, and an "
+                "optimizer holds the bank; set it before share(), on weights that have a bank of their own (mapping=)",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """A copy of the values, without a graph: torch refuses to copy a tensor that is the result of an operation."""
         with without_torch_function():
@@ -71,6 +82,8 @@ def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
 _IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
 _EXPORTS = {"__dlpack__", "to_dlpack"}
 _OF_THIS_TENSOR = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
+_OF_FRAMEWORKS = ("_dist_ssn", "_dynamo", "_is_hf_initialized")
+"""Beginnings of attributes by which a program keeps notes of its own."""
 _HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
 
 

@@ -27,6 +27,7 @@ from dist_ssn.sharing.agreement import is_wrapper
 from dist_ssn.sharing.attach import share
 from dist_ssn.sharing.bank_set import BankSet, bank_sets
 from dist_ssn.sharing.bases import fingerprint, frozen_beside
+from dist_ssn.sharing.columns import load_flat
 from dist_ssn.sharing.train_beside import train_only
 from dist_ssn.torch_private import inside_compiled
 
@@ -57,7 +58,7 @@ class _Saved:
     plan: Plan
     train: tuple[str, ...]
     base: Mapping[str, Fingerprint]
-    banks: Mapping[str, Tensor]
+    banks: dict[str, Tensor]
     own: Mapping[str, Tensor]
 
     def require_base(self, base: Mapping[str, Fingerprint]) -> None:
@@ -161,6 +162,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     with torch.no_grad():
         for name, tensor in _state(banks).items():
             tensor.copy_(saved.banks[name])
+        for bank in banks.banks():
+            bank.at_start = False
         for name, tensor in saved.own.items():
             targets[name].copy_(tensor)
     return given
@@ -300,6 +303,7 @@ def _banks_of_file(saved: _Saved) -> BankSet:
     empty = {g.name: (0.0, *[1.0] * len(g.slots)) for g in saved.plan.groups}
     banks = BankSet(saved.plan, empty, (), torch.device("cpu"), dtype)
     state = _state(banks)
+    load_flat(saved.banks, {name: tensor.shape for name, tensor in state.items()})
     for name in sorted(state.keys() | saved.banks.keys()):
         if name not in state or name not in saved.banks or state[name].shape != saved.banks[name].shape:
             raise CheckpointError(f"{saved.path} is damaged: bank/{name} is not that of its plan")

@@ -1,4 +1,4 @@
-"""Refuses what torch does to a part of a shared model by walking through its modules, where the walk misses the part's banks.
+"""Refuses or tells what torch does to a part of a shared model by walking through its modules, where that misses the part's banks.
 
 `state_dict`, `load_state_dict`, `deepcopy` and conversions such as `half` call each layer of a part, and pass no note on of the
 module at which they began. So a shared layer finds that module in the callers' frames, and asks whether its bank is inside.
@@ -7,16 +7,19 @@ module at which they began. So a shared layer finds that module in the callers' 
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import threading
+import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
 from dist_ssn.errors import ShareError
-from dist_ssn.sharing.parts import listed, slots_of
-from dist_ssn.torch_private import MODULE_APPLY
+from dist_ssn.sharing.parts import listed, outside, slots_of
+from dist_ssn.torch_private import MODULE_APPLY, MODULE_MEMBERS
 
 COPIED = "dist_ssn"
 """Key in a deep copy's memo, whose other keys are integers: the ids of all modules that are being copied."""
@@ -27,6 +30,18 @@ NO_REPLICAS = (
 """Message for `nn.DataParallel` on several devices."""
 _REMEDY = "share the part by itself, share(part, …)"
 _state = threading.local()
+_WALKS = {f.__code__ for f in (nn.Module.named_parameters, nn.Module.parameters)}
+_USES = {
+    inspect.unwrap(use).__code__: name
+    for name, use in {
+        "clip_grad_norm_": nn.utils.clip_grad_norm_,
+        "clip_grad_value_": nn.utils.clip_grad_value_,
+        "autograd.grad": torch.autograd.grad,
+        "zero_grad": nn.Module.zero_grad,
+    }.items()
+}
+"""Code of the functions that mean all parameters of the module whose `parameters()` they get, and their names."""
+_listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose parameters such a function has got
 
 
 def _contains(key: Any, start: nn.Module, source: Any) -> bool:
@@ -156,3 +171,36 @@ def check_converted(layer: nn.Module, fn: Any) -> None:
                 f"converting this {type(start).__name__} {what} would leave {source.weight_name(index)} as it is, because a bank "
                 f"outside of it generates the weight: convert the whole model, or {_REMEDY}"
             )
+
+
+def check_listed(layer: nn.Module) -> None:
+    """Warns, once for a part, if one of `_USES` runs through `part.parameters()`, which lacks the part's banks.
+
+    Others who run through the parameters of a part, such as a framework or a loop, are not judged.
+
+    Args:
+        layer: a shared layer whose modules are being listed.
+    """
+    frame: Any = sys._getframe(2)
+    depth = 3  # of the frame in which the use was called, for the warning
+    while frame is not None and frame.f_code is nn.Module.named_modules.__code__:
+        frame, depth = frame.f_back, depth + 1
+    if frame is None or frame.f_code is not MODULE_MEMBERS:
+        return
+    walk, frame = frame, frame.f_back
+    while frame is not None and (frame.f_code in _WALKS or frame.f_code.co_name == "<listcomp>"):
+        frame, depth = frame.f_back, depth + 1
+    name = None if frame is None else _USES.get(frame.f_code)
+    while (
+        frame is not None and frame.f_back is not None and frame.f_back.f_code.co_filename == frame.f_code.co_filename
+    ):
+        frame, depth = frame.f_back, depth + 1  # a decorator
+    if name is None or (start := walk.f_locals["self"]) in _listed:
+        return
+    _listed.add(start)
+    if lacking := listed(weight for weights in outside(start).values() for weight in weights):
+        warnings.warn(
+            f"{name} got the parameters of this {type(start).__name__}, which lack the bank outside of it that generates "
+            f"{lacking}: use dist_ssn.parameters_of(part)",
+            stacklevel=depth + 2,
+        )

@@ -34,7 +34,7 @@ class Anchor:
         self._stretches = [slice(start, end) for start, end in pairwise(ends)]
         packed = sum(size for t, size in zip(trained, sizes, strict=True) if not t.plain)
         self.plain = [slice(packed, self.size)] if packed < self.size else []
-        """Stretches of a flat change [S] that travel in 16 bits whatever the codec."""
+        """Stretches of a flat change [S] that travel apart from banks and weights."""
         by_dtype: dict[torch.dtype, list[int]] = {}
         for place, t in enumerate(trained):
             by_dtype.setdefault(torch.float64 if t.values.dtype == torch.float64 else torch.float32, []).append(place)

@@ -143,8 +143,8 @@ def comm_hook(
 ) -> tuple[CommHookState, Callable[[CommHookState, GradBucket], torch.futures.Future[Tensor]]]:
     """A communication hook that sends gradients in a codec, with error feedback: `model.register_comm_hook(*comm_hook("int8"))`.
 
-    Parameters of fewer than 4,096 values travel in 16 bits, if the codec has fewer. Gradients of any floating-point type are coded
-    as float32; with codec "none" they are summed in their own type. All ranks get the same bits.
+    Parameters of fewer than 4,096 values have slices of their own, of at least 4 bits. Gradients of any floating-point type are
+    coded as float32; with codec "none" they are summed in their own type. All ranks get the same bits.
 
     With a loss scale, what was not sent keeps the scale at which it was computed.
 

@@ -63,7 +63,8 @@ class Exchange:
         codec: a name in `CODECS`, or a codec.
         group: a torch process group, None for the default one; or a `Transport`.
         route: one of `routes.ROUTES`.
-        plain: stretches of the vector that travel in 16 bits, if the codec has fewer: gains, biases and the like.
+        plain: stretches of the vector, gains, biases and the like, that have slices of their own, of at least 4 bits, in codecs of
+            fewer than 16.
         purpose: purpose in the ledger.
 
     Attributes:
@@ -98,7 +99,7 @@ class Exchange:
         found = routes.traffic(self.codec, size, plain_values, self.ranks, route)
         self.route, self.packed_bytes, self.sent_bytes = found.route, found.packed_bytes, found.sent_bytes
         self.logical_bytes = 4 * size
-        self._lanes = [Lane(kind, routes.cuts(kind, values, self.ranks), self.rank) for kind, values in lanes]
+        self._lanes = [Lane(kind, routes.cuts(values, self.ranks), self.rank) for kind, values in lanes]
         self._piece_bytes = routes.piece_bytes(lanes, self.ranks)
         self._compared = self.ranks == 1
         self._worker: tuple[Worker, Transport] | None = None
@@ -247,7 +248,7 @@ class Exchange:
         ]
 
     def _split(self, values: Tensor) -> list[Tensor]:
-        """The values of each lane: those in the codec, and those in 16 bits."""
+        """The values of each lane: most, and those that travel apart."""
         if len(self._stretches) == 1:
             return [values, values[:0]] if not self._stretches[0][1] else [values[:0], values]
         parts = values.split([length for length, _ in self._stretches])
@@ -282,12 +283,12 @@ class Exchange:
 
 
 def _stretches(plain: Sequence[slice], size: int, smaller: bool) -> list[tuple[int, bool]]:
-    """The vector as stretches in order: (values, True if they travel in 16 bits).
+    """The vector as stretches in order: (values, True if they travel apart).
 
     Args:
-        plain: the stretches in 16 bits.
+        plain: the stretches that travel apart.
         size: values of the vector.
-        smaller: the codec has fewer than 16 bits per value; else all values travel in it.
+        smaller: the codec has fewer than 16 bits per value; else all values travel together.
 
     Raises:
         UserError: stretches overlap or leave the vector.

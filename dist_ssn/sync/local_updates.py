@@ -58,8 +58,8 @@ class LocalUpdates:
             of tensors.
         outer_rate: learning rate of a named outer optimizer; None for 0.7 ("nesterov") or 1 ("average").
         outer_momentum: momentum of "nesterov"; None for 0.6.
-        codec: of the changes of banks and weights; see `dist_ssn.sync.codecs.CODECS`. Gains, coefficients, biases and norms
-            travel in 16 bits, or as they are with "none".
+        codec: of the changes; see `dist_ssn.sync.codecs.CODECS`. Gains, coefficients, biases and norms have slices of their own, of
+            at least 4 bits.
         delay: 0, or 1: the mean change of a round travels during the next one, and is applied at its end. A worker goes on from
             the anchor less its own change that is not in the anchor yet, so that each change counts once.
         group: the processes that average their changes; None for all. With islands it has one process of each island, and
@@ -303,10 +303,12 @@ class LocalUpdates:
             )
             return
         if state["start"]:
-            self._start = [saved.to(start) for saved, start in zip(state["start"], self._start, strict=True)]
+            self._start = [
+                saved.to(start).view_as(start) for saved, start in zip(state["start"], self._start, strict=True)
+            ]
         own = state["parameters"] or self._start
         for t, saved in zip(self._anchor.trained, own, strict=True):
-            t.values.copy_(saved)
+            t.values.copy_(saved.view_as(t.values))
         self._buffers.put(state["own_buffers"])
 
     @torch.no_grad()

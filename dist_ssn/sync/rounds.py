@@ -6,6 +6,7 @@ Letter: n = workers.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -31,7 +32,7 @@ class Vector:
 
     Args:
         values: number of all of them.
-        plain: number of gains, coefficients, biases and norms, which travel in 16 bits if the codec has fewer.
+        plain: number of gains, coefficients, biases and norms, which have slices of their own, of at least 4 bits.
         buffers: number of elements of floating-point buffers but those of banks, which are averaged when a run ends.
         buffer_bytes: bytes of all buffers but those of banks, which DDP hands out in each step where gradients are averaged.
     """
@@ -102,6 +103,25 @@ def of_every_step(vector: Vector, workers: int) -> Sent:
     handed, buffers = FP32_BYTES * vector.values, vector.buffer_bytes
     sent = RING_BYTES["all_reduce"](handed, workers) + RING_BYTES["broadcast"](buffers, workers)
     return Sent(handed + buffers, sent)
+
+
+def of_hook(buckets: Sequence[Vector], vector: Vector, codec: str, workers: int) -> Sent:
+    """Bytes of a step that averages gradients in a codec, by DDP with `dist_ssn.comm_hook`.
+
+    Args:
+        buckets: DDP's; "plain" are the values of parameters that the hook does not put into the codec.
+        vector: all that is trained.
+        codec: name of the codec.
+        workers: n.
+    """
+    if workers == 1:
+        return Sent(0, 0)
+    buffers = vector.buffer_bytes
+    found = Sent(buffers, RING_BYTES["broadcast"](buffers, workers))
+    for bucket in buckets:
+        way = routes.traffic(find_codec(codec), bucket.values, bucket.plain, workers)
+        found += Sent(way.packed_bytes, way.sent_bytes)
+    return found
 
 
 def rounds_of(steps: int, every: int, warmup: int = 0) -> int:

@@ -5,7 +5,8 @@
 - two-phase: each rank owns a piece. It gets the others' parts of its piece, averages them, encodes the mean, and sends it to all.
   Two rounds; the bytes hardly depend on the number of ranks.
 
-A vector has lanes, (codec, number of values) each: one in the exchange's codec, one in 16 bits.
+A vector has lanes, (codec, number of values) each, with slices of their own: most values are in the first; gains, biases and norms
+in the second.
 
 Letter: n = ranks.
 """
@@ -24,8 +25,8 @@ ROUTES = ("auto", "all-gather", "all-reduce", "two-phase")
 ROUND_BYTES = 65_536
 """Bytes that take as long as one more round: 5 ms at 100 Mbit/s."""
 
-PLAIN = CODECS["bf16"]
-"""Codec of the stretches that a lossier codec leaves alone; its range is that of float32."""
+LEAST = CODECS["int4"]
+"""Codec of gains, coefficients, biases and norms, where the others' has fewer bits."""
 
 Lanes = Sequence[tuple[Codec, int]]
 
@@ -56,7 +57,7 @@ def traffic(codec: Codec, values: int, plain: int, ranks: int, route: str = "aut
     Args:
         codec: the exchange's.
         values: size of the vector.
-        plain: values of it that travel in 16 bits, if the codec has fewer.
+        plain: values of it that travel apart: see `lanes_of`.
         ranks: n.
         route: one of `ROUTES`.
 
@@ -69,34 +70,36 @@ def traffic(codec: Codec, values: int, plain: int, ranks: int, route: str = "aut
 
 
 def lanes_of(codec: Codec, values: int, plain: int) -> list[tuple[Codec, int]]:
-    """The lanes of a vector; arguments as in `traffic`."""
+    """The lanes of a vector; arguments as in `traffic`.
+
+    A codec with scales has slices of its own for the plain values, whose size is another than that of weights. They have at least
+    four bits: sent as sparsely as the bank, they cost 8 % of an LSTM's loss (docs/results/ladder.md).
+    """
     apart = plain if is_smaller(codec) else 0
-    return [(codec, values - apart), (PLAIN, apart)]
+    return [(codec, values - apart), (LEAST if codec.is_rough else codec, apart)]
 
 
 def is_smaller(codec: Codec) -> bool:
-    """True if the codec has fewer than 16 bits per value, so that gains, biases and norms do not travel in it."""
-    return codec.packed_bytes(2**16) < PLAIN.packed_bytes(2**16)
+    """True if the codec has fewer than 16 bits per value, so that gains, biases and norms have a lane of their own."""
+    return codec.packed_bytes(2**16) < 2 * 2**16
 
 
-def cuts(codec: Codec, size: int, ranks: int) -> list[int]:
+def cuts(size: int, ranks: int) -> list[int]:
     """The n + 1 borders of a lane's pieces, which are as equal as whole slices allow.
 
     Args:
-        codec: the lane's.
         size: values of the lane.
         ranks: n.
     """
-    unit = 1 if codec is PLAIN else SLICE
-    units = -(-size // unit)
-    return [min(size, unit * (rank * units // ranks)) for rank in range(ranks + 1)]
+    slices = -(-size // SLICE)
+    return [min(size, SLICE * (rank * slices // ranks)) for rank in range(ranks + 1)]
 
 
 def piece_bytes(lanes: Lanes, ranks: int) -> list[list[int]]:
     """Packed bytes of the piece that each rank owns, by rank and lane."""
     by_lane = []
     for codec, size in lanes:
-        ends = cuts(codec, size, ranks)
+        ends = cuts(size, ranks)
         by_lane.append([codec.packed_bytes(ends[rank + 1] - ends[rank]) for rank in range(ranks)])
     return [list(sizes) for sizes in zip(*by_lane, strict=True)]
 

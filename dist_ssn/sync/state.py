@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_ssn.errors import CheckpointError
 from dist_ssn.sharing.bank_set import shared_plan
+from dist_ssn.sharing.columns import COLUMNS
 from dist_ssn.sync.anchor import Anchor
 
 FORMAT = 1
@@ -76,7 +77,7 @@ def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, oute
         )
     mine, saved = shapes_of(anchor), state["shapes"]
     for name in (*mine, *saved):
-        if (shape := mine.get(name)) != (other := saved.get(name)):
+        if (shape := mine.get(name)) != (other := saved.get(name)) and not _was_flat(name, shape, other):
             raise CheckpointError(
                 f"the state of LocalUpdates is of another model: {name} has the shape {_shown(other)} there and "
                 f"{_shown(shape)} here"
@@ -91,6 +92,11 @@ def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, oute
             f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {outer_class}: "
             "give the same outer"
         )
+
+
+def _was_flat(name: str, shape: list[int] | None, other: Any) -> bool:
+    """True for a column that was flat in version 0.1.0."""
+    return shape is not None and name.rpartition(".")[2] in COLUMNS and isinstance(other, list) and [*other, 1] == shape
 
 
 def _shown(shape: list[int] | None) -> str:

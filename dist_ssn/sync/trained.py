@@ -25,7 +25,7 @@ class Trained:
     Args:
         name: its name in the model.
         parameter: as the optimizer holds it.
-        plain: it travels in 16 bits whatever the codec: gains, coefficients, biases and norms.
+        plain: it travels apart from banks and weights: gains, coefficients, biases and norms.
     """
 
     name: str
@@ -74,7 +74,7 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[Trained]:
 
 
 def plain_ones(model: nn.Module) -> set[int]:
-    """The ids of the parameters that travel in 16 bits if the codec has fewer: gains, coefficients, biases and norms."""
+    """The ids of the parameters that travel apart from banks and weights: gains, coefficients, biases and norms."""
     small = {id(p) for bank in banks_of(model) for p in (bank.coefficients, bank.gains)}
     of_banks = {id(p) for bank in banks_of(model) for p in bank.parameters(recurse=False)}
     return small | {id(p) for p in model.parameters() if p.ndim < 2 and id(p) not in of_banks}

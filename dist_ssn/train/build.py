@@ -15,10 +15,12 @@ from dist_ssn.errors import PlanError, RecipeError, UserError, describe
 from dist_ssn.files import read_tensors, read_text
 from dist_ssn.plan import Plan
 from dist_ssn.sharing.attach import share
+from dist_ssn.sharing.columns import load_flat
 from dist_ssn.train.data import Task, load_task
 from dist_ssn.train.models import HasHints, build_model
 from dist_ssn.train.recipe.check import validate
-from dist_ssn.train.recipe.schema import Recipe, ShareConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import ShareConfig
 
 
 def build(recipe: Recipe, world: World) -> tuple[Task, nn.Module]:
@@ -65,6 +67,7 @@ def _read_weights(model: nn.Module, path: str) -> None:
     for names in ties.values():
         if known := [name for name in names if name in found]:
             found |= {name: found[known[0]] for name in names if name not in found}
+    load_flat(found, {name: tensor.shape for name, tensor in wanted.items()})
     problems = [f"it has no {name}" for name in wanted if name not in found]
     problems += [f"the model has no {name}" for name in found if name not in wanted]
     problems += [

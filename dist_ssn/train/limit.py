@@ -23,7 +23,8 @@ from dist_ssn.sync.rounds import Sent, Vector, of_every_step, of_run, parse_limi
 from dist_ssn.train.build import share_as
 from dist_ssn.train.data import data_hints
 from dist_ssn.train.models import build_model
-from dist_ssn.train.recipe.schema import Recipe, SyncConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import SyncConfig
 
 BUDGETS = (None, 0.5, 0.25, 0.1, 0.05)
 """Budgets to choose from; None is dense."""
@@ -123,7 +124,7 @@ def vectors_of(recipe: Recipe) -> Iterator[tuple[float | None, str | None, float
     """
     share = recipe.share
     hints = data_hints(recipe.data, context=recipe.model_args.get("context"))
-    torch.manual_seed(recipe.seed)  # as in training: a scale that is measured depends on it
+    torch.manual_seed(recipe.seed)  # as in training, for a model function that draws random numbers
     model = build_model(recipe.model, recipe.model_args, hints)
     dense = vector_of(model)
     if share.budget is not None or share.plan is not None:

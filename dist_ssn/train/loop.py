@@ -46,7 +46,8 @@ from dist_ssn.train.ranks.raise_together import raise_together
 from dist_ssn.train.ranks.stop import Stop
 from dist_ssn.train.ranks.threads import processor_threads
 from dist_ssn.train.recipe.check import validate
-from dist_ssn.train.recipe.schema import DENSE, ENGINE_OPTIONS, Recipe
+from dist_ssn.train.recipe.schema import DENSE, Recipe
+from dist_ssn.train.recipe.sections import ENGINE_OPTIONS
 from dist_ssn.train.teacher import Teacher, dense_twin, load_teacher
 
 LOG_EVERY = 50  # steps between two reads of the training loss, if no evaluation or checkpoint comes first
@@ -137,7 +138,7 @@ class _Run:
         self.folder = Path(recipe.output) / recipe.name
         self.clock = Clock(world.device)
         self.account = Account(meter, self.clock)
-        self.losses = Losses(world.device)
+        self.losses = Losses(world.device, apart=recipe.sync.every is not None)
         self.teacher: Teacher | None = None
         self.pruner: Pruner | None = None
         self.resumed_step: int | None = None

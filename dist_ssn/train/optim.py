@@ -16,7 +16,7 @@ from dist_ssn.errors import RecipeError
 from dist_ssn.sharing.optimizer_groups import parameter_groups
 
 if TYPE_CHECKING:
-    from dist_ssn.train.recipe.schema import OptimizerConfig, ScheduleConfig
+    from dist_ssn.train.recipe.sections import OptimizerConfig, ScheduleConfig
 
 
 def _adamw(model: nn.Module, config: OptimizerConfig) -> Optimizer:

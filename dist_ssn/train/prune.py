@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dist_ssn.model.specs import find_specs
 from dist_ssn.sharing.bank import Bank, banks_of
-from dist_ssn.train.recipe.schema import PruneConfig, ShareConfig
+from dist_ssn.train.recipe.sections import PruneConfig, ShareConfig
 
 
 def sparsity(config: PruneConfig, step: int, steps: int) -> float:
@@ -82,7 +82,7 @@ class Pruner:
                 self._set_thresholds(bank, part)
         elif self._config.what == "bank":
             sizes = [parameter.abs() / unit for parameter, unit in self._held]
-            limit = _smallest(torch.cat(sizes), part)
+            limit = _smallest(torch.cat(sizes).flatten(), part)
             self._masks = [size > limit for size in sizes]
         else:
             self._masks = [size > _smallest(size.flatten(), part) for size in (p.abs() for p, _ in self._held)]

@@ -30,7 +30,8 @@ from dist_ssn.train.data import Task, logits_of
 from dist_ssn.train.models import MODELS
 from dist_ssn.train.prune import with_thresholds
 from dist_ssn.train.recipe.read import recipe_from_json
-from dist_ssn.train.recipe.schema import DENSE, DistillConfig, Recipe, ShareConfig
+from dist_ssn.train.recipe.schema import DENSE, Recipe
+from dist_ssn.train.recipe.sections import DistillConfig, ShareConfig
 
 
 def dense_twin(recipe: Recipe) -> Recipe:

@@ -8,17 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
+import dist_ssn
 from dist_ssn.cli.entry import main
 from dist_ssn.cluster import Link, load_cluster
+from dist_ssn.comm import CommMeter
 from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.ladder import Cost, Rungs, cost_of, ladder_of
 from dist_ssn.cost.ladder_table import best_of, rows_of
+from dist_ssn.cost.measured import Side
 from dist_ssn.cost.rates import Rates, measure_rates
+from dist_ssn.cost.timeline import measure_timeline
+from dist_ssn.engines import DDPEngine
 from dist_ssn.plan import make_plan
 from dist_ssn.sync.codecs import CODECS
 from dist_ssn.sync.losses import measured_losses
 from dist_ssn.sync.rounds import Vector, vector_of, vector_with
+from dist_ssn.sync.routes import traffic
+from dist_ssn.train.models.gpt import build_gpt
+from testing.ranks import run_ranks
 from tests.test_cost.test_advice import MODEL, NUMBERS, SMALL, SPECS, measured
 
 FREE = Rates(0.0, dict.fromkeys(CODECS, 0.0), dict.fromkeys(CODECS, 0.0))
@@ -83,6 +93,51 @@ def test_without_rounds_it_is_the_ordinary_step() -> None:
     assert cost(Rungs(None, 1), 2).sent_per_step == 4 * NUMBERS
 
 
+def test_gradients_in_a_codec_wait_for_their_exchange() -> None:
+    rates = Rates(0.0, dict.fromkeys(CODECS, 1e-7), dict.fromkeys(CODECS, 2e-7))
+    found = cost(Rungs(None, 1, "int8"), 2, rates=rates)
+    side = measured(1.0, 1.0).dense
+    buckets = [message.vector for message in side.messages()]
+    packed = sum(traffic(CODECS["int8"], one.values, one.plain, 2).packed_bytes for one in buckets)
+    assert sum(one.values for one in buckets) == NUMBERS
+    assert found.sent_per_step == found.handed_per_step == packed
+    # All gradients are ready when backward ends: one message after the other, of two latencies, bytes and coding each.
+    assert found.exposed == pytest.approx(len(buckets) * 2 * LATENCY + 1e-6 * packed + NUMBERS * (1e-7 + 2 * 2e-7))
+    assert found.step == pytest.approx(1 + found.exposed)
+
+
+def _hooked(rank: int, world_size: int, budget: float | None) -> tuple[int, float]:
+    """Bytes of a step that are handed to collectives, as metered and as predicted."""
+    torch.manual_seed(0)
+    model = build_gpt(vocabulary=64, layers=2, width=96, heads=4, context=16)
+    if budget is not None:
+        dist_ssn.share(model, budget)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tokens = torch.randint(0, 64, (2, 16))
+    timeline = measure_timeline(model, optimizer, lambda _: model(tokens).square().mean(), steps=2)
+    engine = DDPEngine(model, optimizer)
+    assert isinstance(engine.model, DistributedDataParallel)
+    engine.model.register_comm_hook(*dist_ssn.comm_hook("int4"))
+    metered = 0
+    for _ in range(4):  # DDP learns the order of gradients in the first
+        with CommMeter() as meter:
+            engine.backward(engine.model(tokens).square().mean())
+            engine.step()
+        metered = meter.totals("gradients").logical_bytes
+    own = {name: p.numel() for name, p in model.named_parameters() if "dist_ssn." not in name}
+    plan, vector = dist_ssn.shared_plan(model), vector_of(model)
+    side = Side(plan, own, timeline, vector)
+    network = Fabric(world_size, 1, Link(0.0, 1e9), Link(1e6 * LATENCY, MBIT))
+    return metered, cost_of(Rungs(budget, 1, "int4"), side, plan, vector, network, FREE).handed_per_step
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("budget", [None, 0.3])
+def test_a_hook_sends_the_predicted_bytes(budget: float | None) -> None:
+    for found, predicted in run_ranks(_hooked, 2, budget):
+        assert found == predicted > 0
+
+
 def test_all_combinations_and_the_best_of_them() -> None:
     both = dataclasses.replace(measured(1.0, 1.1), rates=FREE)
     rows = rows_of(ladder_of(both, fabric(2, 2), Rungs("7%", 16, "int4")), "gpt")
@@ -95,7 +150,7 @@ def test_all_combinations_and_the_best_of_them() -> None:
     assert times == sorted(times, reverse=True) and losses == sorted(losses) and losses[0] == 1
     assert all(row["delay"] == 0 for row in best)
     vector = vector_with(make_plan(SPECS, 0.25), vector_of(MODEL), SPECS)
-    (quarter,) = (r for r in rows if (r["budget"], r["every"], r["islands"]) == (0.25, 1, False))
+    (quarter,) = (r for r in rows if (r["budget"], r["every"], r["codec"]) == (0.25, 1, "none"))
     assert quarter["bytes_per_step_logical"] == 4 * vector.values
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.engines import World, init_world, mpi
-from dist_ssn.errors import UserError
+from dist_ssn.errors import ShareError, UserError
 
 STEPS = 4
 
@@ -90,6 +90,46 @@ def local(world: World) -> dict[str, Any]:
     return {"difference": found["difference"], "gradients": found["sent"]}
 
 
+def keep(world: World) -> dict[str, Any]:
+    """Kept values: steps like those of one process; what is sent at the start, and what another base on rank 1 raises."""
+    data = torch.randn(STEPS, world.world_size, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def kept(change: float = 0.0) -> nn.Module:
+        base = Branches()
+        with torch.no_grad():
+            base.left.weight[0, 0] += change * (world.rank == 1)
+        return dist_ssn.share(base, 40, keep=True, exclude="right", train="stem")
+
+    alone, model = kept(), kept()
+    with CommMeter() as meter:
+        engine = mpi.MPIEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        start = meter.totals().logical_bytes
+        optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+        for step in range(STEPS):
+            with engine.accumulating(True):
+                engine.backward(model(data[step, world.rank], "left right").square().mean())
+            engine.step()
+            for part in data[step]:
+                (alone(part, "left right").square().mean() / world.world_size).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = zip(alone.parameters(), model.parameters(), strict=True)
+    try:
+        mpi.MPIEngine(other := kept(1e-3), torch.optim.SGD(other.parameters(), lr=0.1))
+        error = ""
+    except ShareError as raised:
+        error = str(raised)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return {
+        "difference": max(float((mine - theirs).abs().max()) for mine, theirs in pairs),
+        "sent": meter.totals("gradients").logical_bytes // STEPS,
+        "trained": trained,
+        "start": start,
+        "frozen": sum(p.nbytes for p in model.parameters()) - trained,
+        "error": error,
+    }
+
+
 def crash(world: World) -> None:
     """Rank 1 raises in its third step, and the others wait for it."""
     die(world, lambda: (_ for _ in ()).throw(UserError("rank 1 has had enough")))
@@ -115,7 +155,7 @@ def world(found: World) -> dict[str, Any]:
     return {"rank": found.rank, "world_size": found.world_size, "local_rank": found.local_rank}
 
 
-SCENARIOS = {f.__name__: f for f in (pieces, order, missing, reentrant, local, crash, killed, world)}
+SCENARIOS = {f.__name__: f for f in (pieces, order, missing, reentrant, local, keep, crash, killed, world)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

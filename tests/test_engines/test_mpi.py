@@ -33,10 +33,14 @@ def scenarios(ranks: int, *names: str) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_gradients_are_those_of_one_process_whatever_the_ranks_do(ranks: int) -> None:
-    found = scenarios(ranks, "pieces", "order", "missing", "reentrant", "local", "world")
+    found = scenarios(ranks, "pieces", "order", "missing", "reentrant", "local", "keep", "world")
     assert found.pop("world") == {"rank": 0, "world_size": ranks, "local_rank": 0}
     local = found.pop("local")
     assert local["difference"] <= 1e-6 and local["gradients"] == 0
+    keep = found.pop("keep")
+    assert keep["difference"] <= 1e-12 and keep["sent"] == keep["trained"]
+    assert keep["trained"] <= keep["start"] < keep["trained"] + 400 < keep["trained"] + keep["frozen"]
+    assert keep["error"].startswith("rank 1 keeps other values of left.weight than rank 0 (1 of ")
     assert len(found) == 4
     for name, cell in found.items():
         assert cell["difference"] <= 1e-12, name

@@ -43,6 +43,8 @@ def shaken(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    for bank in banks_of(model):
+        bank.at_start = False  # so that it is not taken for a mistake
     return model
 
 

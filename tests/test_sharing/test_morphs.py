@@ -128,7 +128,7 @@ def naive_weight(bank: Bank, index: int) -> np.ndarray:
     """The weight of a slot, from the bank's parameters as they lie there."""
     slot = bank.group.slots[index]
     values = {name: np.zeros(0) for name in PARAMETERS}
-    values |= {name: p.detach().double().numpy() for name, p in bank.named_parameters()}
+    values |= {name: p.detach().double().flatten().numpy() for name, p in bank.named_parameters()}
     before = bank.group.slots[:index]
 
     def own(name: str) -> np.ndarray:
@@ -391,7 +391,7 @@ def test_pseudo_random_draws_are_frozen() -> None:
         dtype=torch.float64,
     )
     with torch.no_grad():
-        bank.bank.copy_(torch.arange(1.0, 33.0))
+        bank.bank.copy_(torch.arange(1.0, 33.0).unsqueeze(1))
         assert bank.coefficients is not None
         bank.coefficients.copy_(torch.tensor([1.0, 100.0, 1.0, 100.0]))
     assert bank(0).reshape(-1)[::5].long().tolist() == FROZEN_OFFSET
@@ -411,7 +411,7 @@ def test_initial_values_are_frozen() -> None:
         np.random.seed(seed)
         bank = Bank(Group("all", 200, slots), seed=7, scales=(0.5, 1.0, 1.0, 1.0))
         bank.reset_parameters()
-        starts.append({name: parameter.detach().clone() for name, parameter in bank.named_parameters()})
+        starts.append({name: parameter.detach().flatten() for name, parameter in bank.named_parameters()})
     first, second = starts
     assert all(torch.equal(first[name], second[name]) for name in first) and set(first) == set(PARAMETERS)
     assert {name: [round(number, 5) for number in first[name][:4].tolist()] for name in first} == FROZEN_START
@@ -439,7 +439,7 @@ def test_seeds_and_names_give_different_weights() -> None:
         banks = [Bank(Group("all", 64, slots), seed) for seed in (0, 1)]
         for bank in banks:
             with torch.no_grad():
-                bank.bank.copy_(torch.arange(1.0, 65.0))
+                bank.bank.copy_(torch.arange(1.0, 65.0).unsqueeze(1))
         weights = [bank(index).detach() for bank in banks for index in (0, 1)]
         for i, one in enumerate(weights):
             for other in weights[:i]:

@@ -21,7 +21,6 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize
 from dist_ssn import materialize, parameter_groups, share, summary
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.bank import banks_of
-from dist_ssn.sharing.decay_check import decay_warning
 from testing.layer_kinds import be_pure, loss_of, relative_error, shake
 
 EXACT = 1e-9
@@ -433,14 +432,6 @@ def test_a_recurrent_layer_reads_what_was_set(make: Callable[[], nn.Module]) -> 
 # --- optimizers
 
 
-def by_dimensions(model: nn.Module, decay: float = 0.1) -> list[dict[str, Any]]:
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, times: int = 2) -> list[str]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -450,39 +441,18 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, times: int = 2) -> 
     return [str(warning.message) for warning in seen]
 
 
-@pytest.mark.parametrize("make", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_rule_by_dimensions_is_told_once(make: Callable[[nn.Module], nn.Module]) -> None:
-    model = make(share(small(), 0.5))
-    (message,) = step(model, torch.optim.AdamW(by_dimensions(model), lr=1e-3))
-    assert message.startswith("the bank of 0.weight has weight_decay 0 in this AdamW")
-    assert "parameter_groups" in message
-
-
-def test_groups_in_which_banks_decay_are_fine() -> None:
+def test_groups_of_any_kind_step_without_a_word() -> None:
     model = share(small(), 0.5)
     assert not step(model, torch.optim.AdamW(parameter_groups(model, lr=1e-3)))
     assert not step(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1))
     assert not step(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert not step(model, torch.optim.AdamW(by_dimensions(model, 0.0)))
     dense = small()
-    assert not step(dense, torch.optim.AdamW(by_dimensions(dense)))
+    assert not step(dense, torch.optim.AdamW(dense.parameters()))
 
 
 def test_the_summary_leads_to_parameter_groups() -> None:
     assert "dist_ssn.parameter_groups(model, lr=...)" in str(summary(share(small(), 0.5)))
     assert "parameter_groups" not in str(summary(small()))
-
-
-def test_a_group_that_is_added_later_is_seen() -> None:
-    model = share(small(), 0.5)
-    banks = banks_of(model)
-    optimizer = torch.optim.AdamW([bank.bank for bank in banks], weight_decay=0.0)
-    assert not step(model, optimizer)
-    optimizer.add_param_group({"params": [model[1].weight], "weight_decay": 0.1})  # type: ignore[index]
-    assert len(step(model, optimizer)) == 1
-    for bank in banks:
-        bank.requires_grad_(False)
-    assert decay_warning(optimizer, banks) is None
 
 
 # --- second derivatives

@@ -19,7 +19,6 @@ import dist_ssn
 from dist_ssn.comm import CommMeter
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.sync.codecs import CODECS
-from dist_ssn.sync.routes import PLAIN
 from testing.ranks import run_ranks
 
 STEPS = 8
@@ -29,7 +28,7 @@ MODES: dict[str, dict[str, Any]] = {
     "static": {"static_graph": True},
     "unused": {"find_unused_parameters": True},
 }
-LOSS = {"none": 0.0, "fp16": 1e-4, "bf16": 1e-3, "int8": 1e-3, "int4": 5e-3, "bins2": 0.1, "sparse": 0.6}
+LOSS = {"none": 0.0, "fp16": 1e-4, "bf16": 1e-3, "int8": 1e-3, "int4": 1e-2, "bins2": 0.1, "sparse": 0.6}
 """Largest distance of the loss from that without a hook, after `STEPS` steps from 4.3 to about 2.6."""
 
 
@@ -181,7 +180,8 @@ def _bytes(rank: int, n: int) -> None:
             run.steps(batches(rank)[:1])
         sizes = [p.numel() for p in run.model.parameters()]
         small = 0 if codec in ("none", "fp16", "bf16") else sum(size for size in sizes if size < 4096)
-        wanted = CODECS[codec].packed_bytes(sum(sizes) - small) + PLAIN.packed_bytes(small)
+        apart = CODECS["int4" if codec in ("bins2", "sparse") else codec]
+        wanted = CODECS[codec].packed_bytes(sum(sizes) - small) + apart.packed_bytes(small)
         assert meter.totals("gradients").logical_bytes == meter.totals().logical_bytes == wanted, codec
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from dist_ssn.train.limit import options_of, sent_per_step, within_limit
 from dist_ssn.train.loop import train
 from dist_ssn.train.models.gpt import GPT
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import EngineConfig, Recipe, ShareConfig, SyncConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import CheckpointConfig, EngineConfig, ShareConfig, SyncConfig
 from testing.ranks import run_ranks
 from tests.test_train.test_loop import build, recipe
 
@@ -74,6 +77,30 @@ def test_the_ledger_of_a_run_has_the_predicted_bytes(tmp_path: Path) -> None:
     assert chosen["sync"]["every"] and chosen["share"]["budget"]
 
 
+def _spoiled(rank: int, n: int, output: Path) -> tuple[list[str], dict[str, Any]]:
+    accident = {"accident": "nan", "at": 6, "rank": 1}
+    made = recipe(output, sync=SyncConfig(every=4), model_args=accident, checkpoint=CheckpointConfig(every=7))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        summary = train(made, progress=False).summary
+    return [str(one.message) for one in caught if "left out" in str(one.message)], summary
+
+
+@pytest.mark.distributed
+def test_a_nan_on_one_worker_costs_its_round_and_not_the_run(tmp_path: Path) -> None:
+    """The loss is NaN there from step 6 until the round ends after step 8; others' losses are what the metrics have."""
+    ranks = run_ranks(_spoiled, 2, tmp_path)
+    for said, summary in ranks:
+        assert said == [
+            "rank 1 sent a change that is not finite after step 8: it is left out, and goes on from the others' mean"
+        ]
+        assert [(one["step"], one["left_out"]) for one in summary["rounds"]] == [(4, ""), (8, "1"), (12, "")]
+        assert math.isfinite(summary["rows"][0]["validation_loss"])
+    logged = [json.loads(line) for line in (tmp_path / "small" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train_loss"] for line in logged if "train_loss" in line]
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
+
+
 @pytest.mark.parametrize("budget", [0.1, 0.4])
 def test_the_vector_of_a_plan_is_that_of_the_shared_model(budget: float) -> None:
     torch.manual_seed(0)
@@ -89,8 +116,9 @@ def test_the_vector_of_a_plan_is_that_of_the_shared_model(budget: float) -> None
 
 def test_bytes_of_a_round_by_hand() -> None:
     vector = Vector(4096 + 100, 100)
-    assert of_round(vector, "int8", 4).handed == (4096 + 2) + 2 * 100 + 48
-    assert of_round(vector, "int8", 4).sent == 3 * (4098 + 200 + 48)
+    assert of_round(vector, "int8", 4).handed == (4096 + 2) + (100 + 2) + 48
+    assert of_round(vector, "int8", 4).sent == 3 * (4098 + 102 + 48)
+    assert of_round(vector, "sparse", 4).handed == 4 + 64 * 12 // 8 + 64 // 4 + (50 + 2) + 48
     assert of_round(vector, "none", 4).sent == 1.5 * 4 * 4196 + 3 * 48
     assert of_round(vector, "int4", 1).sent == 0
     whole, short = (of_run(vector, "int8", 2, steps, 4) for steps in (8, 9))

@@ -344,7 +344,10 @@ def test_faults_are_named_on_all_ranks() -> None:
     _check_buffers(*(found["buffers"] for found in ranks))
     for handed, packed, size in (found["counted"][codec] for found in ranks for codec in ("none", "int4")):
         assert handed == 3 * (packed + 6 * 8)
-        assert packed in (4 * size, 2 * 12 + 16 // 2 + 2)  # a bias, a norm's gain and bias in 16 bits; a matrix in 4
+        assert packed in (
+            4 * size,
+            12 // 2 + 2 + 16 // 2 + 2,
+        )  # a bias, a norm's gain and bias in a slice of their own; a matrix
 
 
 def _check_buffers(first: Any, second: Any) -> None:

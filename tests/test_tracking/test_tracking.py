@@ -18,7 +18,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.files import write_whole
 from dist_ssn.tracking import Console, JsonLines, check_wandb, set_aside
 from dist_ssn.tracking.tracker import wandb_mode
-from dist_ssn.train.recipe.schema import WandbConfig
+from dist_ssn.train.recipe.sections import WandbConfig
 
 ROW = {
     "name": "small",
@@ -152,7 +152,7 @@ import sys
 from pathlib import Path
 from dist_ssn.report import draw
 from dist_ssn.tracking import build_tracker
-from dist_ssn.train.recipe.schema import WandbConfig
+from dist_ssn.train.recipe.sections import WandbConfig
 folder, resume = Path(sys.argv[1]), None if sys.argv[2] == "new" else int(sys.argv[2])
 config = WandbConfig(mode="offline", project=sys.argv[3])
 tracker = build_tracker(config, folder, name="small", recipe={"steps": 2}, console=None, resume_step=resume, draw=draw)

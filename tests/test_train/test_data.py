@@ -20,7 +20,7 @@ from dist_ssn.errors import DataError
 from dist_ssn.train.data import DATA, ClassificationTask, LanguageTask, Task, data_hints, load_task
 from dist_ssn.train.data.captions import CAPTIONS
 from dist_ssn.train.data.sources import FASHION_MNIST_FOLDER
-from dist_ssn.train.recipe.schema import DataConfig
+from dist_ssn.train.recipe.sections import DataConfig
 
 
 def numbered_images(count: int = 40, held_out: int = 13, **options) -> ClassificationTask:

@@ -30,7 +30,8 @@ from dist_ssn.train.ranks import agreement as agreements
 from dist_ssn.train.ranks.agreement import Agreement, Wants
 from dist_ssn.train.ranks.raise_together import raise_together
 from dist_ssn.train.ranks.stop import EXIT_REQUEUE, Stop
-from dist_ssn.train.recipe.schema import CheckpointConfig, EngineConfig, Recipe
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import CheckpointConfig, EngineConfig
 from testing.ranks import RanksFailed, run_ranks
 from tests.test_train.test_loop import recipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from dist_ssn.errors import CheckpointError, RecipeError
 from dist_ssn.sharing.bank_set import shared_plan
 from dist_ssn.train.build import start_model
+from dist_ssn.train.checkpoint.folder import fingerprint
 from dist_ssn.train.data import data_hints
 from dist_ssn.train.loop import train
 from dist_ssn.train.models import build_model
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import CheckpointConfig, DataConfig, Recipe, ShareConfig
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import CheckpointConfig, DataConfig, ShareConfig
 
 ARGS: dict[str, Any] = {"layers": 1, "width": 16, "heads": 2, "context": 8}
 
@@ -67,7 +70,7 @@ def test_a_run_goes_on_from_the_file_and_saves_no_kept_weight(tmp_path: Path, te
         if not parameter.requires_grad:
             assert torch.equal(parameter, base[name]), name
     saved = load_file(result.folder / "checkpoints" / "step-00000003" / "model.safetensors")
-    assert not {slot.name for _, slot in plan.slots()} & saved.keys()
+    assert saved.keys() and not base.keys() & saved.keys()
 
     longer = dataclasses.replace(recipe, steps=5, checkpoint=CheckpointConfig(resume=True))
     again = train(longer, progress=False)
@@ -79,6 +82,34 @@ def test_a_run_goes_on_from_the_file_and_saves_no_kept_weight(tmp_path: Path, te
             dataclasses.replace(recipe_of(tmp_path, text, seed=1), steps=7, checkpoint=longer.checkpoint),
             progress=False,
         )
+
+
+def test_another_value_beside_the_banks_is_named_and_an_old_checkpoint_has_it(tmp_path: Path, text: Path) -> None:
+    recipe = recipe_of(tmp_path, text)
+    folder = train(recipe, progress=False).folder / "checkpoints" / "step-00000003"
+    base = load_file(recipe.model_weights or "")
+    name = next(name for name, tensor in base.items() if name.endswith(".bias"))
+    weights = tmp_path / "other.safetensors"
+    save_file({**base, name: base[name] + 1}, weights)
+    longer = dataclasses.replace(
+        recipe, steps=4, model_weights=str(weights), checkpoint=CheckpointConfig(resume=True, base=True)
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"was trained on other kept values of {name} \(1 of \d+ frozen parameters"
+    ):
+        train(longer, progress=False)
+    state = json.loads((folder / "state.json").read_text())  # as it was before fingerprints took the values' places
+    del state["kept"]
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="tensors of the model are not in it"):
+        train(dataclasses.replace(longer, model_weights=recipe.model_weights), progress=False)
+    frozen = {key: value for key, value in base.items() if value.ndim == 1}
+    save_file({**load_file(folder / "model.safetensors"), **frozen}, folder / "model.safetensors")
+    state["files"]["model.safetensors"] = fingerprint(folder / "model.safetensors")
+    (folder / "state.json").write_text(json.dumps(state))
+    train(dataclasses.replace(longer, model_weights=recipe.model_weights), progress=False)
+    found = load_file(folder.with_name("step-00000004") / "base.safetensors")
+    assert found.keys() == base.keys() and all(torch.equal(found[key], value) for key, value in base.items())
 
 
 def test_full_fine_tuning_is_the_same_recipe_without_a_budget(tmp_path: Path, text: Path) -> None:

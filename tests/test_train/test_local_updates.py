@@ -23,12 +23,12 @@ from dist_ssn.train.checkpoint.folder import checkpoints
 from dist_ssn.train.checkpoint.packed import pack, unpack
 from dist_ssn.train.loop import train
 from dist_ssn.train.ranks import agreement as agreements
-from dist_ssn.train.recipe.schema import (
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import (
     CheckpointConfig,
     EngineConfig,
     OptimizerConfig,
     PruneConfig,
-    Recipe,
     ScheduleConfig,
     SyncConfig,
 )

@@ -26,14 +26,8 @@ from dist_ssn.errors import CheckpointError, RecipeError, UserError
 from dist_ssn.train.checkpoint.folder import checkpoints
 from dist_ssn.train.loop import RunResult, train
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, learning_rate_factor
-from dist_ssn.train.recipe.schema import (
-    CheckpointConfig,
-    DataConfig,
-    OptimizerConfig,
-    Recipe,
-    ScheduleConfig,
-    ShareConfig,
-)
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import CheckpointConfig, DataConfig, OptimizerConfig, ScheduleConfig, ShareConfig
 from testing.ranks import RanksFailed, run_ranks
 
 

@@ -19,7 +19,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.train.loop import train
 from dist_ssn.train.prune import sparsity, with_thresholds
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import PruneConfig, ScheduleConfig, ShareConfig
+from dist_ssn.train.recipe.sections import PruneConfig, ScheduleConfig, ShareConfig
 from testing.layer_kinds import banks_of, be_pure, relative_error
 from testing.ranks import run_ranks
 from tests.test_train.test_loop import alone, assert_equal, outcome, recipe
@@ -58,7 +58,7 @@ def test_the_smallest_go_first_and_stay_away(tmp_path: Path) -> None:
     before = train(recipe(tmp_path / "a", steps=1, schedule=schedule), progress=False)
     after = train(recipe(tmp_path / "b", prune=at_once, schedule=schedule), progress=False)
     sizes = torch.cat([bank.bank.abs() / bank.scales[0] for bank in banks_of(before.model)])
-    stays = sizes > sizes.kthvalue(int(0.5 * len(sizes))).values
+    stays = sizes > sizes.kthvalue(int(0.5 * len(sizes)), dim=0).values
     assert torch.equal(torch.cat([bank.bank for bank in banks_of(after.model)]) != 0, stays)
 
 

@@ -17,7 +17,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.train.build import build
 from dist_ssn.train.loop import train
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import DataConfig, DistillConfig, EngineConfig, PruneConfig, ShareConfig
+from dist_ssn.train.recipe.sections import DataConfig, DistillConfig, EngineConfig, PruneConfig, ShareConfig
 from dist_ssn.train.teacher import Teacher, load_teacher
 from testing.ranks import run_ranks
 from tests.test_train.test_loop import alone, assert_equal, outcome, recipe

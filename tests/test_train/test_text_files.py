@@ -18,7 +18,7 @@ from dist_ssn.train.build import build
 from dist_ssn.train.data import load_task
 from dist_ssn.train.data.text import read_text_bytes
 from dist_ssn.train.recipe.read import load_recipe
-from dist_ssn.train.recipe.schema import DataConfig
+from dist_ssn.train.recipe.sections import DataConfig
 
 TEXT = "the quick brown fox\n" * 40
 CHINESE = "春眠不觉晓处处闻啼鸟夜来风雨声花落知多少" * 40  # no space and no line's end: no NUL in UTF-16

@@ -138,7 +138,12 @@ class Saver:
         def begin() -> None:
             try:
                 snapshot = take(
-                    step=step, engine=engine, recipe_json=self._recipe.to_json(), plan=plan, run=account.to_json()
+                    step=step,
+                    engine=engine,
+                    recipe_json=self._recipe.to_json(),
+                    plan=plan,
+                    run=account.to_json(),
+                    base=self._recipe.checkpoint.base,
                 )
             except NotFinite as error:
                 raise UserError(

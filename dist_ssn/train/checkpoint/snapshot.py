@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from dist_ssn.engines.base import Engine, OptimizerState
 from dist_ssn.errors import CheckpointError
 from dist_ssn.plan import Plan
+from dist_ssn.sharing.bases import fingerprint, kept_values
 from dist_ssn.train.checkpoint import folder as folders
 from dist_ssn.train.checkpoint.parts import COMMON, Part, collect, name_of, split_state
 
 FORMAT = 1
+BASE = "base.safetensors"
+"""File of the values that a model keeps, by their names in the dense model, if a run wants it."""
 
 
 class NotFinite(CheckpointError):
@@ -56,7 +59,13 @@ class Snapshot:
 
 
 def take(
-    *, step: int, engine: Engine, recipe_json: str, plan: Plan | None, run: Mapping[str, Any] | None = None
+    *,
+    step: int,
+    engine: Engine,
+    recipe_json: str,
+    plan: Plan | None,
+    run: Mapping[str, Any] | None = None,
+    base: bool = False,
 ) -> Snapshot | Part | None:
     """Takes a snapshot. All processes call it, and sharded state is gathered.
 
@@ -68,6 +77,7 @@ def take(
         recipe_json: the recipe.
         plan: of the model, None if it is dense.
         run: counters of the run, as JSON.
+        base: with the values that the model keeps, in a file of their own.
 
     Returns:
         The snapshot on rank 0. On the other ranks None, or their parts with local updates.
@@ -79,11 +89,14 @@ def take(
     common, own = _local_state(engine)
     with engine.common():
         parameters, optimizer_state = engine.gathered()
+        kept = engine.kept()
         if engine.rank != 0:
             return Part(step, engine.rank, own) if own else None
-        taken = _taken(step, engine, parameters, optimizer_state)
+        taken = _taken(step, engine, parameters, optimizer_state, kept)
     texts = {"plan.json": "null" if plan is None else plan.to_json(), "recipe.json": recipe_json}
     parts = {COMMON: common, name_of(0): own} if own else {}
+    if base and (values := kept_values(engine.module, kept)):
+        parts[BASE] = {name: _copied(value) for name, value in values.items()}
     workers = engine.world_size if own else 0
     sync = {"sync": {"workers": workers}} if own else {}
     return replace(
@@ -101,12 +114,20 @@ def _local_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return common, own
 
 
-def _taken(step: int, engine: Engine, parameters: dict[str, Tensor], optimizer_state: OptimizerState) -> Snapshot:
-    """Copies of the model and of the optimizer's state."""
+def _taken(
+    step: int,
+    engine: Engine,
+    parameters: dict[str, Tensor],
+    optimizer_state: OptimizerState,
+    kept: Mapping[str, Tensor],
+) -> Snapshot:
+    """Copies of the model and of the optimizer's state; fingerprints of what it keeps beside its banks."""
     if bad := [name for name, tensor in parameters.items() if not torch.isfinite(tensor).all()]:
         raise NotFinite(f"after step {step} {bad[0]} is not finite, so no checkpoint was written")
     entries = entries_of(engine.module)
     tensors = {**entries.tensors, **{entries.first_names[name]: tensor for name, tensor in parameters.items()}}
+    for name in kept:
+        del tensors[entries.first_names[name]]
     optimizer_tensors, scalars = _split_state(optimizer_state)
     return Snapshot(
         step,
@@ -115,6 +136,11 @@ def _taken(step: int, engine: Engine, parameters: dict[str, Tensor], optimizer_s
         {},
         {
             "extra": entries.extra,
+            **(
+                {"kept": {entries.first_names[name]: fingerprint(tensor) for name, tensor in kept.items()}}
+                if kept
+                else {}
+            ),
             "optimizer": {"class": type(engine.optimizer).__name__, "scalars": scalars},
         },
     )

@@ -2,11 +2,13 @@
 
 A checkpoint `step-00000100/` holds
 
-    model.safetensors      banks, own parameters and buffers; a tied tensor once, under its first name
+    model.safetensors      banks, trained parameters and buffers; a tied tensor once, under its first name
     optimizer.safetensors  the optimizer's tensors, each as `<key>/<name of the parameter>`
     plan.json              the plan of a shared model, `null` for a dense one
     recipe.json            the run's recipe
-    state.json             step, counters, the optimizer's scalars, versions; size and SHA-256 of the other files
+    state.json             step, counters, the optimizer's scalars, versions; size and SHA-256 of the other files; fingerprints of
+                           the frozen parameters beside kept weights, which no file has
+    base.safetensors       what the model keeps (`share.keep`), if `checkpoint.base` asks for it; nothing reads it
 
 and with local updates
 
@@ -36,9 +38,12 @@ from dist_ssn.files import parse_json, read_json, read_tensors, read_text
 from dist_ssn.plan import Plan
 from dist_ssn.plan.compare import plan_difference
 from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.bases import fingerprint, frozen_beside
+from dist_ssn.sharing.columns import load_flat
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sync.local_updates import LocalUpdates
-from dist_ssn.train.checkpoint.folder import checkpoints, fingerprint, latest, name_of
+from dist_ssn.train.checkpoint.folder import checkpoints, latest, name_of
+from dist_ssn.train.checkpoint.folder import fingerprint as size_and_hash
 from dist_ssn.train.checkpoint.parts import COMMON, Part, read_state, write_part
 from dist_ssn.train.checkpoint.parts import name_of as worker_file
 from dist_ssn.train.checkpoint.snapshot import FORMAT, Entries, NotFinite, Snapshot, entries_of, take, write
@@ -124,7 +129,7 @@ def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> 
         CheckpointError: the checkpoint is missing, damaged, or of another model, plan or optimizer.
     """
     model = engine.module
-    path, state, entries, loaded = _fitting(Path(path), model, plan)
+    path, state, entries, loaded = _fitting(Path(path), model, plan, engine.kept())
     trained = {name: _shape(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     local, own_optimizer = _local_state(path, state, engine)
     optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained, own_optimizer)
@@ -150,15 +155,18 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, plan: Plan | None
     Raises:
         CheckpointError: the checkpoint is missing, damaged, or of another model or plan.
     """
-    path, state, entries, loaded = _fitting(Path(path), model, plan)
+    path, state, entries, loaded = _fitting(Path(path), model, plan, frozen_beside(model))
     tensors = {name: loaded[first] for name, first in entries.first_names.items()}
     _put(model, {**tensors, **entries.extra, **state["extra"]}, path)
 
 
 def _fitting(
-    path: Path, model: nn.Module, plan: Plan | None
+    path: Path, model: nn.Module, plan: Plan | None, kept: Mapping[str, Tensor]
 ) -> tuple[Path, dict[str, Any], Entries, dict[str, Tensor]]:
-    """A checkpoint (the newest one of a folder), its state, the entries of `model`, and the tensors, which fit the model."""
+    """A checkpoint (the newest one of a folder), its state, the entries of `model`, and the tensors, which fit the model.
+
+    `kept`, the model's own frozen parameters beside its banks, take the places of those that the checkpoint has fingerprints of.
+    """
     if not (path / "state.json").exists() and (newest := latest(path)) is not None:
         path = newest
     state = _verified_state(path)
@@ -168,6 +176,8 @@ def _fitting(
     for name in entries.tensors.keys() - loaded.keys():
         if (scales := recorded_scales(loaded, name.removesuffix("scales"))) is not None:
             loaded[name] = torch.tensor(scales, dtype=torch.float32)
+    load_flat(loaded, {name: _shape(tensor) for name, tensor in entries.tensors.items()})
+    loaded |= _kept(path, state.get("kept", {}), {entries.first_names[name]: value for name, value in kept.items()})
     _check_tensors(path, loaded, entries.tensors)
     _check_base(path, loaded, model)
     if strangers := sorted(state["extra"].keys() - entries.extra.keys()):
@@ -250,7 +260,7 @@ def _verify(path: Path, name: str, files: dict[str, Any]) -> None:
     file, remedy = path / name, _remedy(path)
     if not file.is_file() or not isinstance(files.get(name), dict) or "bytes" not in files[name]:
         raise Damaged(f"the checkpoint {path} is damaged: {name} is missing{remedy}")
-    found, expected = fingerprint(file), files[name]
+    found, expected = size_and_hash(file), files[name]
     if found["bytes"] != expected["bytes"]:
         raise Damaged(
             f"the checkpoint {path} is damaged: {name} has {found['bytes']} bytes and was written with "
@@ -325,6 +335,19 @@ def _check_base(path: Path, loaded: Mapping[str, Tensor], model: nn.Module) -> N
         raise CheckpointError(str(error)) from None
 
 
+def _kept(path: Path, prints: Any, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of `mine` whose fingerprints a checkpoint has, checked."""
+    if not isinstance(prints, dict):
+        raise Damaged(f"the checkpoint {path} is damaged: in state.json, kept must be of type dict{_remedy(path)}")
+    found = {name: value for name, value in mine.items() if name in prints}
+    if others := [name for name, value in found.items() if fingerprint(value) != prints[name]]:
+        raise CheckpointError(
+            f"the checkpoint {path} was trained on other kept values of {others[0]} ({len(others)} of {len(found)} frozen "
+            "parameters differ): load the same pretrained values, in the same dtype, before share(model, keep=True)"
+        )
+    return found
+
+
 def _shape(tensor: Tensor) -> Any:
     """A parameter's shape; DeepSpeed's stage 3 empties the parameter and keeps its shape in another attribute."""
     return getattr(tensor, "ds_shape", tensor.shape)
@@ -374,6 +397,9 @@ def _optimizer_state(
         )
     state: OptimizerState = {}
     whole = {"tensors": _read_tensors(path / "optimizer.safetensors"), **saved} if own is None else own
+    load_flat(
+        whole["tensors"], {e: trained[name] for e in whole["tensors"] if (name := e.partition("/")[2]) in trained}
+    )
     for entry, value in {**whole["tensors"], **whole["scalars"]}.items():
         key, _, name = entry.partition("/")
         state.setdefault(name, {})[key] = value

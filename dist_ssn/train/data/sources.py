@@ -20,7 +20,7 @@ from dist_ssn.train.data.tasks import ClassificationTask, Hints, Images, Languag
 from dist_ssn.train.data.text import read_text_bytes
 
 if TYPE_CHECKING:
-    from dist_ssn.train.recipe.schema import DataConfig
+    from dist_ssn.train.recipe.sections import DataConfig
 
 DEFAULT_CONTEXT = 128
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"

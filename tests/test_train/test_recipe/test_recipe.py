@@ -21,14 +21,8 @@ from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
 from dist_ssn.train.recipe.check import validate
 from dist_ssn.train.recipe.keys import bundled_recipes, recipe_keys, recipe_schema
 from dist_ssn.train.recipe.read import load_recipe, parse_recipe, recipe_from_json, recipe_to_yaml
-from dist_ssn.train.recipe.schema import (
-    ENGINE_OPTIONS,
-    DataConfig,
-    OptimizerConfig,
-    Recipe,
-    ScheduleConfig,
-    ShareConfig,
-)
+from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.sections import ENGINE_OPTIONS, DataConfig, OptimizerConfig, ScheduleConfig, ShareConfig
 from testing.write_schemas import text_of
 
 
@@ -332,8 +326,8 @@ def test_a_recipe_that_an_older_version_saved_is_read_unchanged() -> None:
     recipe = recipe_from_json(text)
     saved = json.loads(text)
     younger = json.loads(recipe_from_json("{}").to_json())
-    share = younger["share"] | saved["share"]
-    assert json.loads(recipe.to_json()) == younger | saved | {"share": share}
+    with_new_keys = {name: younger[name] | saved[name] for name in ("share", "checkpoint")}
+    assert json.loads(recipe.to_json()) == younger | saved | with_new_keys
     assert (recipe.share.mapping, recipe.schedule.milestones, recipe.clip_norm) == ({"a*": "x"}, (3, 5), None)
 
 

@@ -1,0 +1,45 @@
+"""A bank's initial values, compared with those of `share` before they are first used: loops over parameters may draw others.
+
+The usual loop, `if p.dim() > 1: nn.init.xavier_uniform_(p)`, takes a bank for a matrix with one column.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+_OTHER = 1.5
+"""Factor from which on a standard deviation is another one. No bank has been trained when it is compared."""
+
+
+def check_start(bank: Any) -> None:
+    """Warns, once, if somebody else has drawn the initial values of a bank.
+
+    Args:
+        bank: a `Bank` whose values nobody has read, loaded or received since `reset_parameters`.
+    """
+    bank.at_start = False
+    if bank.bank.is_meta or hasattr(bank.bank, "device_mesh"):
+        return
+    wanted = float(bank.scales[0])
+    std = float(torch.linalg.vector_norm(bank.bank.detach())) / bank.bank.numel() ** 0.5  # makes no copy
+    if not wanted / _OTHER <= std <= wanted * _OTHER:
+        warnings.warn(
+            f"the bank of {bank.weight_name(0)} has a standard deviation of {std:.3g}, and share() gave it {wanted:.3g}: a loop "
+            "over parameters that draws initial values belongs before share(); dist_ssn.initialize(model) gives banks theirs again",
+            stacklevel=3,
+        )
+
+
+def check_starts(model: nn.Module) -> None:
+    """`check_start` for all banks of a model that need it.
+
+    Args:
+        model: shared or dense; other ranks are about to send it their values.
+    """
+    for module in model.modules():
+        if module.__dict__.get("at_start", False):
+            check_start(module)
