@@ -403,6 +403,7 @@ class Bank(BankValues):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.compiled = {}  # older pickles have none
         only_small: Any = self.__dict__.get("per_step")
         self.generate_per_step(only_small is not None, bool(only_small))
         if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them
