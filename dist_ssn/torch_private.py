@@ -101,6 +101,12 @@ def is_tracing() -> bool:
     return _fx_traces()
 
 
+def builds_graph() -> bool:
+    """True while torch.compile makes a graph that this process will run; an exported one runs where dist_ssn may not be."""
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return torch.compiler.is_dynamo_compiling() and exporting is not None and not exporting()
+
+
 def saved_tensor_hooks() -> Hooks | None:
     """The innermost (pack, unpack) hooks for saved tensors that are active on this thread; None without any.
 

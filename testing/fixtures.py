@@ -25,6 +25,10 @@ __all__ = ["clean_slate", "extensions", "fewer_objects", "pytest_runtest_protoco
 settings.register_profile("dist_ssn", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("dist_ssn")
 
+# Triton reads it when it is imported. Without a GPU, its kernels are interpreted (tests/test_sharing/test_kernels.py).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 MARKS = ("distributed", "processes")
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system", "multiprocessing"}

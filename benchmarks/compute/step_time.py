@@ -127,6 +127,7 @@ def measure(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, obje
     for _ in range(WARM_UP + arguments.repetitions):
         for side, step in sides.items():
             seconds[side].append(step())
+    first = {side: times[0] for side, times in seconds.items()}  # with the compiler's time
     theirs = seconds.pop("dense")[WARM_UP:]
     for mode, times in seconds.items():
         ours = times[WARM_UP:]
@@ -140,6 +141,7 @@ def measure(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, obje
             "device": arguments.device,
             "dense_ms": [1e3 * f(theirs) for f in (statistics.median, min, max)],
             "shared_ms": [1e3 * f(ours) for f in (statistics.median, min, max)],
+            "first_seconds": [first["dense"], first[mode]],
             "ratio": statistics.median(ours) / statistics.median(theirs),
             "ratio_of_minima": min(ours) / min(theirs),
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.compute import codecs, generation, memory
+from benchmarks.compute import codecs, generation, gpu, large, memory
 from benchmarks.markdown import from_rich, grid
 from benchmarks.network import ladder_prediction, ladder_target, latency, prediction, probe, scaling, time_to_target
 from benchmarks.result_files import lines_of
@@ -33,9 +33,9 @@ def step_time() -> str:
         both = ("{:{d}} ({:{d}}-{:{d}})".format(*line[side], d=digits) for side in ("dense_ms", "shared_ms"))
         ratios = (f"{line['ratio']:.3f}", f"{line['ratio_of_minima']:.3f}")
         mode = line.get("generate", "on_demand") + (", compiled" if line.get("compiled") else "")
-        rows.append(
-            [MODELS[line["model"]], mode, device, f"{line['budget']:.0%}", str(line["repetitions"]), *both, *ratios]
-        )
+        first = "{:.0f}, {:.0f}".format(*line["first_seconds"]) if line.get("compiled") else ""
+        kind = (MODELS[line["model"]], mode, device, f"{line['budget']:.0%}", str(line["repetitions"]))
+        rows.append([*kind, *both, *ratios, first])
     headings = (
         "model",
         "generate",
@@ -46,6 +46,7 @@ def step_time() -> str:
         "shared ms",
         "ratio of medians",
         "ratio of the fastest",
+        "compiled in, s: dense, shared",
     )
     return grid(headings, rows)
 
@@ -56,6 +57,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation-kinds": lambda: from_rich(generation.tables(lines_of("generation"))[1]),
     "codecs": lambda: from_rich(codecs.table(lines_of("codecs"))),
     "memory": lambda: from_rich(memory.table(lines_of("memory"))),
+    "large": lambda: from_rich(large.table(lines_of("large"))),
+    "gpu": lambda: from_rich(gpu.table(lines_of("gpu"))),
     "prediction": lambda: from_rich(prediction.table(lines_of("prediction"))),
     "scaling-measured": lambda: from_rich(scaling.tables(lines_of("scaling"))[0]),
     "scaling-modelled": lambda: from_rich(scaling.tables(lines_of("scaling"))[1]),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.bench import AS_ROOT, PROFILES
+from benchmarks.compute import gpu, large
 from benchmarks.compute.generation import nanoseconds, stack
 from benchmarks.compute.memory import allocations, measure
 from benchmarks.compute.memory import table as memory_table
@@ -157,3 +158,35 @@ def test_a_teacher_trains_first_at_its_own_rate(monkeypatch: pytest.MonkeyPatch)
     ]
     assert taught[0]["overrides"]["distill.teacher"] == "dense at 0.001"
     assert taught[0]["validation_loss"] != taught[1]["validation_loss"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at its inputs'
+@pytest.mark.parametrize(
+    "cell",
+    [
+        *("step", "launch-bound", "memory", "kernels"),
+        *(pytest.param(c, marks=pytest.mark.distributed) for c in ("nccl", "gloo")),
+    ],
+)
+def test_what_a_gpu_will_measure_is_rehearsed(cell: str) -> None:
+    """Tiny models on the processor, and a compiler that compiles nothing."""
+    torch._dynamo.reset()
+    line = gpu.measure((cell, gpu.Setting("cpu", 2, backend="eager")))
+    sides = {found["side"] for found in line["lines"]}
+    if cell == "kernels":
+        assert sides == {"kernels", "operations"}
+        errors = {found["what"]: found["error"] for found in line["lines"]}
+        assert max(errors.values()) < 0.01 and errors["weights of the large GPT in float32"] < 1e-6
+    else:
+        assert {"dense", "10% per_step", "10% on_demand", "25% per_step"} <= sides
+        assert all(found["ratio"] > 0 for found in line["lines"])
+    rows = cells(gpu.table([{"hardware": "a processor", **line}]))
+    assert [row[2] for row in rows] == ["cpu"] * len(line["lines"]) + ["not measured"] * (len(gpu.CELLS) - 1)
+
+
+def test_a_large_model_is_planned_and_shared_in_little_more_than_its_memory() -> None:
+    lines = [large.measure((cell, 0.1)) for cell in ("10M share", "8B plan keep")]
+    assert all(line["seconds"] > 0 and line["peak_bytes"] > 0 for line in lines)
+    assert lines[1]["parameters"] > 8e9 and lines[1]["seconds"] < 20
+    rows = cells(large.table(lines))
+    assert [row[0] for row in rows] == ["0.01 B", "8.20 B, keep"] and [row[-1] == "" for row in rows] == [False, True]

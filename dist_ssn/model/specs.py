@@ -27,6 +27,9 @@ _NORMS = (*NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
 """Modules of torch's quantized packages that belong to float models."""
 
+_SOME = 64
+"""Elements that are looked at first, where one that differs decides."""
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -272,7 +275,10 @@ def _zero_row(places: Sequence[_Place]) -> int | None:
 def _is_constant(parameter: nn.Parameter) -> bool:
     if parameter.is_meta:
         return False
-    low, high = parameter.detach().aminmax()
+    values = parameter.detach()
+    if values.dim() and (some := values[0].reshape(-1)[:_SOME]).numel() > 1 and bool((some != some[0]).any()):
+        return False  # mostly, without reading the whole weight
+    low, high = values.aminmax()
     return bool(low == high)
 
 

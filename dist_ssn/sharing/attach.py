@@ -24,7 +24,7 @@ from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.bases import Bases
 from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
 from dist_ssn.sharing.holders import views_of, warn_of_holders
-from dist_ssn.sharing.layers import share_layer
+from dist_ssn.sharing.layers import is_lowered, share_layer
 from dist_ssn.sharing.part_check import register_model
 from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
@@ -230,9 +230,7 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
         )
     dtype = torch.promote_types(first.dtype, torch.float32) if plan.keep else first.dtype
     banks = BankSet(plan, scales, specs.left_out, first.device, dtype)
-    for bank in banks.banks():
-        if not first.is_meta:
-            bank.reset_parameters(scales[bank.group.name])
+    is_meta = first.is_meta
     places = {weight.name: (weight.name, *weight.aliases) for weight in specs.weights}
     if plan.keep:
         for bank in banks.banks():
@@ -244,8 +242,17 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
+        bank.lowered = frozenset(
+            index
+            for index, slot in enumerate(bank.group.slots)
+            if all(is_lowered(model.get_submodule(name.rpartition(".")[0])) for name in places[slot.name])
+        )
     install(model, ATTRIBUTE, banks, slots)
     watch_forward(model, banks)
+    del parameters, first  # the dense weights, so that they are gone when the banks get their values
+    for bank in banks.banks():
+        if not is_meta:
+            bank.reset_parameters(scales[bank.group.name])
 
 
 def install(model: nn.Module, attribute: str, maker: nn.Module, slots: Mapping[str, dict[str, Any]]) -> None:

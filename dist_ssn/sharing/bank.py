@@ -29,13 +29,15 @@ from dist_ssn.plan.slots import Group
 from dist_ssn.sharing.agreement import agree_under_fsdp2
 from dist_ssn.sharing.autograd import Anchor, Generate, Watcher
 from dist_ssn.sharing.bank_values import OWN, BankValues, flat
+from dist_ssn.sharing.blocks import Given, Placed, fits
 from dist_ssn.sharing.columns import unpickle_flat
+from dist_ssn.sharing.compiled import all_weights, register
 from dist_ssn.sharing.morphs import ELEMENTWISE, MORPHS, Mixture, finish, readings
-from dist_ssn.sharing.per_step import PerStep, Placed, fits
+from dist_ssn.sharing.per_step import PerStep
 from dist_ssn.sharing.signed_path import fast_path
 from dist_ssn.sharing.start_values import check_start
-from dist_ssn.sharing.weight_source import Values
-from dist_ssn.torch_private import FAST_PATH, active_ddp, graph_task_id, is_tracing
+from dist_ssn.sharing.weight_source import Values, autocast_dtype
+from dist_ssn.torch_private import FAST_PATH, active_ddp, builds_graph, graph_task_id, is_tracing
 
 _ALL = -1
 """Index with which a forward generates the weights of all slots."""
@@ -58,6 +60,8 @@ class Bank(BankValues):
 
     check_plan: Callable[[], None] | None = None
     """Checks that nobody wrote another plan into the state dict of this bank; None before there is one."""
+    lowered: frozenset[int] = frozenset()
+    """Indices of the slots that are read only by layers whose weight autocast lowers."""
 
     def __init__(
         self,
@@ -76,6 +80,8 @@ class Bank(BankValues):
         self.anchor: Anchor | None = None
         self.per_step: PerStep | None = None
         """The weights that are generated at once for a forward; None if weights are generated on demand."""
+        self.compiled: dict[int, Tensor] = {}
+        """The same in a graph that torch.compile makes, by slot."""
         self._warned = False  # of ZeRO-3, which would partition the bank again after each use
 
     def generate_per_step(self, on: bool, only_small: bool = False) -> None:
@@ -90,23 +96,37 @@ class Bank(BankValues):
             for index, slot in enumerate(self.group.slots if on else ())
             if fits(slot)
         ]
-        self.per_step = PerStep(slots, self.seed, self.group.size, only_small) if slots else None
+        self.per_step = PerStep(slots, self.seed, self.group.size, self.lowered, only_small) if slots else None
+        self._compiled_key = register(slots, self.seed, self.group.size, self.lowered) if slots else ""
 
     def at_hand(self, index: int) -> Tensor | None:
         """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
         per_step = self.per_step
         if per_step is None or index not in per_step.indices:
             return None
-        if not per_step.forwards and (per_step.made is None or graph_task_id() == -1):
+        if not per_step.forwards and (not per_step.made or graph_task_id() == -1):
             return None  # neither in a forward of the model nor where its backward recomputes one
-        graph = torch.is_grad_enabled() and not self.stopped
-        if not per_step.is_current(graph, self._tensors):
+        graph, lower = torch.is_grad_enabled() and not self.stopped, autocast_dtype(self)
+        weights = per_step.current(lower, graph, self._tensors)
+        if weights is None:
             alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(self.bank, "ds_id")
             if alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 return None
             self(_ALL)
-        assert per_step.made is not None
-        return per_step.made[index]
+            weights = per_step.made[lower].weights
+        return weights[index]
+
+    def compile_all(self) -> None:
+        """Generates the weights as one operation of a graph that torch.compile makes, where `per_step` would."""
+        bank: Any = self._parameters.get("bank")
+        if bank is None or self.per_step is None or self.pure or self.empty or self.thresholds is not None:
+            return
+        if hasattr(bank, "device_mesh") or hasattr(bank, "ds_id") or self.watcher is not None:
+            return
+        if self.per_step.suits(bank.device.type) and not bank.is_meta:
+            values = self._tensors()
+            given = Given(values["bank"], values["scales"], (), values["gains"])  # type: ignore[arg-type]
+            self.compiled = all_weights(given, self._compiled_key, None if self.bases else autocast_dtype(self))
 
     def _make_all(self) -> dict[int, Tensor]:
         """The weights of `per_step`, by slot."""
@@ -114,7 +134,8 @@ class Bank(BankValues):
         graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
         if graph:
             self._require_reduction()
-        return self.per_step.make(self.values(), self.weight_name(0), graph, self.frozen, self.bases)
+        name, lower = self.weight_name(0), autocast_dtype(self)
+        return self.per_step.make(self.values(), name, lower, graph, self.frozen, self.bases)
 
     def forward(
         self,
@@ -161,7 +182,9 @@ class Bank(BankValues):
                 f"torch.jit.trace cannot record how {self.weight_name(index)} is generated: trace materialize(model)"
             )
         if self.pure or is_tracing():
-            weight = self._make(index, rows, self._tensors(), dtype)
+            weight = self._compiled(index, rows, dtype)
+            if weight is None:
+                weight = self._make(index, rows, self._tensors(), dtype)
             return weight.detach() if frozen else weight
         if self.check_plan is not None:
             self.check_plan()
@@ -176,6 +199,16 @@ class Bank(BankValues):
         if self.watcher is not None and graph_task_id() == -1:
             self.watcher.read(index)
         return Generate.apply(anchor.tensor, anchor.sums, self, index, rows, dtype)  # type: ignore[no-any-return]
+
+    def _compiled(self, index: int, rows: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+        """The weight in a graph that has generated it with all others; None if it is wanted in another precision."""
+        weight = self.compiled.get(index) if rows is None else None
+        if weight is None or not builds_graph():
+            return None
+        lower = autocast_dtype(self) if index in self.lowered else None
+        if self.bases is None and weight.dtype != (lower or self.dtype):
+            return None
+        return self._whole(index, None, weight, dtype)
 
     @torch.no_grad()
     def fast(
@@ -363,12 +396,14 @@ class Bank(BankValues):
             "watcher": None,
             "check_plan": None,
             "per_step": None if self.per_step is None else self.per_step.only_small,
+            "compiled": {},
             "agreed": False,
             "_emptied": (None, 0),
         }  # neither a graph nor an engine is copied or pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.compiled = {}  # older pickles have none
         only_small: Any = self.__dict__.get("per_step")
         self.generate_per_step(only_small is not None, bool(only_small))
         if "scales" not in self._buffers:  # pickled by version 0.1.0, whose slots had them

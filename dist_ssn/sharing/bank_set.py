@@ -56,6 +56,16 @@ class BankSet(nn.Module):
             if bank.per_step is not None:
                 bank.per_step.end()
 
+    def begin_compiled(self) -> None:
+        """As `begin_forward`, in a graph that torch.compile makes."""
+        for bank in self.banks():
+            bank.compile_all()
+
+    def end_compiled(self) -> None:
+        """As `end_forward`, in a graph that torch.compile makes."""
+        for bank in self.banks():
+            bank.compiled = {}
+
     def forward(self, input: Any = None) -> Any:
         """Returns its input."""
         return input

@@ -8,7 +8,7 @@ from torch import nn
 
 from dist_ssn.errors import ShareError, unknown_choice
 from dist_ssn.sharing.bank_set import BankSet, bank_sets
-from dist_ssn.torch_private import is_tracing
+from dist_ssn.torch_private import builds_graph, is_tracing
 
 MODES = ("auto", "on_demand", "per_step")
 
@@ -64,7 +64,9 @@ class _Begin:
         self.banks = banks
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if not is_tracing():
+        if builds_graph():
+            self.banks.begin_compiled()
+        elif not is_tracing():
             self.banks.begin_forward()
 
 
@@ -73,5 +75,7 @@ class _End:
         self.banks = banks
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        if not is_tracing():
+        if builds_graph():
+            self.banks.end_compiled()
+        elif not is_tracing():
             self.banks.end_forward()

@@ -15,6 +15,8 @@ from dist_ssn.plan import Group, Slot
 from dist_ssn.plan.rules import EMBEDDING_SIZE
 
 Arrays = dict[str, np.ndarray]
+_AT_ONCE = 2**24
+"""Elements whose squares are in memory at once."""
 
 
 def initial_values(group: Group, seed: int, std: float) -> Arrays:
@@ -27,8 +29,10 @@ def initial_values(group: Group, seed: int, std: float) -> Arrays:
     - Of a difference U·V, U has variance 1/rank and V is zero: its first step moves the weight as far as a dense step would.
     """
     draw = np.random.RandomState(_seed_of(seed, group.name))
-    values = torch.from_numpy(draw.standard_normal(group.size))
-    bank = (values / values.square().mean().sqrt() * std).numpy()
+    bank = draw.standard_normal(group.size)
+    values = torch.from_numpy(bank)  # in place from here on, without a copy of the bank
+    squares = torch.stack([part.square().sum() for part in values.split(_AT_ONCE)]).sum()
+    values.div_((squares / group.size).sqrt()).mul_(std)
     rows = {
         k: orthogonal_rows(sum(_mixes(s) == k for s in group.slots), k, draw) for k in {_mixes(s) for s in group.slots}
     }

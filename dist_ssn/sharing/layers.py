@@ -26,7 +26,7 @@ from dist_ssn.sharing import part_check, walks
 from dist_ssn.sharing.parts import set_trained
 from dist_ssn.sharing.read_only import guarded, no_write
 from dist_ssn.sharing.registrations import watch_registrations
-from dist_ssn.sharing.weight_source import Values, WeightSource
+from dist_ssn.sharing.weight_source import Values, WeightSource, autocast_dtype
 from dist_ssn.torch_private import CONVOLUTION, FAST_PATH, Hooks, assert_soon, is_tracing, saved_tensor_hooks
 
 _CAST = (nn.Linear, *CONVOLUTION)
@@ -66,7 +66,7 @@ class _Scope:
         self.origins: dict[int, _Origin] = {}
 
     def read(self, source: WeightSource, index: int) -> Tensor:
-        dtype = _autocast_dtype(self.layer, source)
+        dtype = autocast_dtype(source) if is_lowered(self.layer) else None
         key = (id(source), index, torch.is_grad_enabled(), dtype)
         if key not in self.weights:
             weight = self.weights[key] = source(index, dtype=dtype)
@@ -133,13 +133,9 @@ def _hooks(
     return pack, unpack
 
 
-def _autocast_dtype(layer: nn.Module, source: WeightSource) -> torch.dtype | None:
-    """The dtype to which autocast would cast the layer's weight now; None for the source's own."""
-    lowered = isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
-    device = source.device.type
-    if not lowered or device == "meta" or source.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+def is_lowered(layer: nn.Module) -> bool:
+    """True if autocast lowers the layer's weight."""
+    return isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
 
 
 _NORM = "a norm cannot replace it: register the norm before share(), or on"
@@ -356,6 +352,8 @@ def _weight_property(name: str) -> property:
             weight = source.at_hand(index)
             scope: _Scope | _AtHand | None = getattr(_state, "scope", None)
             if scope is None:
+                if weight is not None and weight.dtype != source.dtype:
+                    weight = None  # lowered for its layer, and somebody else reads it
                 return guarded(source(index) if weight is None else weight, source.weight_name(index))
             return scope.read(source, index) if weight is None else weight
         except AttributeError as error:  # nn.Module.__getattr__ would turn it into "no attribute 'weight'"

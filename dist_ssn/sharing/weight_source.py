@@ -96,3 +96,11 @@ class WeightSource(Protocol):
     def at_hand(self, index: int) -> Tensor | None:
         """Weight `index`, if it has been generated with all others for this forward; None if it is generated on demand."""
         ...
+
+
+def autocast_dtype(source: WeightSource) -> torch.dtype | None:
+    """The dtype to which autocast would lower a source's weights now; None without autocast."""
+    device = source.device.type
+    if device == "meta" or source.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import dist_ssn
 from dist_ssn.errors import ShareError
+from dist_ssn.model.init_scale import _sum_of_squares
 from dist_ssn.model.selectors import Selector
 from dist_ssn.model.specs import find_specs
 from dist_ssn.plan import make_plan
@@ -459,3 +460,12 @@ def test_a_float_model_that_is_prepared_for_quantization_is_fine() -> None:
             return self.adder.add(self.layer(x), 1)
 
     assert [weight.name for weight in find_specs(Ready()).weights] == ["layer.weight"]
+
+
+def test_the_scale_of_a_large_weight_is_exact() -> None:
+    """It is summed up in stretches; the rest behind the last whole one counts, too."""
+    values = torch.randn(2**22 + 1000, generator=torch.Generator().manual_seed(0))
+    values[-1000:] *= 100
+    exact = float(values.double().square().sum())
+    assert _sum_of_squares(values) == pytest.approx(exact, rel=1e-6)
+    assert _sum_of_squares(values[::2]) == pytest.approx(float(values[::2].double().square().sum()), rel=1e-12)

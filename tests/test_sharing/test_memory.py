@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -263,3 +264,19 @@ def test_sharing_kept_weights_copies_at_most_one(tmp_path: Path) -> None:
     assert bank.bases is not None
     for slot, base in zip(bank.group.slots, bank.bases.tensors, strict=True):
         assert base.data_ptr() == mapped[slot.name].data_ptr()
+
+
+def test_banks_get_their_values_when_the_dense_weights_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a large model is never in memory beside its banks and what draws them."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    dense = [weakref.ref(layer.weight) for layer in model]
+    alive: list[int] = []
+    reset = Bank.reset_parameters
+
+    def seen(bank: Bank, scales: Any = None) -> None:
+        alive.append(sum(reference() is not None for reference in dense))
+        reset(bank, scales)
+
+    monkeypatch.setattr(Bank, "reset_parameters", seen)
+    share(model, 0.3)
+    assert alive == [0]

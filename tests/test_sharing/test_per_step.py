@@ -60,7 +60,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 
 def made(model: nn.Module) -> int:
     """Number of weights that were generated at once for the last forward."""
-    return sum(len(bank.per_step.made or ()) for bank in banks_of(model) if bank.per_step is not None)
+    sheets = (made for bank in banks_of(model) if bank.per_step is not None for made in bank.per_step.made.values())
+    return sum(len(sheet.weights) for sheet in sheets)
 
 
 def same(one: nn.Module, other: nn.Module) -> None:
@@ -249,12 +250,121 @@ def test_without_gradient_and_in_inference_mode() -> None:
     same(one, other)
 
 
-def test_autocast() -> None:
+def dtypes(model: nn.Module) -> list[torch.dtype]:
+    """Of the weights that were generated at once, in the layers' order."""
+    (bank,) = banks_of(model)
+    assert bank.per_step is not None
+    (made,) = bank.per_step.made.values()
+    return [made.weights[index].dtype for index in sorted(made.weights)]
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+def test_autocast_makes_the_lower_precision_at_once(lower: torch.dtype) -> None:
+    """The same weights as on demand, and float32 sums. A layer that runs twice adds its two gradients up in the lower precision."""
     one, other = (model.float() for model in pair())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", lower):
         wanted, got = one(batch().float()), other(batch().float())
-    assert got.dtype == wanted.dtype == torch.bfloat16
+    assert got.dtype == wanted.dtype == lower
     assert torch.equal(got, wanted)
+    assert dtypes(other) == [lower] * 4
+    loss_of(wanted).backward()
+    loss_of(got).backward()
+    for name, gradient in gradients(one).items():
+        assert gradient is not None and gradient.dtype == torch.float32
+        assert relative_error(gradients(other)[name], gradient) <= 4e-3, name
+
+
+def test_autocast_between_and_inside_of_forwards() -> None:
+    """Each forward has the precision that it asks for, also if only a part of it asks."""
+
+    class Half(nn.Module):
+        def __init__(self, inner: Net):
+            super().__init__()
+            self.inner, self.lower = inner, False
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = torch.tanh(self.inner.middle(self.inner.first(x)))
+            return self.inner.last(self.inner.odd(hidden.float()))
+
+    for script in ((False, True, False, True), (True, True, False)):
+        one, other = (model.float() for model in pair())
+        for on in script:
+            outputs = []
+            for model in (one, other):
+                with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                    outputs.append(model(batch().float()))
+                loss_of(outputs[-1]).backward()
+            assert relative_error(*outputs) <= 1e-6
+            assert set(dtypes(other)) == {torch.bfloat16 if on else torch.float32}
+        for name, gradient in gradients(one).items():
+            assert relative_error(gradients(other)[name], gradient) <= 4e-3, name
+    results = []
+    for mode in ("on_demand", "per_step"):
+        torch.manual_seed(0)
+        model = share(Half(Net()), 0.3, morph="offset:gains=true", generate=mode)
+        loss_of(model(batch().float())).backward()
+        results.append(gradients(model))
+    for name, gradient in results[0].items():
+        assert relative_error(results[1][name], gradient) <= 1e-6, name
+
+
+def test_autocast_leaves_what_is_not_lowered_exact() -> None:
+    """A table that a head shares, and a weight that is read outside of its layer."""
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner, self.head = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 40, bias=False)
+            self.head.weight = self.table.weight
+            self.seen: list[tuple[torch.dtype, Tensor]] = []
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = self.inner(self.table(tokens))
+            self.seen.append((hidden.dtype, self.inner.weight.norm()))
+            return self.head(hidden)
+
+    norms = []
+    for mode in ("on_demand", "per_step"):
+        torch.manual_seed(0)
+        model = share(Text(), 0.5, morph="offset", generate=mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.arange(40).view(2, 20))
+        assert logits.dtype == torch.bfloat16
+        norms.append(model.seen[0])
+        logits.float().square().mean().backward()
+    assert norms[0][0] == norms[1][0] == torch.bfloat16 and torch.equal(norms[0][1], norms[1][1])
+    (bank,) = banks_of(model)
+    assert bank.per_step is not None
+    found = [weight.dtype for made in bank.per_step.made.values() for weight in made.weights.values()]
+    assert sorted(map(str, found)) == ["torch.bfloat16", "torch.float32"]
+
+
+def test_a_kept_model_is_lowered_after_the_difference_is_added() -> None:
+    outputs = []
+    for mode in ("on_demand", "per_step"):
+        torch.manual_seed(0)
+        model = share(Net(), 0.3, morph="offset", keep=True, generate=mode)
+        shake(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(batch().float()))
+        loss_of(outputs[-1]).backward()
+    assert torch.equal(*outputs)
+    assert dtypes(model) == [torch.bfloat16] * 4
+
+
+@pytest.mark.parametrize("mode", ["on_demand", "per_step"])
+def test_a_16_bit_bank_trains_as_the_float64_one(mode: str) -> None:
+    exact = net(generate=mode)
+    model = copy.deepcopy(exact).to(torch.bfloat16)
+    with torch.no_grad():
+        for theirs, ours in zip(exact.parameters(), model.parameters(), strict=True):
+            theirs.copy_(ours)
+    for one in (exact, model):
+        loss_of(one(batch().to(next(one.parameters()).dtype))).backward()
+    for name, gradient in gradients(model).items():
+        assert gradient is not None and gradient.dtype == torch.bfloat16
+        assert relative_error(gradient.double(), gradients(exact)[name]) <= 0.03, name
 
 
 def test_the_buffer_is_used_again_unless_a_graph_holds_it() -> None:
@@ -262,8 +372,8 @@ def test_the_buffer_is_used_again_unless_a_graph_holds_it() -> None:
     (bank,) = banks_of(model)
 
     def place() -> int:
-        assert bank.per_step is not None and bank.per_step.sheet is not None
-        return bank.per_step.sheet.values.data_ptr()
+        assert bank.per_step is not None
+        return bank.per_step.sheets[None].weights[0].data_ptr()
 
     loss = loss_of(model(batch()))
     first = place()
@@ -316,14 +426,46 @@ def test_a_materialized_copy_has_no_hooks() -> None:
     assert not dense._forward_pre_hooks and not dense._forward_hooks and not dense._forward_hooks_always_called
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at its inputs'
+@pytest.mark.parametrize("autocast", [False, True], ids=["exact", "autocast"])
 @pytest.mark.parametrize("mode", ["on_demand", "per_step"])
-def test_compile_has_no_graph_break(mode: str) -> None:
-    model = net(generate=mode)
+def test_compile_has_no_graph_break(mode: str, autocast: bool) -> None:
+    torch._dynamo.reset()
+    model, other = (net(generate=mode) for _ in range(2))
+    if autocast:
+        model, other = model.float(), other.float()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    loss_of(compiled(batch())).backward()
-    other = net(generate=mode)
-    loss_of(other(batch())).backward()
-    same(other, model)
+    for seed in (1, 2):
+        x = batch(seed) if not autocast else batch(seed).float()
+        for one in (compiled, other):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                output = one(x)
+            loss_of(output).backward()
+    for name, gradient in gradients(other).items():
+        assert relative_error(gradients(model)[name], gradient) <= (0.01 if autocast else TOLERANCE), name
+    assert all(not bank.compiled for bank in banks_of(model))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_all_weights_are_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the graph of the model itself, and in one of a function around it; on demand there is none."""
+    torch._dynamo.reset()
+    for mode, wanted in (("per_step", 1), ("on_demand", 0)):
+        model, graphs = net(generate=mode), []
+
+        def backend(graph: torch.fx.GraphModule, inputs: object, graphs: list[torch.fx.GraphModule] = graphs) -> object:
+            graphs.append(graph)
+            return graph.forward
+
+        def loss(x: Tensor, model: nn.Module = model) -> Tensor:
+            return loss_of(model(x))
+
+        for function in (loss, model):
+            graphs.clear()
+            found = torch.compile(function, backend=backend)(batch())
+            nodes = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+            assert sum("all_weights" in name for name in nodes) == wanted, nodes
+            assert found.requires_grad
 
 
 def test_other_morphs_and_pruned_weights_are_generated_on_demand() -> None:

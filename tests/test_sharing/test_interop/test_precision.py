@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_ssn import materialize, share
+from dist_ssn import materialize, parameter_groups, set_generation, share
 from dist_ssn.sharing.bank import Bank
 from testing.layer_kinds import KINDS, be_pure, loss_of, relative_error, shake
 from tests.test_sharing.test_interop.nets import assert_equal, gradients, net, pure_gradients
@@ -119,3 +119,67 @@ def test_half_and_double(tokens: Tensor) -> None:
     wanted = model(tokens)
     assert model.half()(tokens).dtype == torch.float16
     assert relative_error(model.double()(tokens), wanted) <= 1e-2
+
+
+LR = 1e-5
+
+
+class Masters:
+    """SGD on float32 copies of 16-bit parameters, as mixed precision with masters has it. Adam would act on the sign of noise."""
+
+    def __init__(self, model: nn.Module, lr: float):
+        self.pairs = [(p, p.detach().float().requires_grad_()) for p in model.parameters()]
+        self.inner = torch.optim.SGD([master for _, master in self.pairs], lr=lr)
+
+    def step(self) -> None:
+        for parameter, master in self.pairs:
+            assert parameter.grad is not None and parameter.grad.dtype == torch.bfloat16
+            master.grad, parameter.grad = parameter.grad.float(), None
+        self.inner.step()
+        with torch.no_grad():
+            for parameter, master in self.pairs:
+                parameter.copy_(master)
+
+
+@pytest.mark.parametrize("mode", ["on_demand", "per_step"])
+def test_a_16_bit_bank_trains_with_float32_masters(mode: str, tokens: Tensor) -> None:
+    """Steps that are too small for 16 bits add up in the masters; without them they are lost."""
+    model = net(morph="offset:gains=true")
+    set_generation(model, mode)
+    low, alone = model.bfloat16(), copy.deepcopy(model)
+    exact = copy.deepcopy(model).float()
+    start = {name: parameter.detach().float().clone() for name, parameter in model.named_parameters()}
+    masters = Masters(low, LR)
+    for one, optimizer in (
+        (exact, torch.optim.SGD(exact.parameters(), lr=LR)),
+        (low, masters),
+        (alone, torch.optim.SGD(alone.parameters(), lr=LR)),
+    ):
+        for _ in range(20):
+            loss_of(one(tokens).float()).backward()  # which counts up to more than 16 bits hold
+            optimizer.step()
+            one.zero_grad()
+    found = {name: master for (name, _), (_, master) in zip(low.named_parameters(), masters.pairs, strict=True)}
+    for name, parameter in exact.named_parameters():
+        if not name.startswith("dist_ssn"):
+            continue
+        moved = parameter.detach() - start[name]
+        assert (found[name].detach() - start[name] - moved).norm() < 0.2 * moved.norm(), name
+        assert (dict(alone.named_parameters())[name].float() - start[name] - moved).norm() > 0.5 * moved.norm(), name
+        assert torch.equal(dict(low.named_parameters())[name], found[name].bfloat16())
+
+
+@pytest.mark.parametrize("mode", ["on_demand", "per_step"])
+@pytest.mark.parametrize("kind", ["fused", "foreach"])
+def test_fused_and_foreach_adam_train_a_bank_as_the_plain_one(kind: str, mode: str, tokens: Tensor) -> None:
+    plain = net(morph="offset:gains=true")
+    set_generation(plain, mode)
+    other = copy.deepcopy(plain)
+    for model, options in ((plain, {"foreach": False}), (other, {kind: True})):
+        optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay=0.1, lr=1e-3), **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model(tokens)).backward()
+            optimizer.step()
+    for (name, ours), theirs in zip(other.named_parameters(), plain.parameters(), strict=True):
+        assert relative_error(ours, theirs) < 1e-9, name
