@@ -136,7 +136,11 @@ def _taken(
         {},
         {
             "extra": entries.extra,
-            **({"kept": {entries.first_names[name]: fingerprint(tensor) for name, tensor in kept.items()}} if kept else {}),
+            **(
+                {"kept": {entries.first_names[name]: fingerprint(tensor) for name, tensor in kept.items()}}
+                if kept
+                else {}
+            ),
             "optimizer": {"class": type(engine.optimizer).__name__, "scalars": scalars},
         },
     )

@@ -340,8 +340,8 @@ def _kept(path: Path, prints: Any, mine: Mapping[str, Tensor]) -> dict[str, Tens
     found = {name: value for name, value in mine.items() if name in prints}
     if others := [name for name, value in found.items() if fingerprint(value) != prints[name]]:
         raise CheckpointError(
-            f"the checkpoint {path} was trained on other kept values of {others[0]} ({len(others)} of {len(found)} frozen parameters "
-            "differ): load the same pretrained values, in the same dtype, before share(model, keep=True)"
+            f"the checkpoint {path} was trained on other kept values of {others[0]} ({len(others)} of {len(found)} frozen "
+            "parameters differ): load the same pretrained values, in the same dtype, before share(model, keep=True)"
         )
     return found
 
