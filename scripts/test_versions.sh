@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 oldest=2.8.0@python3.10
-newest=2.13.0@python3.11
+newest=2.14.1@python3.13
 folder=${VERSIONS:-.versions}
 [ $# -gt 0 ] || set -- "$oldest" "$newest"
 
