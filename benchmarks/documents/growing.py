@@ -1,28 +1,25 @@
-"""Tables of growing: banks that grow in the middle of a run, beside constant ones of as many bytes."""
+"""Table of growing: banks that grow in the middle of a run, beside constant ones of as many bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from benchmarks.growing.cells import CONSTANT, KEYS, NAMES, RATES, TASKS, cell, identity, moments_of_growth, pairs, ways
+from benchmarks.growing.cells import KEYS, NAMES, TASKS, Line, identity, moments_of_growth, pairs
 from benchmarks.markdown import grid, mean, short
-from benchmarks.result_files import latest, lines_of
-
-Line = dict[str, Any]
+from benchmarks.result_files import lines_of
 
 
 def _lines() -> list[Line]:
     return list({identity(line): line for line in lines_of("growing")}.values())
 
 
-def _runs(like: Line, lines: list[Line]) -> list[Line]:
+def _runs(like: Line, lines: Sequence[Line]) -> list[Line]:
     """The runs with all seeds of a cell."""
     same = [line for line in lines if all(line[key] == like[key] for key in KEYS if key != "seed")]
     return sorted(same, key=lambda line: line["seed"])
 
 
-def _loss(like: Line, lines: list[Line]) -> str:
+def _loss(like: Line, lines: Sequence[Line]) -> str:
     """Losses of all seeds, and the learning rate."""
     return f"{mean([run['validation_loss'] for run in _runs(like, lines)])} at {short(like['lr'])}"
 
@@ -52,32 +49,4 @@ def growing() -> str:
     return grid(("", *headings), rows)
 
 
-def constants() -> str:
-    """A row per constant budget and task, at its best learning rate."""
-    known, rows = latest(_lines(), KEYS), []
-    for task in TASKS:
-        for budget in CONSTANT:
-            cells = [cell(task, budget, lr) for lr in RATES[task]]
-            found = [known[key] for one in cells if (key := tuple(one[name] for name in KEYS)) in known]
-            if found:
-                best = min(found, key=lambda line: line["validation_loss"])
-                rows.append([NAMES[task], f"{budget:.0%}", f"{best['bytes'] / 1e6:.0f}", _loss(best, _lines())])
-    return grid(("", "constant budget", "MB", "loss"), rows)
-
-
-def carried() -> str:
-    """A row per task and way of carrying Adam's moments."""
-    lines, rows = {identity(line): line for line in _lines()}, []
-    names = {"independent": "m/3, v/3", "equal": "m/3, v/9", "as they were": "m, v", "from zero": "none"}
-    for task in TASKS:
-        for wanted in ways(task, lines.values()):
-            if (line := lines.get(identity(wanted))) is not None:
-                rows.append([NAMES[task], names[line["moments"]], f"{line['validation_loss']:.3f}"])
-    return grid(("", "first and second moment of each copy", "loss"), rows)
-
-
-TABLES: dict[str, Callable[[], str]] = {
-    "growing": growing,
-    "growing-constants": constants,
-    "growing-moments": carried,
-}
+TABLES: dict[str, Callable[[], str]] = {"growing": growing}
