@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.growing.cells import KEYS, NAMES, TASKS, Line, identity, moments_of_growth, pairs
 from benchmarks.markdown import grid, mean, short
