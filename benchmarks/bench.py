@@ -53,6 +53,7 @@ FULL = (
     "quality.searches --tasks gpt-small lstm digits captions",
     "quality.searches --tasks gpt vit --mappings default shape pretrain",
     "ladder agreement frontier-gpt frontier-lstm",
+    "growing.run constants ways growing seeds",
     "network.time_to_target curves steps --seeds 1 --repetitions 1 --mbit 100 1000",
 )
 PROFILES = {"short": SHORT, "full": FULL}

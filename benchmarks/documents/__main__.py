@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.documents import costs, ladder, quality, runs, searches, sizes, transfer
+from benchmarks.documents import costs, growing, ladder, quality, runs, searches, sizes, transfer
 from benchmarks.documents.figures import FIGURES
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **runs.TABLES,
     **costs.TABLES,
     **ladder.TABLES,
+    **growing.TABLES,
     **transfer.TABLES,
 }
 _MARKED = re.compile(r"(<!-- results: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- /results -->)", re.DOTALL)

@@ -27,8 +27,8 @@ TASKS: dict[str, dict[str, Any]] = {
 NAMES = {"gpt": "GPT, 2 layers of width 64", "lstm": "LSTM, 2 layers of width 64"}
 RATES: dict[str, tuple[float, ...]] = {"gpt": (6e-3, 1.2e-2), "lstm": (6e-3, 1.2e-2, 2.4e-2)}
 """Learning rates that every method is tried at."""
-CONSTANT, STARTS, MOMENTS = (0.1, 0.25, 0.5), (0.1, 0.25), "independent"
-"""Budgets of constant banks; budgets before growing; how the other suites carry Adam's moments (the suite "moments" compares)."""
+CONSTANT, STARTS, MOMENTS = (0.1, 0.25, 0.5), (0.25, 0.1), "independent"
+"""Budgets of constant banks; budgets before growing; how the other suites carry Adam's moments (the suite "ways" compares)."""
 
 
 def cell(
