@@ -392,7 +392,9 @@ def test_selecting_among_a_thousand_is_quick() -> None:
 
 def scripted() -> nn.Module:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")  # of which kind depends on torch and on Python
+        warnings.filterwarnings(
+            "ignore", "`torch.jit.script` is deprecated"
+        )  # of which kind depends on torch and on Python
         return torch.jit.script(nn.Linear(3, 4))
 
 
