@@ -187,7 +187,8 @@ _uses = getattr(torch._C, "_storage_Use_Count", None)
 
 def storage_users(tensor: Tensor) -> int | None:
     """Number of tensors, of Python or of a graph, that have its memory, itself among them; None where torch hides it."""
-    return None if _uses is None else _uses(tensor.untyped_storage()._cdata) - 1
+    storage = tensor.untyped_storage()  # is a user itself while it lives; from torch 2.10 on, afterwards too
+    return None if _uses is None else _uses(storage._cdata) - 1
 
 
 def leave_out_buffers(wrapper: nn.Module, buffers: Sequence[Tensor]) -> bool:

@@ -234,3 +234,10 @@ def test_a_table_of_a_mode_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(morphs.chunk_order(987, "w", 0, 4, 4, cpu), FakeTensor)
     assert type(morphs.sign_table(987, 64, cpu, torch.float32)) is Tensor
     assert sorted(morphs.chunk_order(987, "w", 0, 4, 4, cpu).tolist()) == [0, 1, 2, 3]
+
+
+def test_users_of_a_storage_are_counted_alike_in_every_release() -> None:
+    weight = torch.ones(4, 3)
+    alone = torch_private.storage_users(weight)
+    views = [weight.detach(), weight.t()]
+    assert (alone, torch_private.storage_users(weight)) in ((1, 1 + len(views)), (None, None))

@@ -43,10 +43,12 @@ def test_the_oldest_and_the_newest_torch_are_those_of_the_page() -> None:
     assert not torch.contains(f"{major}.{minor + 1}.0")
 
 
-def test_every_minor_release_of_torch_and_python_has_a_row_and_is_named() -> None:
+def test_every_minor_release_of_torch_and_python_is_named() -> None:
     rows = re.findall(r"^\| (\d+)\.(\d+)\.\d+ \| 3\.(\d+)\.\d+ \|", PAGE, re.M)
     releases = sorted({(int(major), int(minor)) for major, minor, _ in rows})
-    assert releases == [(2, minor) for minor in range(releases[0][1], releases[-1][1] + 1)]
+    not_run = PAGE.partition("## What was not run")[2].partition("## ")[0]
+    for minor in range(releases[0][1], releases[-1][1] + 1):
+        assert (2, minor) in releases or f"PyTorch 2.{minor}" in not_run, minor
     pythons = sorted({int(python) for *_, python in rows})
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"| 3.{pythons[0]} to 3.{pythons[-1]} | 2.{releases[0][1]} to 2.{releases[-1][1]} |" in readme
