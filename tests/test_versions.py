@@ -16,7 +16,7 @@ SCRIPT = (ROOT / "scripts" / "test_versions.sh").read_text(encoding="utf-8")
 def requirements() -> dict[str, SpecifierSet]:
     """Name → the releases that pyproject.toml allows, of dependencies and extras."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return {name: SpecifierSet(allowed) for name, allowed in re.findall(r'"([A-Za-z][\w-]*)([>=<]+\d[^"]*)"', text)}
+    return {name: SpecifierSet(allowed) for name, allowed in re.findall(r'"([A-Za-z][\w-]*)([>=<]+\d[^";]*)[";]', text)}
 
 
 def lines(text: str) -> list[str]:

@@ -58,6 +58,8 @@ class _Source:
         self.values = source.bank if isinstance(source, Bank) else source.get_parameter("buckets0")
         count = len(names)
         kept = {name: one.detach().clone() for name, one in source.named_parameters()}
+        if isinstance(source, Bank):
+            source.at_start = False  # the values below are not taken for a mistake
         with torch.no_grad():
             for name, one in source.named_parameters():
                 one.fill_(1.0)

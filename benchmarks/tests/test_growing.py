@@ -17,6 +17,7 @@ from dist_ssn.errors import PlanError
 from dist_ssn.plan import Plan
 from dist_ssn.sharing.bank import banks_of
 from dist_ssn.train.models import build_model
+from testing.layer_kinds import shake
 
 
 def _dense(kind: str) -> nn.Module:
@@ -29,9 +30,7 @@ def _shared(kind: str, budget: float = 0.15) -> nn.Module:
     """A shared model in float64, with gains, none of whose parameters has its initial value."""
     torch.manual_seed(0)
     model = dist_ssn.share(_dense(kind), budget, morph="offset:chunk=16,gains=true").double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    shake(model)
     return model
 
 
