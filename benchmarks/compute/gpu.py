@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -348,6 +349,7 @@ def main() -> None:
         return
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device: --device cpu rehearses with tiny models")
+    os.environ.setdefault("DIST_SSN_KERNELS", "1")
     failed = []
     for cell in chosen(parser, arguments.cells, CELLS):
         try:

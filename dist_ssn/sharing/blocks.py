@@ -42,8 +42,8 @@ def fits(slot: Slot) -> bool:
 
 
 def kernels_on(device: torch.device) -> Any:
-    """The module of the kernels where they run: on CUDA with triton, unless DIST_SSN_KERNELS=0 forbids it; else None."""
-    if device.type != "cuda" or os.environ.get("DIST_SSN_KERNELS") == "0" or importlib.util.find_spec("triton") is None:
+    """The module of the kernels where they run: on CUDA with triton, if DIST_SSN_KERNELS=1 asks for them; else None."""
+    if device.type != "cuda" or os.environ.get("DIST_SSN_KERNELS") != "1" or importlib.util.find_spec("triton") is None:
         return None
     if torch.cuda.get_device_capability(device) < _OLDEST:
         return None

@@ -174,10 +174,9 @@ def test_a_model_has_the_gradients_of_generation_on_demand(autocast: bool, with_
 def test_kernels_run_on_a_gpu_with_triton_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert blocks.kernels_on(torch.device("cpu")) is None and blocks.kernels_on(torch.device("meta")) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert blocks.kernels_on(torch.device("cuda")) is None, "nobody has asked for them"
+    monkeypatch.setenv("DIST_SSN_KERNELS", "1")
     assert blocks.kernels_on(torch.device("cuda")) is not None
-    monkeypatch.setenv("DIST_SSN_KERNELS", "0")
-    assert blocks.kernels_on(torch.device("cuda")) is None
-    monkeypatch.delenv("DIST_SSN_KERNELS")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert blocks.kernels_on(torch.device("cuda")) is None
 
