@@ -24,10 +24,11 @@ from dist_ssn.sharing.bank_set import BankSet
 from dist_ssn.sharing.bases import Bases
 from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
 from dist_ssn.sharing.holders import views_of, warn_of_holders
-from dist_ssn.sharing.layers import is_lowered, share_layer
+from dist_ssn.sharing.layers import share_layer
 from dist_ssn.sharing.part_check import register_model
 from dist_ssn.sharing.plan_of import ATTRIBUTE
 from dist_ssn.sharing.pretrained import guard_saving, warn_of_pretrained
+from dist_ssn.sharing.scopes import is_lowered
 from dist_ssn.sharing.ties import keep_ties
 from dist_ssn.sharing.train_beside import names_of, specs_of_kept, train_only
 from dist_ssn.torch_private import inside_compiled, storage_users

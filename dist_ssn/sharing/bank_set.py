@@ -64,7 +64,7 @@ class BankSet(nn.Module):
     def end_compiled(self) -> None:
         """As `end_forward`, in a graph that torch.compile makes."""
         for bank in self.banks():
-            bank.compiled = {}
+            bank.compiled = None
 
     def forward(self, input: Any = None) -> Any:
         """Returns its input."""

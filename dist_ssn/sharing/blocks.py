@@ -61,7 +61,7 @@ class Placed(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What the weights of a bank are made of."""
+    """The tensors that the weights of a bank are made of."""
 
     bank: Tensor
     """[B]."""

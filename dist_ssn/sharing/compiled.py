@@ -30,16 +30,20 @@ def register(slots: Sequence[Placed], seed: int, bank: int, lowered: Collection[
     return key
 
 
-def all_weights(given: Given, key: str, lower: torch.dtype | None) -> dict[int, Tensor]:
+def all_weights(
+    bank: Tensor, scales: Tensor, gains: Tensor | None, key: str, lower: torch.dtype | None
+) -> dict[int, Tensor]:
     """The weights by slot, as the graph's tensors.
 
     Args:
-        given: what they are made of.
+        bank: [B, 1].
+        scales: [1 + slots], as in `BankValues`.
+        gains: all gains of the bank.
         key: see `register`.
         lower: dtype of the weights that autocast lowers; None: that of all others.
     """
     slots, _, _, lowered = _plans[key]
-    flat = torch.ops.dist_ssn.all_weights(given.bank, given.all_scales, given.gains, key, lower)
+    flat = torch.ops.dist_ssn.all_weights(bank, scales, gains, key, lower)
     low = [placed for placed in slots if lower is not None and placed.index in lowered]
     exact = [placed for placed in slots if lower is None or placed.index not in lowered]
     weights: dict[int, Tensor] = {}

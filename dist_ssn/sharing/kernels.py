@@ -39,20 +39,20 @@ _CONFIGS = [triton.Config({}, num_warps=warps) for warps in ((4,) if _INTERPRETE
 
 
 class Place(NamedTuple):
-    """What the kernels know of one weight, all in elements."""
+    """One weight, as the kernels read it from a table; all fields in elements."""
 
     start: int
-    """Where it begins in the block."""
+    """Its begin in the block."""
     rows: int
     columns: int
     bank_start: int
-    """Where it begins to read the bank."""
+    """The begin of its reading of the bank."""
     sign: int
-    """Where it begins to read the table of signs."""
+    """The begin of its reading of the table of signs."""
     scale: int
     """Index of its scale."""
     gains: int
-    """Where its row gains begin, which its column gains follow; -1 without gains."""
+    """The begin of its row gains, which its column gains follow; -1 without gains."""
 
 
 _FIELDS = constexpr(len(Place._fields))
