@@ -21,7 +21,8 @@ from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import UserError
 from dist_ssn.plan import Plan
 from dist_ssn.train.checkpoint import store as checkpoint
-from dist_ssn.train.checkpoint.folder import fingerprint
+from dist_ssn.train.checkpoint.damage import FILES
+from dist_ssn.train.checkpoint.folder import size_and_hash
 from dist_ssn.train.metrics.account import Counters
 from dist_ssn.train.recipe.read import load_recipe, recipe_from_json
 
@@ -139,14 +140,14 @@ class Readers:
         }
         assert self.plan is not None
         self.seeds["plan"] = self.plan.to_json().encode()
-        self.seeds |= {name: (self.good / name).read_bytes() for name in ("state.json", *checkpoint.FILES)}
+        self.seeds |= {name: (self.good / name).read_bytes() for name in ("state.json", *FILES)}
         self.seeds["plan.json"] = self.seeds["plan"]
         self.read: dict[str, Callable[[bytes], object]] = {
             "cluster": lambda data: cluster_from_yaml(data.decode()),
             "recipe": self._recipe,
             "recipe-json": lambda data: recipe_from_json(data.decode()),
             "plan": lambda data: Plan.from_json(data.decode()),
-            **{name: self._in_checkpoint(name) for name in ("state.json", *checkpoint.FILES)},
+            **{name: self._in_checkpoint(name) for name in ("state.json", *FILES)},
         }
 
     def accepts(self, name: str, data: bytes) -> bool:
@@ -176,7 +177,7 @@ class Readers:
             (bad / name).write_bytes(data)
             if name != "state.json":
                 state = json.loads((self.good / "state.json").read_text())
-                state["files"][name] = fingerprint(bad / name)
+                state["files"][name] = size_and_hash(bad / name)
                 (bad / "state.json").write_text(json.dumps(state))
             saved = checkpoint.load(bad, engine=self.engine, plan=self.plan)
             Counters.from_json(saved.run, saved.path, saved.step)

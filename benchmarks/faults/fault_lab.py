@@ -20,7 +20,7 @@ from dist_ssn.cluster import Cluster
 from dist_ssn.lab.hosts import Lab, end_processes
 from dist_ssn.lab.run import DEFAULTS, host_commands
 from dist_ssn.launch.run import found
-from dist_ssn.train.checkpoint.folder import fingerprint, latest
+from dist_ssn.train.checkpoint.folder import latest, size_and_hash
 
 LIMIT_SECONDS = 150  # from a fault to the end of everything; what takes longer hangs
 PORT = 29_623
@@ -184,7 +184,7 @@ def last_checkpoint(run: Path) -> tuple[int, bool] | None:
     if found is None:
         return None
     state = json.loads((found / "state.json").read_text())
-    return state["step"], all(fingerprint(found / name) == expected for name, expected in state["files"].items())
+    return state["step"], all(size_and_hash(found / name) == expected for name, expected in state["files"].items())
 
 
 def result_of(run: Path) -> dict[str, Any] | None:

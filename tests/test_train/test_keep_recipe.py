@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from dist_ssn.errors import CheckpointError, RecipeError
 from dist_ssn.sharing.bank_set import shared_plan
 from dist_ssn.train.build import start_model
-from dist_ssn.train.checkpoint.folder import fingerprint
+from dist_ssn.train.checkpoint.folder import size_and_hash
 from dist_ssn.train.data import data_hints
 from dist_ssn.train.loop import train
 from dist_ssn.train.models import build_model
@@ -105,7 +105,7 @@ def test_another_value_beside_the_banks_is_named_and_an_old_checkpoint_has_it(tm
         train(dataclasses.replace(longer, model_weights=recipe.model_weights), progress=False)
     frozen = {key: value for key, value in base.items() if value.ndim == 1}
     save_file({**load_file(folder / "model.safetensors"), **frozen}, folder / "model.safetensors")
-    state["files"]["model.safetensors"] = fingerprint(folder / "model.safetensors")
+    state["files"]["model.safetensors"] = size_and_hash(folder / "model.safetensors")
     (folder / "state.json").write_text(json.dumps(state))
     train(dataclasses.replace(longer, model_weights=recipe.model_weights), progress=False)
     found = load_file(folder.with_name("step-00000004") / "base.safetensors")

@@ -56,7 +56,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+def size_and_hash(path: Path) -> dict[str, Any]:
     """A file's size in bytes and its SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

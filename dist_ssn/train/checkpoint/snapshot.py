@@ -182,7 +182,7 @@ def write(
             "step": snapshot.step,
             **snapshot.state,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "files": {file.name: folders.fingerprint(file) for file in sorted(temporary.iterdir())},
+            "files": {file.name: folders.size_and_hash(file) for file in sorted(temporary.iterdir())},
         }
         (temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):

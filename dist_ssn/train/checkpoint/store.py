@@ -33,25 +33,21 @@ from torch.optim import Optimizer
 
 from dist_ssn.engines.base import Engine, OptimizerState
 from dist_ssn.engines.overlap.delay import without_delay
-from dist_ssn.errors import CheckpointError, ShareError, describe
-from dist_ssn.files import parse_json, read_json, read_tensors, read_text
+from dist_ssn.errors import CheckpointError, describe
 from dist_ssn.plan import Plan
-from dist_ssn.plan.compare import plan_difference
-from dist_ssn.sharing.bank import Bank
-from dist_ssn.sharing.bases import fingerprint, frozen_beside
+from dist_ssn.sharing.bases import frozen_beside
 from dist_ssn.sharing.columns import load_flat
 from dist_ssn.sharing.plan_of import recorded_scales
 from dist_ssn.sync.local_updates import LocalUpdates
-from dist_ssn.train.checkpoint.folder import checkpoints, latest, name_of
-from dist_ssn.train.checkpoint.folder import fingerprint as size_and_hash
+from dist_ssn.train.checkpoint.damage import Damaged, read_checked, recipe_in, remedy, verified_state, verify
+from dist_ssn.train.checkpoint.fit import check_base, check_plan, check_tensors, kept_parameters, shape_of
+from dist_ssn.train.checkpoint.folder import latest, name_of
 from dist_ssn.train.checkpoint.parts import COMMON, Part, read_state, write_part
 from dist_ssn.train.checkpoint.parts import name_of as worker_file
-from dist_ssn.train.checkpoint.snapshot import FORMAT, Entries, NotFinite, Snapshot, entries_of, take, write
+from dist_ssn.train.checkpoint.snapshot import Entries, NotFinite, Snapshot, entries_of, take, write
 
 __all__ = ["Damaged", "NotFinite", "State", "latest", "load", "load_model", "save"]
 
-FILES = ("model.safetensors", "optimizer.safetensors", "plan.json", "recipe.json")  # no other name is opened
-_STATE = {"step": int, "run": dict, "extra": dict, "optimizer": dict, "files": dict}  # the fields of state.json
 _LIKE_PARAMETER = (
     "exp_avg",
     "exp_avg_sq",
@@ -59,10 +55,6 @@ _LIKE_PARAMETER = (
 )  # entries of an optimizer's state that have the shape of their parameter
 _ADAM = frozenset({"step", "exp_avg", "exp_avg_sq"})
 _NEEDED = {"Adam": _ADAM, "AdamW": _ADAM}  # entries that a parameter's state must have, unless it is empty
-
-
-class Damaged(CheckpointError):
-    """A checkpoint that is incomplete or was changed after it was written."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +122,10 @@ def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> 
     """
     model = engine.module
     path, state, entries, loaded = _fitting(Path(path), model, plan, engine.kept())
-    trained = {name: _shape(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: shape_of(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     local, own_optimizer = _local_state(path, state, engine)
     optimizer_state = _optimizer_state(path, state["optimizer"], engine.optimizer, trained, own_optimizer)
-    recipe = _recipe(path)
+    recipe = recipe_in(path)
     parameters = {name: loaded[entries.first_names[name]] for name, _ in model.named_parameters()}
     # The rest is outside of an engine: buffers, and values of modules that are not tensors.
     rest = {name: loaded[first] for name, first in entries.first_names.items() if first not in parameters}
@@ -169,17 +161,19 @@ def _fitting(
     """
     if not (path / "state.json").exists() and (newest := latest(path)) is not None:
         path = newest
-    state = _verified_state(path)
-    _check_plan(path, plan)
+    state = verified_state(path)
+    check_plan(path, plan)
     entries = entries_of(model)
-    loaded = _read_tensors(path / "model.safetensors")
+    loaded = read_checked(path / "model.safetensors")
     for name in entries.tensors.keys() - loaded.keys():
         if (scales := recorded_scales(loaded, name.removesuffix("scales"))) is not None:
             loaded[name] = torch.tensor(scales, dtype=torch.float32)
-    load_flat(loaded, {name: _shape(tensor) for name, tensor in entries.tensors.items()})
-    loaded |= _kept(path, state.get("kept", {}), {entries.first_names[name]: value for name, value in kept.items()})
-    _check_tensors(path, loaded, entries.tensors)
-    _check_base(path, loaded, model)
+    load_flat(loaded, {name: shape_of(tensor) for name, tensor in entries.tensors.items()})
+    loaded |= kept_parameters(
+        path, state.get("kept", {}), {entries.first_names[name]: value for name, value in kept.items()}
+    )
+    check_tensors(path, loaded, entries.tensors)
+    check_base(path, loaded, model)
     if strangers := sorted(state["extra"].keys() - entries.extra.keys()):
         raise CheckpointError(f"the checkpoint {path} is of another model: {strangers[0]} is not in this one")
     return path, state, entries, loaded
@@ -195,15 +189,15 @@ def _local_state(
     workers = sync.get("workers") if isinstance(sync, dict) else None
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise Damaged(
-            f"the checkpoint {path} is damaged: in state.json, sync must have a number of workers{_remedy(path)}"
+            f"the checkpoint {path} is damaged: in state.json, sync must have a number of workers{remedy(path)}"
         )
     for name in (COMMON, worker_file(engine.rank if engine.rank < workers else 0)):
-        _verify(path, name, state["files"])
+        verify(path, name, state["files"])
     try:
         return read_state(path, workers, engine.rank)
     except (OSError, ValueError) as error:
         raise Damaged(
-            f"the checkpoint {path} is damaged: the state of local updates cannot be read ({error}){_remedy(path)}"
+            f"the checkpoint {path} is damaged: the state of local updates cannot be read ({error}){remedy(path)}"
         ) from None
 
 
@@ -216,7 +210,7 @@ def _restore_local(local: LocalUpdates, state: dict[str, Any] | None, step: int,
         raise CheckpointError(f"the checkpoint {path}: {error}") from None
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         raise Damaged(
-            f"the checkpoint {path} is damaged: the state of local updates is malformed ({describe(error)}){_remedy(path)}"
+            f"the checkpoint {path} is damaged: the state of local updates is malformed ({describe(error)}){remedy(path)}"
         ) from None
 
 
@@ -227,147 +221,6 @@ def _put(model: nn.Module, values: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(
             f"the checkpoint {path} does not fit this model: {' '.join(str(error).split())}"
         ) from None
-
-
-def _verified_state(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint at {path}: expected a folder like step-00000100")
-    try:
-        state = read_json(path / "state.json")
-    except (OSError, ValueError) as error:
-        raise Damaged(
-            f"{path} is not a complete checkpoint: its state.json cannot be read ({error}){_remedy(path)}"
-        ) from None
-    version = state.get("format") if isinstance(state, dict) else None
-    if version != FORMAT:
-        raise CheckpointError(f"the checkpoint {path} has format {version}, this version of dist_ssn reads {FORMAT}")
-    for key, kind in _STATE.items():
-        if not isinstance(state.get(key), kind):
-            raise Damaged(
-                f"the checkpoint {path} is damaged: in state.json, {key} must be of type {kind.__name__}{_remedy(path)}"
-            )
-    if isinstance(state["step"], bool) or state["step"] < 0:
-        raise Damaged(
-            f"the checkpoint {path} is damaged: its step is {state['step']}, and must be 0 or more{_remedy(path)}"
-        )
-    for name in FILES:
-        _verify(path, name, state["files"])
-    return state
-
-
-def _verify(path: Path, name: str, files: dict[str, Any]) -> None:
-    """Checks that a file of a checkpoint is whole and as it was written."""
-    file, remedy = path / name, _remedy(path)
-    if not file.is_file() or not isinstance(files.get(name), dict) or "bytes" not in files[name]:
-        raise Damaged(f"the checkpoint {path} is damaged: {name} is missing{remedy}")
-    found, expected = size_and_hash(file), files[name]
-    if found["bytes"] != expected["bytes"]:
-        raise Damaged(
-            f"the checkpoint {path} is damaged: {name} has {found['bytes']} bytes and was written with "
-            f"{expected['bytes']}{remedy}"
-        )
-    if found != expected:
-        raise Damaged(f"the checkpoint {path} is damaged: {name} was changed after it was written{remedy}")
-
-
-def _remedy(path: Path) -> str:
-    """The remedy for a damaged checkpoint, as the end of a message."""
-    others = [str(other) for other in reversed(checkpoints(path.parent)) if other != path]
-    return f"; remove that folder to go on from {others[0]}" if others else "; remove that folder to begin anew"
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return read_tensors(file)
-    except (ValueError, OSError) as error:
-        raise Damaged(f"{file} is not a safetensors file ({error}); nothing in it was run or loaded") from None
-
-
-def _check_plan(path: Path, plan: Plan | None) -> None:
-    text = _text(path / "plan.json")
-    saved = None if text.strip() == "null" else Plan.from_json(text)
-    if saved is None and plan is None:
-        return
-    if saved is None or plan is None:
-        there, here = ("dense", "shared") if saved is None else ("shared", "dense")
-        raise CheckpointError(
-            f"the checkpoint {path} is of a {there} model and this model is {here}: set share.budget as it was"
-        )
-    if difference := plan_difference(plan, saved):
-        raise CheckpointError(
-            f"the checkpoint {path} is of another plan: {difference}; set share.plan to its plan.json, or give another name"
-        )
-
-
-def _check_tensors(path: Path, loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing, unknown = sorted(expected.keys() - loaded.keys()), sorted(loaded.keys() - expected.keys())
-    if missing or unknown:
-        parts = [
-            f"{len(names)} {what}, the first is {names[0]}"
-            for names, what in (
-                (missing, "tensors of the model are not in it"),
-                (unknown, "of its tensors are not in the model"),
-            )
-            if names
-        ]
-        raise CheckpointError(f"the checkpoint {path} is of another model: {'; '.join(parts)}")
-    for name, tensor in expected.items():
-        if name.endswith("_extra_state"):  # which its module reads and checks itself
-            continue
-        shape = _shape(tensor)
-        if loaded[name].is_floating_point() != tensor.is_floating_point():
-            raise CheckpointError(
-                f"the checkpoint {path} is of another model: {name} is of {loaded[name].dtype} there and {tensor.dtype} here"
-            )
-        if loaded[name].shape != shape:
-            raise CheckpointError(
-                f"the checkpoint {path} is of another model: {name} has the shape {tuple(loaded[name].shape)} there "
-                f"and {tuple(shape)} here"
-            )
-
-
-def _check_base(path: Path, loaded: Mapping[str, Tensor], model: nn.Module) -> None:
-    try:
-        for name, module in model.named_modules():
-            if isinstance(module, Bank) and module.bases is not None:
-                module.require_base(loaded[f"{name}.fingerprints"], f"the checkpoint {path} was")
-    except ShareError as error:
-        raise CheckpointError(str(error)) from None
-
-
-def _kept(path: Path, prints: Any, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters of `mine` whose fingerprints a checkpoint has, checked."""
-    if not isinstance(prints, dict):
-        raise Damaged(f"the checkpoint {path} is damaged: in state.json, kept must be of type dict{_remedy(path)}")
-    found = {name: value for name, value in mine.items() if name in prints}
-    if others := [name for name, value in found.items() if fingerprint(value) != prints[name]]:
-        raise CheckpointError(
-            f"the checkpoint {path} was trained on other kept values of {others[0]} ({len(others)} of {len(found)} frozen "
-            "parameters differ): load the same pretrained values, in the same dtype, before share(model, keep=True)"
-        )
-    return found
-
-
-def _shape(tensor: Tensor) -> Any:
-    """A parameter's shape; DeepSpeed's stage 3 empties the parameter and keeps its shape in another attribute."""
-    return getattr(tensor, "ds_shape", tensor.shape)
-
-
-def _text(file: Path) -> str:
-    try:
-        return read_text(file)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-
-
-def _recipe(path: Path) -> dict[str, Any]:
-    try:
-        recipe = parse_json(_text(path / "recipe.json"))
-    except ValueError as error:
-        raise CheckpointError(f"{path / 'recipe.json'} is not JSON: {error}") from None
-    if not isinstance(recipe, dict):
-        raise CheckpointError(f"{path / 'recipe.json'} is not a recipe: a JSON object is needed")
-    return recipe
 
 
 def _optimizer_state(
@@ -388,7 +241,7 @@ def _optimizer_state(
     """
     if not isinstance(saved.get("scalars"), dict) or not isinstance(saved.get("class"), str):
         raise CheckpointError(
-            f"the checkpoint {path} is damaged: in state.json, optimizer must have a class and scalars{_remedy(path)}"
+            f"the checkpoint {path} is damaged: in state.json, optimizer must have a class and scalars{remedy(path)}"
         )
     if saved["class"] != type(optimizer).__name__:
         raise CheckpointError(
@@ -396,7 +249,7 @@ def _optimizer_state(
             f"{type(optimizer).__name__}: set optimizer.name as it was"
         )
     state: OptimizerState = {}
-    whole = {"tensors": _read_tensors(path / "optimizer.safetensors"), **saved} if own is None else own
+    whole = {"tensors": read_checked(path / "optimizer.safetensors"), **saved} if own is None else own
     load_flat(
         whole["tensors"], {e: trained[name] for e in whole["tensors"] if (name := e.partition("/")[2]) in trained}
     )
@@ -411,11 +264,11 @@ def _optimizer_state(
     for name, entries in without_delay(state).items():
         if entries and (missing := sorted(needed - entries.keys())):
             raise CheckpointError(
-                f"the checkpoint {path} is damaged: the optimizer's state of {name} has no {missing[0]}{_remedy(path)}"
+                f"the checkpoint {path} is damaged: the optimizer's state of {name} has no {missing[0]}{remedy(path)}"
             )
         if "step" in entries and not _is_number(entries["step"]):
             raise CheckpointError(
-                f"the checkpoint {path} is damaged: the optimizer's step of {name} is not one number{_remedy(path)}"
+                f"the checkpoint {path} is damaged: the optimizer's step of {name} is not one number{remedy(path)}"
             )
         for key, value in entries.items():
             shape = tuple(getattr(value, "shape", ()))

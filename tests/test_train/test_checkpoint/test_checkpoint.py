@@ -23,7 +23,7 @@ import dist_ssn
 from dist_ssn.engines import DDPEngine
 from dist_ssn.errors import CheckpointError, UserError
 from dist_ssn.train.checkpoint import store as checkpoint
-from dist_ssn.train.checkpoint.folder import fingerprint
+from dist_ssn.train.checkpoint.folder import size_and_hash
 from dist_ssn.train.ranks.raise_together import raise_together
 from testing.ranks import run_ranks
 
@@ -175,7 +175,7 @@ def _honest_pickle(path: Path) -> None:
 
 def _vouch(path: Path, name: str) -> None:
     state = json.loads((path / "state.json").read_text())
-    state["files"][name] = fingerprint(path / name)
+    state["files"][name] = size_and_hash(path / name)
     (path / "state.json").write_text(json.dumps(state))
 
 
