@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import multiprocessing
 import os
@@ -47,9 +48,16 @@ def provenance() -> dict[str, Any]:
 
 def lines_of(benchmark: str) -> list[dict[str, Any]]:
     """Every measurement of this benchmark so far, oldest first."""
-    texts = [path.read_text() for path in sorted((RESULTS / benchmark).glob("*.jsonl"))]
-    found = [json.loads(line) for text in texts for line in text.splitlines()]
+    found: list[dict[str, Any]] = []
+    for path in sorted((RESULTS / benchmark).glob("*.jsonl")):
+        found += _parsed(path, path.stat().st_mtime_ns, path.stat().st_size)
     return sorted(found, key=lambda line: line.get("time", line["date"]))
+
+
+@functools.cache
+def _parsed(path: Path, changed: int, size: int) -> tuple[dict[str, Any], ...]:
+    """The lines of a file, parsed once for each of its versions; nobody changes them."""
+    return tuple(json.loads(line) for line in path.read_text().splitlines())
 
 
 class ResultFile:

@@ -99,10 +99,14 @@ def identity(measured: Cell) -> str:
 
 def losses_by_rate(lines: Iterable[Cell], first_seed_only: bool = False) -> dict[Method, dict[float, float]]:
     """Method → learning rate → mean validation loss, where all seeds were measured."""
+    lines = list(lines)
     measured = {identity(line): line["validation_loss"] for line in lines}
+    kinds = {(line["task"], line["kind"]) for line in lines}
     found: dict[Method, dict[float, float]] = {}
     for method, rates in grids():
         task, kind, budget = method
+        if (task, kind) not in kinds:
+            continue
         seeds = seeds_of(task)[: 1 if first_seed_only else None]
         for lr in rates:
             names = [identity(cell(task, kind, lr, seed, seeded(kind, seed), budget)) for seed in seeds]
@@ -124,8 +128,8 @@ def best_rates(lines: Iterable[Cell], budget: float = 0.1) -> dict[tuple[str, st
 
 def at_best(lines: Iterable[Cell], task: str, kind: str, budget: float = 0.1) -> tuple[float, list[Cell]]:
     """Best learning rate of a method, and its line for each measured seed."""
-    lines = list(lines)
-    rate, known = best_rates(lines, budget)[task, kind], {identity(line): line for line in lines}
+    known = {identity(line): line for line in lines if (line["task"], line["kind"]) == (task, kind)}
+    rate = best_rates(known.values(), budget)[task, kind]
     wanted = (identity(cell(task, kind, rate, seed, seeded(kind, seed), budget)) for seed in seeds_of(task))
     return rate, [known[name] for name in wanted if name in known]
 
