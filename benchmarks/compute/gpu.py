@@ -68,7 +68,7 @@ SHARED = ((0.1, "per_step"), (0.1, "on_demand"), (0.25, "per_step"))
 
 
 class Setting(NamedTuple):
-    """What all cells have in common."""
+    """Settings of all cells."""
 
     device: str
     repetitions: int

@@ -31,7 +31,7 @@ from benchmarks.network.in_the_lab import cluster_file, in_the_lab
 from benchmarks.result_files import ResultFile
 from dist_ssn.train.data import data_hints
 from dist_ssn.train.models import build_model
-from dist_ssn.train.recipe.schema import DataConfig
+from dist_ssn.train.recipe.sections import DataConfig
 
 MODEL = {"layers": 5, "width": 512, "heads": 8, "context": 32}
 HOSTS = 2
@@ -124,8 +124,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--budgets", nargs="+", default=["2000", "0.5M"])
     parser.add_argument("--by", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--alone", type=int, help="what a host runs: a tensor of so many elements")
-    parser.add_argument("--train", help="what a host runs: a user's script, with this budget")
+    parser.add_argument(
+        "--alone", type=int, help="run as one of the hosts: all-reduce a tensor with this number of elements"
+    )
+    parser.add_argument("--train", help="run as one of the hosts: a user's script, with this budget")
     parser.add_argument("--weights", help="file of the pretrained values, with --train")
     arguments = parser.parse_args()
     if arguments.train:

@@ -105,7 +105,7 @@ def trained(cluster: str, settings: list[str], folder: Path) -> tuple[Path, Line
 
 
 def limited(text: str, hosts: int, folder: Path) -> Line:
-    """What a run sends to which only `sync.limit` is given."""
+    """Bytes of a run that is given `sync.limit` alone."""
     cluster = cluster_file(folder, hosts=hosts, mbit=MBIT[-1])
     _, summary = trained(cluster, [*COMMON, *SIZES, "--share.budget=null", f"--sync.limit={text}"], folder)
     sent = summary["rows"][0]["bytes_per_step_ring"]

@@ -72,7 +72,7 @@ _CONVOLUTIONS: dict[str, tuple[int, str]] = {
     "stage 3": (1, r"stage3\.(0\.conv2|1\.conv\d)"),
     "all": (2, r"(stem|stage.*(conv\d|shortcut))"),
 }
-"""Where LoRA goes in a Wide ResNet → (rank, pattern of the layers)."""
+"""Place of LoRA in a Wide ResNet → (rank, pattern of the layers)."""
 WIDE_RESNET: Methods = {
     "full": (only(""), 3e-3),
     "last layer": (only("head."), 1e-2),

@@ -13,10 +13,8 @@ from dist_ssn.cost.timeline import Timeline
 from dist_ssn.plan import Group, Plan
 from dist_ssn.plan.overlap import Overlap, bucket_bytes, least_alone, pieces_of
 from dist_ssn.sync.codecs import SLICE
-from dist_ssn.sync.rounds import Vector
+from dist_ssn.sync.rounds import FP32_BYTES, Vector
 
-FP32_BYTES = 4
-"""Bytes of one gradient element: gradients are sent in fp32."""
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes at which DDP closes its first bucket and the others, by default."""
 
@@ -37,7 +35,7 @@ class Message:
 
     @property
     def vector(self) -> Vector:
-        """What a communication hook sends of it."""
+        """The values that a communication hook sends for it."""
         return Vector(self.payload // FP32_BYTES, self.small)
 
 

@@ -13,10 +13,8 @@ from typing import Any
 from torch import nn
 
 from dist_ssn.sharing.parts import listed
+from dist_ssn.sharing.read_only import OF_FRAMEWORKS
 from dist_ssn.torch_private import hooks_of
-
-_OF_FRAMEWORKS = ("_dynamo", "_is_hf_initialized")
-"""Beginnings of attributes by which a program keeps notes of its own."""
 
 
 def carry_attributes(weights: Mapping[str, nn.Parameter], bank: nn.Module) -> None:
@@ -47,7 +45,7 @@ def carry_attributes(weights: Mapping[str, nn.Parameter], bank: nn.Module) -> No
 
 
 def _attributes_of(weight: nn.Parameter) -> dict[str, Any]:
-    return {key: value for key, value in vars(weight).items() if not key.startswith(_OF_FRAMEWORKS)}
+    return {key: value for key, value in vars(weight).items() if not key.startswith(OF_FRAMEWORKS)}
 
 
 def _same(one: Any, other: Any) -> bool:

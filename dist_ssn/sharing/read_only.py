@@ -54,7 +54,7 @@ class GeneratedWeight(Tensor):
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute, with a warning if it is lost with this tensor."""
         known = getattr(Tensor, name, None)  # writing to `data` and `grad` is refused where they are set
-        if not hasattr(known, "__set__") and not name.startswith(_OF_FRAMEWORKS):
+        if not hasattr(known, "__set__") and not name.startswith(OF_FRAMEWORKS):
             warnings.warn(
                 f"{name} of {self._dist_ssn_name} is set on the tensor of this one read: the next read generates another, and an "
                 "optimizer holds the bank; set it before share(), on weights that have a bank of their own (mapping=)",
@@ -82,7 +82,7 @@ def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
 _IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
 _EXPORTS = {"__dlpack__", "to_dlpack"}
 _OF_THIS_TENSOR = {"register_hook", "register_post_accumulate_grad_hook", "retain_grad"}
-_OF_FRAMEWORKS = ("_dist_ssn", "_dynamo", "_is_hf_initialized")
+OF_FRAMEWORKS = ("_dist_ssn", "_dynamo", "_is_hf_initialized")
 """Beginnings of attributes by which a program keeps notes of its own."""
 _HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
 

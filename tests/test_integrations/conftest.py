@@ -7,7 +7,7 @@ import pytest
 from testing import ranks
 
 FRAMEWORKS = ("transformers.trainer", "accelerate", "lightning", "tests.test_integrations.hugging_face")
-"""What ranks would import one by one, in most of their time."""
+"""Modules that each rank would import by itself, which takes most of its time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
