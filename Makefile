@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-quick test-versions test-benchmarks bench report faults soak lint docs wheel clean
+.PHONY: help setup train test test-quick test-timm test-versions test-benchmarks bench report faults soak lint docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,17 @@ test: $(READY) ## run all tests (at most 10 minutes on 2 cores)
 
 test-quick: $(READY) ## run the tests that start no process (at most 90 seconds on 2 cores)
 	$(PY) -m pytest -n 2 --dist worksteal tests -m "not distributed and not processes and not slow" $(ARGS)
+
+# Beside the environment, because torchvision's default wheel does not fit a CPU build of torch, and transformers would import it.
+TIMM := $(VENV)/timm
+$(TIMM): $(READY)
+	rm -rf $@ $@.part
+	release=$$($(PY) -c "import torch; print(int(torch.__version__.split('.')[1]) + 15)") && \
+	$(PY) -m pip install -qq --no-deps --target $@.part timm "torchvision==0.$$release.*"
+	mv $@.part $@
+
+test-timm: $(TIMM) ## run the tests with timm's networks
+	PYTHONPATH=$(TIMM) $(PY) -m pytest tests/test_integrations/test_timm.py $(ARGS)
 
 test-versions: ## run the quick tests with the oldest and the newest torch (the first time, downloads 10 GB); TORCH="2.12.1 …": with others
 	@ARGS="$(ARGS)" scripts/test_versions.sh $(TORCH)

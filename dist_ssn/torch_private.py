@@ -1,4 +1,4 @@
-"""The undocumented parts of PyTorch that we use, in one place, each with what happens where a PyTorch lacks it.
+"""The parts of PyTorch that are undocumented or change their names, in one place, each with what happens where a PyTorch lacks it.
 
 Tried with torch 2.8 to 2.14 (docs/reference/versions.md). PyTorch's own Python code uses each of them, too: activation
 checkpointing `graph_task_id`, AOTAutograd `saved_tensor_hooks`, and FSDP2 `at_end_of_backward`. No other file of the package
@@ -103,8 +103,8 @@ def is_tracing() -> bool:
 
 def builds_graph() -> bool:
     """True while torch.compile makes a graph that this process will run; an exported one runs where dist_ssn may not be."""
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    return torch.compiler.is_dynamo_compiling() and exporting is not None and not exporting()
+    # Not is_exporting(): before 2.12 every graph takes it for true.
+    return torch.compiler.is_dynamo_compiling() and getattr(torch.compiler, "_is_exporting_flag", None) is False
 
 
 def saved_tensor_hooks() -> Hooks | None:
@@ -154,6 +154,12 @@ def assert_soon(condition: Tensor, message: str) -> None:
         _assert_async(condition, message)
     elif not condition:
         raise RuntimeError(message)
+
+
+all_gather_single: Callable[..., dist.Work | None] = _found("torch.distributed.all_gather_single") or _found(
+    "torch.distributed.all_gather_into_tensor"
+)
+"""Its name before 2.13 was `all_gather_into_tensor`, which warns since."""
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

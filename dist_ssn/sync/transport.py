@@ -16,7 +16,7 @@ from torch import Tensor
 from dist_ssn.comm.in_flight import waiting
 from dist_ssn.comm.meter import beside, book, purpose
 from dist_ssn.errors import UserError
-from dist_ssn.torch_private import timeout_of
+from dist_ssn.torch_private import all_gather_single, timeout_of
 
 
 class Transport(Protocol):
@@ -93,7 +93,7 @@ class GroupTransport:
         """See `Transport`."""
         found = data.new_empty(self.ranks, data.numel())
         with purpose(name):
-            self._wait(dist.all_gather_single, found.view(-1), data)
+            self._wait(all_gather_single, found.view(-1), data)
         return found
 
     def all_to_all(self, data: Tensor, sizes: Sequence[int], name: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_ssn.comm import PURPOSES, CommMeter, Ledger, Totals, purpose
 from dist_ssn.comm.meter import OPERATORS
 from dist_ssn.errors import UserError
+from dist_ssn.torch_private import all_gather_single
 from testing.ranks import run_ranks
 
 distributed = pytest.mark.distributed
@@ -103,6 +104,9 @@ def test_ledger_adds_up_and_says_what_it_does_not_know() -> None:
 
 
 def _every_collective(rank: int, n: int) -> dict[str, tuple[int, int, float]]:
+    reduce_scatter = (
+        dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+    )
     with CommMeter() as meter:
         x = torch.zeros(24)  # 96 bytes: S
         parts = [torch.zeros(24) for _ in range(n)]
@@ -110,8 +114,8 @@ def _every_collective(rank: int, n: int) -> dict[str, tuple[int, int, float]]:
         dist.broadcast(x, 0)
         dist.reduce(x, 0)
         dist.all_gather(parts, x)
-        dist.all_gather_single(torch.zeros(24 * n), x)
-        dist.reduce_scatter_single(torch.zeros(24 // n), x)
+        all_gather_single(torch.zeros(24 * n), x)
+        reduce_scatter(torch.zeros(24 // n), x)
         dist.gather(x, parts if rank == 0 else None)
         dist.scatter(x, parts if rank == 0 else None)
         dist.all_to_all_single(torch.zeros(24), x)

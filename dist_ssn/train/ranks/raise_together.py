@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from dist_ssn import errors
 from dist_ssn.errors import Preempted, UserError
+from dist_ssn.torch_private import all_gather_single
 
 _SENTENCE_BYTES = 2048  # longest message that is sent to the other ranks
 T = TypeVar("T")
@@ -18,7 +19,7 @@ T = TypeVar("T")
 def raise_together(action: Callable[[], T], device: torch.device) -> T:
     """Runs `action` on every rank; if it raises a `UserError` or `Preempted` on any of them, all raise it, and none waits for ever.
 
-    It costs one all-reduce of 8 bytes, and a broadcast of the message if there is one.
+    It costs one all-gather of 8 bytes per rank, and a broadcast of the message if there is one.
 
     Args:
         action: runs once on every rank.
@@ -41,9 +42,10 @@ def raise_together(action: Callable[[], T], device: torch.device) -> T:
         if failure is not None:
             raise failure
         return result
-    failed = torch.tensor([0 if failure is None else dist.get_rank() + 1], device=device)  # rank + 1
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if not (source := int(failed.item())):
+    mine = torch.tensor([0 if failure is None else dist.get_rank() + 1], device=device)  # rank + 1
+    failed = mine.new_empty(dist.get_world_size())
+    all_gather_single(failed, mine)  # half of an all-reduce's packets in Gloo
+    if not (source := int(failed.max().item())):
         return result
     text = torch.zeros(_SENTENCE_BYTES, dtype=torch.uint8, device=device)
     if failure is not None and source == dist.get_rank() + 1:
