@@ -107,9 +107,9 @@ class SharedLayer:
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         """Every list of a model's parameters calls it."""
+        yield from super().named_modules(*args, **kwargs)  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             walks.check_listed(self)  # type: ignore[arg-type]
-        return super().named_modules(*args, **kwargs)  # type: ignore[misc]
 
     def _replicate_for_data_parallel(self) -> Any:
         raise ShareError(walks.NO_REPLICAS)

@@ -7,8 +7,11 @@ module at which they began. So a shared layer finds that module in the callers' 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import os
 import sys
+import sysconfig
 import threading
 import warnings
 import weakref
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import dist_ssn.errors
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.parts import listed, outside, slots_of
 from dist_ssn.torch_private import MODULE_APPLY, MODULE_MEMBERS
@@ -41,7 +45,13 @@ _USES = {
     }.items()
 }
 """Code of the functions that mean all parameters of the module whose `parameters()` they get, and their names."""
-_listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose parameters such a function has got
+_INSTALLED = tuple(
+    {
+        *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        *(os.path.dirname(package) + os.sep for package in (torch.__file__, dist_ssn.errors.__file__)),
+    }
+)
+_listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose parameters somebody has listed, and was told
 
 
 def _contains(key: Any, start: nn.Module, source: Any) -> bool:
@@ -174,12 +184,13 @@ def check_converted(layer: nn.Module, fn: Any) -> None:
 
 
 def check_listed(layer: nn.Module) -> None:
-    """Warns, once for a part, if one of `_USES` runs through `part.parameters()`, which lacks the part's banks.
+    """Warns, once for a part, if somebody runs through `part.parameters()`, which lacks the part's banks.
 
-    Others who run through the parameters of a part, such as a framework or a loop, are not judged.
+    Told are the functions in `_USES`, and all code that is not installed: a script's lists and loops. An installed framework
+    is not judged, because nobody knows what it wants them for, and an optimizer is checked at its first step.
 
     Args:
-        layer: a shared layer whose modules are being listed.
+        layer: a shared layer whose modules have been listed. `next(part.parameters())` stops before, at the first parameter.
     """
     frame: Any = sys._getframe(2)
     depth = 3  # of the frame in which the use was called, for the warning
@@ -188,19 +199,31 @@ def check_listed(layer: nn.Module) -> None:
     if frame is None or frame.f_code is not MODULE_MEMBERS:
         return
     walk, frame = frame, frame.f_back
-    while frame is not None and (frame.f_code in _WALKS or frame.f_code.co_name == "<listcomp>"):
+    while frame is not None and frame.f_code in _WALKS:
         frame, depth = frame.f_back, depth + 1
-    name = None if frame is None else _USES.get(frame.f_code)
-    while (
-        frame is not None and frame.f_back is not None and frame.f_back.f_code.co_filename == frame.f_code.co_filename
-    ):
-        frame, depth = frame.f_back, depth + 1  # a decorator
-    if name is None or (start := walk.f_locals["self"]) in _listed:
+    if frame is None or (start := walk.f_locals["self"]) in _listed:
         return
+    if _is_installed(frame.f_code.co_filename):
+        while frame is not None and frame.f_code.co_name == "<listcomp>":
+            frame, depth = frame.f_back, depth + 1
+        if frame is None or (name := _USES.get(frame.f_code)) is None:
+            return
+        while frame.f_back is not None and frame.f_back.f_code.co_filename == frame.f_code.co_filename:
+            frame, depth = frame.f_back, depth + 1  # a decorator
+        depth += 1
+        told, remedy = f"{name} got the parameters of this {type(start).__name__}, which lack", ""
+    else:
+        told = f"the parameters() of this {type(start).__name__} lack"
+        remedy = "; if they shall not train, dist_ssn.freeze(model, …)"
     _listed.add(start)
     if lacking := listed(weight for weights in outside(start).values() for weight in weights):
         warnings.warn(
-            f"{name} got the parameters of this {type(start).__name__}, which lack the bank outside of it that generates "
-            f"{lacking}: use dist_ssn.parameters_of(part)",
-            stacklevel=depth + 2,
+            f"{told} the bank outside of it that generates {lacking}: use dist_ssn.parameters_of(part){remedy}",
+            stacklevel=depth + 1,
         )
+
+
+@functools.cache
+def _is_installed(file: str) -> bool:
+    """True for the standard library, this package, and all that pip has installed."""
+    return file.startswith(("<frozen", *_INSTALLED))

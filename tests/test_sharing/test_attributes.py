@@ -119,17 +119,41 @@ def test_a_use_of_a_part_is_told_once_and_where_it_is(way: str, nested: bool) ->
     assert parameters_of(part)
 
 
-def test_who_lists_a_part_for_something_else_is_not_judged() -> None:
-    model: Any = share(nn.ModuleDict({"b": net(), "a": net()}), 0.3)
+LISTS: dict[str, Callable[[nn.Module], Any]] = {
+    "list": lambda part: list(part.parameters()),
+    "a clipped list": lambda part: nn.utils.clip_grad_norm_(list(part.parameters()), 1.0),
+    "a count": lambda part: sum(p.numel() for p in part.parameters()),
+    "names": lambda part: {name: p.detach() for name, p in part.named_parameters()},
+    "two models": lambda part: [p.copy_(q) for p, q in zip(part.parameters(), part.parameters(), strict=True)],
+}
 
-    def list_them() -> None:
+
+@pytest.mark.parametrize("way", LISTS)
+def test_a_list_of_a_part_is_told_once_and_where_it_is(way: str) -> None:
+    model: Any = share(nn.ModuleDict({"b": net(), "a": net()}), 0.3)
+    with torch.no_grad():
+        (message,) = told(lambda: LISTS[way](model.a))
+    assert message == (
+        "the parameters() of this Sequential lack the bank outside of it that generates a.0.weight, a.2.weight, a.4.weight: "
+        "use dist_ssn.parameters_of(part); if they shall not train, dist_ssn.freeze(model, …)"
+    )
+    with torch.no_grad():
+        assert not told(lambda: LISTS[way](model.a)) and not told(lambda: LISTS[way](model))
+
+
+def test_who_wants_something_else_of_a_part_is_not_judged() -> None:
+    model: Any = share(nn.ModuleDict({"b": net(), "a": net()}), 0.3)
+    framework = compile("count = sum(p.numel() for p in part.parameters())", torch.nn.__file__, "exec")
+
+    def use_it() -> None:
         for part in (model.a, model.a[2]):
-            assert sum(p.numel() for p in part.parameters()) == sum(p.numel() for _, p in part.named_parameters())
             assert len([name for name, _ in part.named_modules()]) == len(list(part.modules()))
+            assert next(part.parameters()).device.type == "cpu"
             part.train().requires_grad_(True)
+            exec(framework, {"part": part})  # installed code
         nn.utils.clip_grad_norm_(parameters_of(model.a), 1.0)
         nn.utils.clip_grad_norm_(list(model.parameters()), 1.0)
         dense = net()
         nn.utils.clip_grad_norm_(dense[2].parameters(), 1.0)
 
-    assert not told(list_them)
+    assert not told(use_it)

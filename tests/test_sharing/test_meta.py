@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,10 @@ def test_a_plan_on_meta_is_that_of_the_initialized_model() -> None:
     same = ("BERT", "ViT", "Llama", "Qwen2", "GPT-2", "LSTM", "torch's encoder")
     for name in same:
         with torch.device("meta"):
-            empty = find_specs(ARCHITECTURES[name].build())
+            model: Any = ARCHITECTURES[name].build()
+            if hasattr(model, "tie_weights"):
+                model.tie_weights()  # transformers 5.0 leaves that to its loading, on meta
+            empty = find_specs(model)
         specs = find_specs(ARCHITECTURES[name].build())
         assert make_plan(empty, 0.2).to_json() == make_plan(specs, 0.2).to_json(), name
 
