@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_ssn.train.models.gpt import build_gpt
+from dist_ssn.train.models.wide_resnet import NORMS, WideResNet
 
 
 class RecurrentText(nn.Module):
@@ -24,6 +25,11 @@ class RecurrentText(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) → logits (B, T, V)."""
         return self.head(self.lstm(self.embedding(tokens))[0])
+
+
+def narrow_wide_resnet(first: int, depth: int, stem_stride: int, classes: int = 10, channels: int = 1) -> nn.Module:
+    """A Wide ResNet that may be narrower than width 1: `first` is the number of channels of its first stage."""
+    return WideResNet((depth - 4) // 6, first, classes, channels, stem_stride, NORMS["batch"])
 
 
 def blocks(layers: int, width: int, heads: int) -> nn.ModuleList:

@@ -33,8 +33,11 @@ SMALL: dict[tuple[str, float], dict[str, Any]] = {
     ("gpt", 0.1): {"layers": 2, "width": 18, "heads": 2, "context": 64},
     ("lstm", 0.25): {"layers": 2, "width": 27, "context": 64},
     ("lstm", 0.1): {"layers": 2, "width": 15, "context": 64},
+    ("wrn", 0.25): {"first": 8, "depth": 10, "stem_stride": 2},
 }
-"""(task, budget) → `model_args` of a narrower dense model with at least as many parameters. No Wide ResNet is that small."""
+"""(task, budget) → `model_args` of a narrower dense model with at least as many parameters as the bank."""
+_NARROW = {"wrn": "benchmarks.models.narrow_wide_resnet"}
+"""Task → its model with these arguments, where it is another one."""
 KINDS = ("dense", "small", "hashed", "bank")
 """Kinds of model. "small" is dense with as many parameters as the budget; "hashed" has one array of buckets for all weights."""
 
@@ -96,7 +99,7 @@ def settings_of(wanted: Cell) -> list[str]:
     task, kind, budget, seed = (wanted[key] for key in ("task", "kind", "budget", "seed"))
     settings = {**TASKS[task], "optimizer.lr": wanted["lr"], "seed": seed, "threads": 1, "steps": wanted["steps"]}
     if kind == "small":
-        settings |= {"model_args": SMALL[task, budget]}
+        settings |= {"model": _NARROW.get(task, settings["model"]), "model_args": SMALL[task, budget]}
     elif kind == "hashed":
         settings |= {"share.budget": budget, "share.control": "hashed-global", "share.seed": seed}
     elif kind == "bank":

@@ -133,7 +133,7 @@ def test_small_dense_models_have_at_least_a_banks_parameters() -> None:
         return sum(one.numel() for one in model.parameters())
 
     for task, budget in cells.SMALL:
-        if task == "lstm":  # this module has another GPT
+        if task != "gpt":  # this module has another GPT
             assert 0 <= parameters("small", task, budget) / parameters("bank", task, budget) - 1 < 0.1
 
 

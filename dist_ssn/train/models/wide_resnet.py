@@ -42,12 +42,12 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Wide ResNet: images (B, C, H, W) → logits (B, classes)."""
+    """Wide ResNet: images (B, C, H, W) → logits (B, classes); `first` is the number of channels of its first stage."""
 
     def __init__(
         self,
         blocks: int,
-        width: int,
+        first: int,
         classes: int,
         channels: int,
         stem_stride: int,
@@ -60,11 +60,11 @@ class WideResNet(nn.Module):
             return nn.Sequential(Block(inputs, outputs, stride, norm), *rest)
 
         self.stem = nn.Conv2d(channels, 16, 3, stem_stride, padding=1, bias=False)
-        self.stage1 = stage(16, 16 * width, 1)
-        self.stage2 = stage(16 * width, 32 * width, 2)
-        self.stage3 = stage(32 * width, 64 * width, 2)
-        self.norm = norm(64 * width)
-        self.head = nn.Linear(64 * width, classes)
+        self.stage1 = stage(16, first, 1)
+        self.stage2 = stage(first, 2 * first, 2)
+        self.stage3 = stage(2 * first, 4 * first, 2)
+        self.norm = norm(4 * first)
+        self.head = nn.Linear(4 * first, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -99,4 +99,4 @@ def build_wide_resnet(
             raise RecipeError(f"wide_resnet: {name} must be at least 1, got {size}")
     if norm not in NORMS:
         raise RecipeError(f"wide_resnet: {unknown_choice('norm', norm, NORMS)}")
-    return WideResNet((depth - 4) // 6, width, classes, channels, stem_stride, NORMS[norm])
+    return WideResNet((depth - 4) // 6, 16 * width, classes, channels, stem_stride, NORMS[norm])
