@@ -14,6 +14,7 @@ from benchmarks.documents import sizes
 from benchmarks.documents.ladder import model_name
 from benchmarks.documents.quality import losses_by_budget
 from benchmarks.ladder.rungs import DENSE, loss_of, rungs
+from benchmarks.ladder.suites import FRONTIERS
 from benchmarks.network import ladder_target
 from benchmarks.result_files import latest, lines_of
 from dist_ssn.report import plot_loss_against_bytes
@@ -107,7 +108,7 @@ def ladder(task: str, path: Path) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
     axes.set_xlabel("bytes that one worker hands over in the whole run (logarithmic)")
-    axes.set_ylabel("validation loss, nats per byte")
+    axes.set_ylabel(f"validation loss, nats{'' if task == 'wrn' else ' per byte'}")
     axes.legend(fontsize=8, frameon=False, ncols=2)
     save(figure, path)
 
@@ -138,6 +139,6 @@ FIGURES: dict[str, Callable[[Path], None]] = {
     "quality_curves.png": curves,
     "loss_against_bytes.png": quickstart,
     "ladder_target.png": times,
-    **{f"ladder_{task}.png": partial(ladder, task) for task in ("gpt", "lstm")},
+    **{f"ladder_{task}.png": partial(ladder, task) for task in FRONTIERS},
 }
 """File in docs/ → the function that draws it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from benchmarks.ladder.cells import AVERAGE, NAMES, identity
 from benchmarks.ladder.rungs import DENSE, Rung, above_dense, lines_by_cell, loss_of, rungs
-from benchmarks.ladder.suites import DILOCO, LONG, NESTEROV, SHORT
+from benchmarks.ladder.suites import DILOCO, FRONTIERS, LONG, NESTEROV, SHORT
 from benchmarks.markdown import grid, mean, short
 from benchmarks.result_files import lines_of
 
@@ -166,8 +167,12 @@ def _over_run(values: Sequence[float]) -> str:
 
 
 def _tables() -> dict[str, Callable[[], str]]:
-    found: dict[str, Callable[[], str]] = {"ladder-agreement": agreements, "ladder-gains": gains}
-    for task in ("gpt", "lstm"):
+    found: dict[str, Callable[[], str]] = {
+        "ladder-agreement": agreements,
+        "ladder-gains": gains,
+        "ladder-gpt-128": partial(frontier, "gpt-128"),
+    }
+    for task in FRONTIERS:
         found |= {
             f"ladder-methods-{task}": lambda task=task: methods(task),
             f"ladder-{task}": lambda task=task: frontier(task),

@@ -23,6 +23,7 @@ Line = Mapping[str, Any]
 NAMES = {
     "gpt": "a GPT with 2 layers of width 64",
     "lstm": "an LSTM with 2 layers of width 64",
+    "wrn": "a Wide ResNet 10-1",
 }
 """Tasks whose losses were tuned: at least three learning rates for each kind of model."""
 

@@ -3,7 +3,6 @@
     python -m benchmarks.ladder agreement [--jobs 2]         # resumable: measured cells stay
     python -m benchmarks.ladder frontier-gpt
     python -m benchmarks.ladder table                        # what is measured so far
-    python -m benchmarks.ladder planner                      # writes dist_ssn/cost/ladder.json
 
 Workers are simulated in one process (`simulate.py`), on one thread.
 """
@@ -15,19 +14,16 @@ import multiprocessing
 import time
 from collections.abc import Sequence
 from multiprocessing.pool import AsyncResult
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ladder.cells import identity, without
-from benchmarks.ladder.rungs import expected_losses
 from benchmarks.ladder.simulate import run
 from benchmarks.ladder.suites import SUITES, Line, Suite
 from benchmarks.result_files import ResultFile, chosen
 
-WORDS = ("table", "planner")
-LOSSES = Path(__file__).parents[2] / "dist_ssn" / "cost" / "ladder.json"
+TABLE = "table"
 
 
 def table(results: ResultFile) -> Table:
@@ -77,18 +73,16 @@ def measure(results: ResultFile, suite: Suite, only: Sequence[str], jobs: int, u
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}; or {', '.join(WORDS)}")
+    parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}; or {TABLE}")
     parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="cells whose identity has one of these")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cells after this time")
     arguments = parser.parse_args()
     results, began = ResultFile("ladder"), time.monotonic()
-    for suite in chosen(parser, arguments.suites, [*SUITES, *WORDS]):
+    for suite in chosen(parser, arguments.suites, [*SUITES, TABLE]):
         if suite in SUITES:
             measure(results, SUITES[suite], arguments.only, arguments.jobs, began + 60 * arguments.minutes)
-    if "planner" in arguments.suites:
-        LOSSES.write_text(expected_losses(), encoding="utf-8")
-    if "table" in arguments.suites or not arguments.suites:
+    if TABLE in arguments.suites or not arguments.suites:
         Console(width=160).print(table(results))
 
 

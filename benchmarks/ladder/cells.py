@@ -24,13 +24,23 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "lstm": {**RECIPES["lstm"], "model_args": _LSTM, "evaluate_batches": 100},
     "wrn": {**RECIPES["wrn"], "model_args": {"depth": 10, "width": 1, "stem_stride": 2}},
+    "gpt-128": {
+        **RECIPES["gpt-python"],
+        **{"steps": 2000, "schedule.warmup": 100, "evaluate_every": 500, "evaluate_batches": 100},
+    },
 }
 """task → settings of its recipe: those of `benchmarks.quality` at a size at which a cell takes one to two minutes."""
-NAMES = {"gpt": "GPT, 2 layers of width 64", "lstm": "LSTM, 2 layers of width 64", "wrn": "Wide ResNet 10-1"}
+NAMES = {
+    "gpt": "GPT, 2 layers of width 64",
+    "lstm": "LSTM, 2 layers of width 64",
+    "wrn": "Wide ResNet 10-1",
+    "gpt-128": "GPT, 4 layers of width 128",
+}
 
 SMALL: dict[tuple[str, float], dict[str, Any]] = {
     ("gpt", 0.25): {"layers": 2, "width": 30, "heads": 2, "context": 64},
     ("gpt", 0.1): {"layers": 2, "width": 18, "heads": 2, "context": 64},
+    ("gpt-128", 0.25): {"layers": 4, "width": 64, "heads": 4, "context": 128},
     ("lstm", 0.25): {"layers": 2, "width": 27, "context": 64},
     ("lstm", 0.1): {"layers": 2, "width": 15, "context": 64},
     ("wrn", 0.25): {"first": 8, "depth": 10, "stem_stride": 2},

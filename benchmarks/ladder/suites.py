@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.ladder.cells import AVERAGE, NAMES, SMALL, Cell, cell, identity
+from benchmarks.ladder.cells import AVERAGE, SMALL, Cell, cell, identity
 
 Line = Mapping[str, Any]
 Model = tuple[str, float | None]
@@ -29,6 +29,8 @@ FIRST: dict[tuple[str, str], float] = {
     **{("wrn", "dense"): 0.2, ("wrn", "bank"): 0.1, ("wrn", "small"): 0.2, ("wrn", "hashed"): 0.2},
 }
 """(task, kind) → learning rate in the middle of the first three that are tried, factor 2 apart."""
+FRONTIERS = ("gpt", "lstm", "wrn")
+"""Tasks whose rungs are all measured and tuned."""
 AGREEMENT_RATES = {**FIRST, ("lstm", "dense"): 2.4e-2}
 LONG, SHORT = 50, 16
 """Periods, in steps."""
@@ -171,8 +173,25 @@ def seeds(task: str, lines: Iterable[Line]) -> Iterator[Cell]:
                     yield cell(task, *model, best["lr"], *rung, (best["outer"][0], best["outer"][1]), seed)
 
 
+def long(lines: Iterable[Line]) -> Iterator[Cell]:
+    """A larger GPT for 2,000 steps: few rungs, at the learning rates that were best on every step, then some at twice as high."""
+    task, rungs = "gpt-128", ((SHORT, "int4", NESTEROV), (LONG, "int4", NESTEROV), (4, "int4", AVERAGE))
+    banks = (("bank", 0.25), ("bank", 0.5))
+    yield cell(task, *DENSE, 3e-3)
+    for model, lr in ((banks[0], 3e-3), (DENSE, 3e-3), (banks[1], 3e-3), (("small", 0.25), 6e-3)):
+        yield cell(task, *model, lr, *rungs[0])
+    for rung in rungs[1:]:
+        yield cell(task, *banks[0], 3e-3, *rung)
+    yield cell(task, *banks[0], 3e-3)
+    yield cell(task, "small", 0.25, 6e-3)
+    for model in (banks[0], DENSE):
+        yield cell(task, *model, 6e-3, *rungs[0])
+    yield cell(task, *DENSE, 6e-3)
+
+
 SUITES: dict[str, Suite] = {
     "agreement": agreement,
-    **{f"frontier-{task}": partial(frontier, task) for task in NAMES},
-    **{f"seeds-{task}": partial(seeds, task) for task in NAMES},
+    "long": long,
+    **{f"frontier-{task}": partial(frontier, task) for task in FRONTIERS},
+    **{f"seeds-{task}": partial(seeds, task) for task in FRONTIERS},
 }

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.ladder import cells, simulate
-from benchmarks.ladder.__main__ import LOSSES
 from benchmarks.ladder.cells import AVERAGE, cell, identity, recipe_of, without
-from benchmarks.ladder.rungs import expected_losses
 from benchmarks.ladder.suites import NESTEROV, frontier
 from dist_ssn.engines import World
 from dist_ssn.sync.local_updates import LocalUpdates
@@ -135,7 +133,3 @@ def test_small_dense_models_have_at_least_a_banks_parameters() -> None:
     for task, budget in cells.SMALL:
         if task != "gpt":  # this module has another GPT
             assert 0 <= parameters("small", task, budget) / parameters("bank", task, budget) - 1 < 0.1
-
-
-def test_the_planners_file_is_what_the_lines_say() -> None:
-    assert LOSSES.read_text() == expected_losses(), "python -m benchmarks.ladder planner"
