@@ -12,17 +12,19 @@ MIB = 2**20
 
 
 def _table(transfer: str) -> str:
-    """A row per method, at the learning rate that is best for seed 0; every seed is shown; fewest trained parameters first."""
+    """A row per method, at the learning rate with the best mean over most seeds, and each seed; fewest trained parameters first."""
     mine = [line for line in lines_of("transfer") if line.get("transfer", "gpt") == transfer]
     found = latest(mine, ("method", "seed", "lr"))
     trained = {name: line["trained"] for (name, _, _), line in found.items()}
     accuracy = any("accuracy" in line for line in mine)
     rows = []
     for method in sorted(trained, key=trained.__getitem__):
-        runs = [line for (name, _, _), line in found.items() if name == method]
-        best = min((line for line in runs if line["seed"] == 0), key=lambda line: line["loss"])
-        same = sorted((line for line in runs if line["lr"] == best["lr"]), key=lambda line: line["seed"])
-        losses = [line["loss"] for line in same]
+        by_rate: dict[float, list[dict[str, Any]]] = {}
+        for (name, _, lr), line in sorted(found.items()):
+            if name == method:
+                by_rate.setdefault(lr, []).append(line)
+        same = min(by_rate.values(), key=lambda runs: (-len(runs), sum(run["loss"] for run in runs)))
+        best, losses = same[0], [line["loss"] for line in same]
         each = f" ({', '.join(f'{loss:.3f}' for loss in losses)})" if len(losses) > 1 else ""
         row = [
             method,

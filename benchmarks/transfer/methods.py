@@ -58,6 +58,9 @@ GPT: Methods = {
         1e-2,
     ),
     "Uni-LoRA r=4, d=4341": (adapter(peft.UniLoraConfig(r=4, theta_d_length=4341, target_modules=_GPT)), 1e-2),
+    "FourierFT n=27": (adapter(peft.FourierFTConfig(n_frequency=27, scaling=100.0, target_modules=_GPT)), 3e-1),
+    "Uni-LoRA r=4, d=219": (adapter(peft.UniLoraConfig(r=4, theta_d_length=219, target_modules=_GPT)), 1e-1),
+    "keep 0.05%": (ours(0.0005), 1e-2),
     "keep 0.2%": (ours(0.002), 1e-3),
     "keep 1%": (ours(0.01), 1e-3),
     "keep 5%": (ours(0.05), 1e-3),
@@ -81,7 +84,7 @@ WIDE_RESNET: Methods = {
         f"LoRA r={rank} ({where})": (lora(rank, pattern, modules_to_save=["head"]), 1e-2)
         for where, (rank, pattern) in _CONVOLUTIONS.items()
     },
-    **{f"keep {size:,}": (ours(size, train="head"), 3e-3) for size in (320, 1920, 8434)},
+    **{f"keep {size:,}": (ours(size, train="head"), 3e-3) for size in (87, 320, 1920, 8434)},
 }
 
 _VIT = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
@@ -110,5 +113,9 @@ VIT: Methods = {
         adapter(peft.UniLoraConfig(r=4, theta_d_length=1536, target_modules=_VIT, **_HEAD)),
         3e-2,
     ),
-    **{f"keep {size:,}": (ours(size, train="classifier"), 3e-3) for size in (256, 1536, 7168)},
+    "Uni-LoRA r=4, d=69": (
+        adapter(peft.UniLoraConfig(r=4, theta_d_length=69, target_modules=_VIT, **_HEAD)),
+        1e-1,
+    ),
+    **{f"keep {size:,}": (ours(size, train="classifier"), 3e-3) for size in (69, 256, 1536, 7168)},
 }

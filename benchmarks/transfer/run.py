@@ -2,8 +2,9 @@
 
 A transfer (transfers.py) trains its model first. Each method then gets the same steps, batches and schedule on other data, at its
 own best learning rate: from the one in its table (methods.py), the search goes by factors of 3 in the direction that improves,
-until it gets worse. Further seeds (--best) take the learning rate that is best for seed 0. One line per run in
-results/transfer/; what is there is not measured again, so that a stopped run can go on (--minutes stops it).
+until it gets worse. Further seeds (--near) take the learning rate that is best for seed 0 and its two neighbours; the table has
+the one with the best mean. One line per run in results/transfer/; what is there is not measured again, so that a stopped run can
+go on (--minutes stops it).
 
 python -m benchmarks.transfer.run --transfer gpt --methods "full" "LoRA r=1" "keep 1%"
 """
@@ -128,7 +129,9 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("runs") / "transfer", help="where the pretrained model is kept"
     )
-    parser.add_argument("--best", action="store_true", help="no search: the learning rate that is best for seed 0")
+    parser.add_argument(
+        "--near", action="store_true", help="no search: the rate that is best for seed 0, and its neighbours"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="no run begins after so long")
     arguments = parser.parse_args()
     began, name, transfer = time.monotonic(), arguments.transfer, TRANSFERS[arguments.transfer]
@@ -150,9 +153,11 @@ def main() -> None:
 
     for seed in arguments.seeds:
         for method in methods:
-            if arguments.best:
-                lr = min((loss, lr) for (other, zero, lr), loss in done.items() if (other, zero) == (method, 0))[1]
-                loss_of(method, seed, lr)
+            if arguments.near:
+                tried = sorted((lr, loss) for (other, zero, lr), loss in done.items() if (other, zero) == (method, 0))
+                best = min(range(len(tried)), key=lambda place: tried[place][1])
+                for lr, _ in tried[max(0, best - 1) : best + 2]:
+                    loss_of(method, seed, lr)
                 continue
             first = transfer.methods[method][1]
             search(lambda exponent, m=method, s=seed, f=first: loss_of(m, s, float(f"{f * 10 ** (exponent / 2):.1g}")))
