@@ -10,7 +10,8 @@ Kept weights (`bases.py`) are compared in the same way: a bank has their fingerp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def structure_of_bank(group: Group, seed: int) -> Tensor:
     return torch.tensor([int.from_bytes(digest[:8], "little", signed=True)])
 
 
-def is_wrapper(module: nn.Module) -> bool:
+def is_wrapper(module: object) -> bool:
     """True for a wrapper whose ranks must agree."""
     return any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__)
 
@@ -93,6 +94,27 @@ def _replace_frozen(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> C
             )
 
     return compare
+
+
+def agree_under_deepspeed(banks: Iterable[Any]) -> None:
+    """Gives all ranks rank 0's scales, if DeepSpeed's engine runs the first forward of these banks with gradients.
+
+    Its engine takes a module without torch's registration, so `watch_wrapper` does not see it: the callers' frames have it.
+    """
+    waiting = [bank for bank in banks if not bank.agreed]
+    if not waiting or "deepspeed" not in sys.modules or not dist.is_initialized() or not torch.is_grad_enabled():
+        return
+    engine, frame = None, sys._getframe(1)
+    while frame is not None and engine is None:
+        if frame.f_code.co_name == "forward" and is_wrapper(found := frame.f_locals.get("self")):
+            engine = found
+        frame = frame.f_back
+    if engine is not None:
+        for bank in waiting:
+            _send(bank, getattr(engine, "data_parallel_group", None))
+            bank.require_structure()
+            bank.require_base()
+            bank.agreed = True
 
 
 def agree_under_fsdp2(bank: Any) -> None:

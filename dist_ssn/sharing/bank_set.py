@@ -13,6 +13,7 @@ from dist_ssn.errors import PlanError, ShareError
 from dist_ssn.plan import Plan
 from dist_ssn.plan.compare import plan_difference
 from dist_ssn.plan.scales import Scales
+from dist_ssn.sharing.agreement import agree_under_deepspeed
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.plan_of import plan_in
 
@@ -45,6 +46,7 @@ class BankSet(nn.Module):
 
         A bank that some form of FSDP gathers for one layer only is not whole during the forward, so it generates on demand.
         """
+        agree_under_deepspeed(self.banks())
         for bank in self.banks():
             whole = bank._parameters.get("bank")
             if bank.per_step is not None and whole is not None and not hasattr(whole, "device_mesh"):

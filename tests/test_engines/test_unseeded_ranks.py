@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -153,3 +154,43 @@ def test_every_wrapper_lets_the_ranks_agree() -> None:
     for name in ("other structure", "other structure under FSDP2"):
         assert name not in first
         assert "first.weight is read in another way on rank 0, so the ranks' models differ" in second[name]
+
+
+def under_deepspeed(rank: int, world_size: int, stage: int) -> tuple[Tensor, Tensor, str]:
+    """As a script of a user's own calls DeepSpeed: the scales, an output after two steps, and the error about another base."""
+    import deepspeed
+
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # is compiled at the start otherwise
+
+    def engine_of(model: nn.Module) -> Any:
+        config = {
+            "train_micro_batch_size_per_gpu": 3,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3))
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    torch.manual_seed(rank)
+    x, model = torch.ones(3, 32), share(Mlp(), 0.3)
+    engine = engine_of(model)
+    for _ in range(2):
+        engine.backward(engine(x).square().mean())
+        engine.step()
+    scales, output, said = banks_of(model)[0].scales.clone(), engine(x).detach().clone(), ""
+    engine = engine_of(share(Mlp(), 0.3, keep=True))
+    try:
+        engine(x)
+    except (ShareError, RuntimeError) as error:  # rank 0: perhaps that rank 1 has left
+        said = str(error)
+    return scales, output, said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeed_in_a_script_of_ones_own(stage: int) -> None:
+    pytest.importorskip("deepspeed", reason="pip install 'dist_ssn[deepspeed]'")
+    first, second = run_ranks(under_deepspeed, 2, stage)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert second[2].startswith("rank 0 is trained on other kept values of first.weight (2 of 2")
