@@ -12,8 +12,12 @@ MIB = 2**20
 
 
 def _table(transfer: str) -> str:
-    """A row per method, at the learning rate with the best mean over most seeds, and each seed; fewest trained parameters first."""
-    mine = [line for line in lines_of("transfer") if line.get("transfer", "gpt") == transfer]
+    """A row per method, at the learning rate with the best mean over most seeds, and each seed; fewest trained parameters first.
+
+    Lines of the newest pretrained model, by its loss before the fine-tuning.
+    """
+    every = [line for line in lines_of("transfer") if line.get("transfer", "gpt") == transfer]
+    mine = [line for line in every if line["start"] == every[-1]["start"]]
     found = latest(mine, ("method", "seed", "lr"))
     trained = {name: line["trained"] for (name, _, _), line in found.items()}
     accuracy = any("accuracy" in line for line in mine)

@@ -4,7 +4,8 @@ A transfer (transfers.py) trains its model first. Each method then gets the same
 own best learning rate: from the one in its table (methods.py), the search goes by factors of 3 in the direction that improves,
 until it gets worse. Further seeds (--near) take the learning rate that is best for seed 0 and its two neighbours; the table has
 the one with the best mean. One line per run in results/transfer/; what is there is not measured again, so that a stopped run can
-go on (--minutes stops it).
+go on (--minutes stops it). Another processor may end with another pretrained model, in the last digits: lines belong together
+whose loss before the fine-tuning is equal.
 
 python -m benchmarks.transfer.run --transfer gpt --methods "full" "LoRA r=1" "keep 1%"
 """
@@ -83,9 +84,9 @@ def pretrained(name: str, transfer: Transfer, folder: Path) -> nn.Module:
 
 
 def measure(
-    base: nn.Module, name: str, transfer: Transfer, task: Task, method: str, lr: float, seed: int
+    base: nn.Module, start: float, name: str, transfer: Transfer, task: Task, method: str, lr: float, seed: int
 ) -> dict[str, Any]:
-    """One run: the validation loss before and after, and the number of trained parameters."""
+    """One run: the validation loss before (`start`) and after, and the number of trained parameters."""
     torch.manual_seed(seed)
     model = transfer.methods[method][0](copy.deepcopy(base))
     begin = time.process_time()
@@ -99,7 +100,7 @@ def measure(
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "head": sum(p.numel() for p in base.get_submodule(transfer.head).parameters()) if transfer.head else 0,
         "of": sum(p.numel() for p in base.parameters()),
-        "start": validation(base, task, transfer.batch, transfer.evaluated)["loss"],
+        "start": start,
         **validation(model, task, transfer.batch, transfer.evaluated),
         "cpu_seconds": round(seconds, 2),
         "pretraining_steps": transfer.pretraining_steps,
@@ -139,14 +140,15 @@ def main() -> None:
     torch.set_num_threads(1)
     results = ResultFile("transfer")
     base, task = pretrained(name, transfer, arguments.folder), transfer.after()
-    mine = [line for line in results.lines() if line.get("transfer", "gpt") == name]
+    start = validation(base, task, transfer.batch, transfer.evaluated)["loss"]
+    mine = [line for line in results.lines() if (line.get("transfer", "gpt"), line["start"]) == (name, start)]
     done = {(line["method"], line["seed"], line["lr"]): line["loss"] for line in mine}
 
     def loss_of(method: str, seed: int, lr: float) -> float:
         if (method, seed, lr) not in done:
             if time.monotonic() - began > 60 * arguments.minutes:
                 raise SystemExit("there is no time for more: start the same command again")
-            results.add(line := measure(base, name, transfer, task, method, lr, seed))
+            results.add(line := measure(base, start, name, transfer, task, method, lr, seed))
             print(f"{method}, seed {seed}, lr {lr:g}: {line['loss']:.4f} ({line['trained']:,})", flush=True)
             done[method, seed, lr] = line["loss"]
         return done[method, seed, lr]
