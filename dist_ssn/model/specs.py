@@ -27,6 +27,9 @@ _NORMS = (*NORM, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _FLOAT_QUANTIZED = ("FloatFunctional", "FXFloatFunctional")
 """Modules of torch's quantized packages that belong to float models."""
 
+_FEWEST = 64
+"""Least number of elements of a parameter of a module of one's own: a mean of colours or a few anchors are no weights, and a plan
+could depend on the deviation of so few values."""
 _SOME = 64
 """Elements that are looked at first, where one that differs decides."""
 
@@ -148,6 +151,13 @@ def find_specs(
             reason = "not included"
         if reason is None and not selected.isdisjoint(unwanted):
             reason = "excluded"
+        if (
+            reason is None
+            and not frozen
+            and _is_small(parameter, places)
+            and not any(p.name in selected for p in places)
+        ):
+            reason = f"fewer than {_FEWEST} elements, and in no layer of torch"
         if reason is None and not frozen and _is_constant(parameter):  # checked last, because it reads the values
             reason = "starts constant"
         if reason is None and structure and not any(place.name in selected for place in places):
@@ -259,6 +269,12 @@ def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place], frozen: 
         if isinstance(module, EMBEDDINGS) and module.max_norm is not None:
             return "max_norm writes to the weight in place"
     return None
+
+
+def _is_small(parameter: nn.Parameter, places: Sequence[_Place]) -> bool:
+    return parameter.numel() < _FEWEST and not any(
+        type(place.module).__module__.startswith("torch.") for place in places
+    )
 
 
 def _is_weight_norm_magnitude(module: nn.Module, local: str) -> bool:

@@ -19,6 +19,8 @@ _ROWS, _COLUMNS = 64, 1024
 """A weight of more than three times `_ROWS` rows is judged by its first, middle and last; of each row by the first `_COLUMNS`."""
 _SIGMAS = 8
 """Standard errors by which a statistic must differ from that of independent values."""
+_FAR = 1000
+"""Ratio to the median from which on a value is no draw of a usual initializer."""
 _UNEVEN = 0.02
 """Least relative variance of the rows' mean squares, beyond that of independent values, of rows that differ in scale."""
 
@@ -39,7 +41,8 @@ def structure_of(values: Tensor, zero_row: int | None = None) -> str | None:
     sample = _sample(values.flatten(1))
     if not bool(sample.isfinite().all()):
         return None
-    return _zeros(values) or next((reason for reason, holds in _PATTERNS.items() if holds(sample)), None)
+    patterns = (reason for reason, holds in _PATTERNS.items() if holds(sample))
+    return _zeros(values) or next(patterns, None) or _constant_line(values)
 
 
 def scales_differ(values: Tensor, zero_row: int | None = None) -> bool:
@@ -96,6 +99,25 @@ def _zeros(values: Tensor) -> str | None:
         if int(centre.count_nonzero()) == nonzero:
             return "starts as a Dirac kernel"
     return "much of it starts at zero"
+
+
+def _constant_line(values: Tensor) -> str | None:
+    """The reason for a weight with a row or a column of one value, such as a padding row, or forbidden transitions."""
+    matrix = values.flatten(1)
+    few = 4 if values.dtype.itemsize >= 4 else 16  # values in 16 bits are equal by chance
+    for lines, name in ((matrix, "row"), (matrix.T, "column")):
+        if lines.shape[1] < few or len(lines) < 2:
+            continue
+        some = lines[(lines[:, 1:few] == lines[:, :1]).all(1)]
+        if bool((some == some[:, :1]).all(1).any()):
+            return f"a {name} has one value"
+    return None
+
+
+def _has_outliers(sample: Tensor) -> bool:
+    """True if a few values are far larger than all others."""
+    sizes = sample.abs()
+    return sample.numel() >= 8 and float(sizes.max()) > _FAR * float(sizes.median()) > 0
 
 
 def _has_few_values(sample: Tensor) -> bool:
@@ -187,6 +209,7 @@ _PATTERNS: dict[str, Callable[[Tensor], bool]] = {
     "its columns repeat": lambda sample: _repeats(sample.T),
     "its diagonals repeat": _repeats_diagonals,
     "has few different values": _has_few_values,
+    "a few values are far larger than the others": _has_outliers,
     "its initial values are sorted": lambda sample: _is_sorted(sample) or _is_sorted(sample.T),
     "its initial mean is not zero": _has_mean,
     "its initial values are smooth": lambda sample: _is_smooth(sample) or _is_smooth(sample.T),

@@ -20,8 +20,9 @@ from dist_ssn.plan.compare import require_plan_fits
 from dist_ssn.plan.scales import scales_of
 from dist_ssn.sharing.attributes import carry_attributes
 from dist_ssn.sharing.bank import Bank
-from dist_ssn.sharing.bank_set import BankSet
+from dist_ssn.sharing.bank_set import BankSet, bank_sets
 from dist_ssn.sharing.bases import Bases
+from dist_ssn.sharing.copies import require_apart, warn_of_copies
 from dist_ssn.sharing.generation import check_mode, set_generation, watch_forward
 from dist_ssn.sharing.holders import views_of, warn_of_holders
 from dist_ssn.sharing.layers import share_layer
@@ -86,31 +87,38 @@ def share(
     """
     if (plan is None) == (budget is None):
         raise ShareError("share() needs either a budget, share(model, 0.1), or a plan, share(model, plan=plan)")
-    if train and not keep:
+    if not isinstance(keep, bool):
+        raise ShareError(f"keep must be True or False, got {keep!r}")
+    names = [train] if isinstance(train, str) else list(train) if isinstance(train, Iterable) else [train]
+    if not all(isinstance(name, str) for name in names):
+        raise ShareError(f"train must be a name or a glob of parameters, or a list of them, got {train!r:.60}")
+    if names and not keep:
         raise ShareError("train= goes with keep=True: without it everything is trained")
     given, model = model, inside_compiled(model)
     _require_plain(model)
-    train = [train] if isinstance(train, str) else list(train)
     if plan is None:
         assert budget is not None
-        specs = specs_of_kept(model, include, exclude, train) if keep else find_specs(model, include, exclude)
+        specs = specs_of_kept(model, include, exclude, names) if keep else find_specs(model, include, exclude)
         plan = make_plan(specs, budget, mapping=mapping, morph=morph, seed=seed, keep=keep)
     else:
-        specs = _specs_of_plan(model, plan, keep)
+        specs = specs_of_plan(model, plan, keep)
         if not keep:
             _warn_of_missing_slots(model, specs, include, exclude)
     check_order(model, specs)
+    require_apart(model, specs)
     if keep:
         _require_kept_values(model, specs)
     else:
         warn_of_pretrained(model, specs)
+        warn_of_copies(model, specs)
     check_mode(generate)
-    whole = names_of(model, train)
+    whole = names_of(model, names)
     if both := sorted({weight.name for weight in specs.weights} & set(whole)):
         raise ShareError(f"train= names {both[0]}, which the plan generates: leave it out of one of them")
     _attach(model, plan, specs)
     if keep:
         train_only(model, whole)
+        bank_sets(model)[0].trained_whole = tuple(whole)
     set_generation(model, generate)
     guard_saving(model)
     return given
@@ -127,7 +135,7 @@ def _require_kept_values(model: nn.Module, specs: Specs) -> None:
         )
 
 
-def _specs_of_plan(model: nn.Module, plan: Plan, keep: bool) -> Specs:
+def specs_of_plan(model: nn.Module, plan: Plan, keep: bool) -> Specs:
     """Specs of the weights that a plan has slots for; the plan must belong to the model, and to `keep`."""
     if not isinstance(plan, Plan):
         raise PlanError(f"plan is of type {type(plan).__name__}: read it first, Plan.from_json(Path(...).read_text())")

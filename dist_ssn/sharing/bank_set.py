@@ -21,6 +21,9 @@ from dist_ssn.sharing.plan_of import plan_in
 class BankSet(nn.Module):
     """All banks of a model, and the plan that they follow. Returns its input if a container calls it."""
 
+    trained_whole: tuple[str, ...] = ()
+    """Names of the parameters that `share(keep=True)` trains whole beside the banks."""
+
     def __init__(
         self,
         plan: Plan,

@@ -21,6 +21,7 @@ from dist_ssn.sharing.columns import load_flat, shape_of
 from dist_ssn.sharing.initial_values import initial_values, write
 from dist_ssn.sharing.morphs import prepare
 from dist_ssn.sharing.plan_of import recorded_scales
+from dist_ssn.sharing.start_values import steps_taken
 from dist_ssn.sharing.weight_source import Values
 
 PARAMETERS = ("bank", "coefficients", "projections", "gains", "differences")
@@ -67,6 +68,8 @@ class BankValues(nn.Module):
     """True if the parameters have no values, since `to_empty` or on the meta device."""
     at_start: bool = False
     """True from the initial values on, until they are used or others are loaded (`start_values.py`)."""
+    steps_before: int = 0
+    """Number of steps of the process's optimizers before the bank got its initial values."""
     agreed: bool = False
     """True if all ranks are known to have the same scales (`agreement`)."""
 
@@ -131,7 +134,7 @@ class BankValues(nn.Module):
         for name, values in initial_values(self.group, self.seed, std).items():
             if (parameter := self._parameters[name]) is not None:
                 write(parameter, values)
-        self.empty, self.at_start = False, True
+        self.empty, self.at_start, self.steps_before = False, True, steps_taken()
 
     def _require_values(self) -> None:
         """Checks that the parameters have values.
@@ -139,7 +142,10 @@ class BankValues(nn.Module):
         Raises:
             ShareError: they have none.
         """
-        if self.bank.is_meta:
+        emptied = self._emptied[0]
+        if self.bank.is_meta or (
+            emptied is not None and emptied.is_meta
+        ):  # by `functional_call`, it has other parameters now
             return
         if self.bank is self._emptied[0] and self.bank._version != self._emptied[1]:  # somebody has written to it
             self.empty = False

@@ -20,6 +20,8 @@ from dist_ssn.sharing.bank import Bank, banks_of
 
 frozen_by_torch: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Layers on which `requires_grad_(False)` was called last."""
+told_of: weakref.WeakKeyDictionary[Bank, frozenset[int]] = weakref.WeakKeyDictionary()
+"""Frozen weights that change with their bank, of which `freeze` has told."""
 _MOST = 3
 """Number of names in a message."""
 
@@ -108,6 +110,7 @@ def freeze(model: nn.Module, *patterns: str) -> nn.Module:
     moving: list[str] = []
     for bank in banks_of(model):
         if bank.frozen and bank.bank.requires_grad:
+            told_of[bank] = bank.frozen
             moving += [bank.weight_name(index) for index in sorted(bank.frozen)]
     if moving:
         warnings.warn(
@@ -176,11 +179,18 @@ def _set_frozen(model: nn.Module, patterns: tuple[str, ...], frozen: bool) -> No
 def set_trained(layer: nn.Module, trained: bool) -> None:
     """Freezes the weights of one layer, or trains them again.
 
+    If `requires_grad_(False)` of the model has frozen the bank, then the bank trains again for these weights, and for no others.
+
     Args:
         layer: a shared layer.
         trained: False to freeze.
     """
     (frozen_by_torch.discard if trained else frozen_by_torch.add)(layer)
     for source, index in slots_of(layer).values():
-        if isinstance(source, Bank):
-            source.set_frozen(source.frozen - {index} if trained else source.frozen | {index})
+        if not isinstance(source, Bank):
+            continue
+        frozen = source.frozen
+        if trained and not source.bank.requires_grad and not source.stopped:
+            source.requires_grad_(True)
+            frozen = frozenset(range(len(source.group.slots)))
+        source.set_frozen(frozen - {index} if trained else frozen | {index})

@@ -1,13 +1,15 @@
 """`save`, `load` and `merge`: what was trained beside kept values, as a small file that goes onto the same base.
 
 A folder holds one file, `difference.safetensors`: the banks as `bank/NAME`, what was trained whole and the model's buffers as
-`own/NAME`. Its metadata has the plan, and fingerprint, dtype and shape of every tensor of the base.
+`own/NAME`. Its metadata has the plan, fingerprint, dtype and shape of every tensor of the base, and fingerprints of
+its own tensors.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from dist_ssn.files import parse_json, read_tensors, replace_bytes
 from dist_ssn.plan import Plan
 from dist_ssn.plan.compare import plan_difference
 from dist_ssn.sharing.agreement import is_wrapper
-from dist_ssn.sharing.attach import share
+from dist_ssn.sharing.attach import share, specs_of_plan
 from dist_ssn.sharing.bank_set import BankSet, bank_sets
 from dist_ssn.sharing.bases import fingerprint, frozen_beside
 from dist_ssn.sharing.columns import load_flat
@@ -104,19 +106,22 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     model = _inside(model)
     banks = _kept_banks(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and not _is_of(banks, p)}
+    named = set(banks.trained_whole)  # also where they are frozen now, as before an export
+    trained = {n: p for n, p in model.named_parameters() if (p.requires_grad or n in named) and not _is_of(banks, p)}
     tensors = {f"bank/{name}": tensor for name, tensor in _state(banks).items()}
     tensors |= {f"own/{name}": tensor for name, tensor in {**trained, **_buffers(model, banks)}.items()}
     if sharded := [name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")]:
         raise ShareError(f"{sharded[0]} is sharded: save before fully_shard, or a checkpoint of the run")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = {
         "format": _FORMAT,
         "plan": json.loads(banks.plan.to_json()),
         "train": list(trained),
-        "base": _base_of(model, banks),
+        "base": {name: entry for name, entry in _base_of(model, banks).items() if name not in trained},
+        "tensors": {name: fingerprint(tensor) for name, tensor in tensors.items()},
     }
     path = Path(folder) / FILE
-    data = to_bytes({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, {_KEY: json.dumps(content)})
+    data = to_bytes(tensors, {_KEY: json.dumps(content)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(path, data)
@@ -143,7 +148,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     saved, given, model = _read(folder), model, _inside(model)
     sets = bank_sets(model)
     if sets:
-        banks = _kept_banks(model)
+        banks = _kept_banks(model, "load onto the dense base")
         if difference := plan_difference(banks.plan, saved.plan):
             raise CheckpointError(f"{saved.path} follows another plan: {difference}; load it onto the dense base")
         slots, base = {slot.name for _, slot in saved.plan.slots()}, _base_of(model, banks)
@@ -153,11 +158,13 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         saved.require_base(_prints(model, saved.base))
     _require_own(saved, model)
     if not sets:
+        _require_plan(saved, model)
         share(model, plan=saved.plan, keep=True, train=saved.train)
         banks = _kept_banks(model)
     else:
         train_only(model, saved.train)
         banks = sets[0]
+        banks.trained_whole = saved.train
     targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, tensor in _state(banks).items():
@@ -180,8 +187,13 @@ def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> 
 
     Raises:
         CheckpointError: a file cannot be read, or was trained on another base.
-        ShareError: the model is shared.
+        ShareError: the model is shared, or a weight is no finite number.
     """
+    if not isinstance(weights, Mapping):
+        raise ShareError(f'merge takes folders with their weights, such as {{"a": 0.5}}, got {type(weights).__name__}')
+    for folder, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ShareError(f"the weight of {folder} must be a finite number, got {weight!r}")
     model = _inside(model)
     if bank_sets(model):
         raise ShareError(f"{type(model).__name__} is shared: merge onto the dense base, or materialize(model)")
@@ -189,6 +201,7 @@ def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> 
     for folder, weight in weights.items():
         saved = _read(folder)
         saved.require_base(_prints(model, saved.base))
+        _require_plan(saved, model)
         _require_own(saved, model)
         parts.append((saved, _banks_of_file(saved), float(weight)))
     result = copy.deepcopy(model)
@@ -225,12 +238,10 @@ def _inside(model: nn.Module) -> nn.Module:
     return inside_compiled(inner) if isinstance(inner, nn.Module) else model
 
 
-def _kept_banks(model: nn.Module) -> BankSet:
+def _kept_banks(model: nn.Module, remedy: str = "torch.save(model.state_dict(), file) saves it") -> BankSet:
     sets = bank_sets(model)
     if len(sets) != 1 or not sets[0].plan.keep:
-        raise ShareError(
-            f"{type(model).__name__} is not shared as a whole with keep=True: torch.save(model.state_dict(), file) saves it"
-        )
+        raise ShareError(f"{type(model).__name__} is not shared as a whole with keep=True: {remedy}")
     return sets[0]
 
 
@@ -283,6 +294,11 @@ def _read(folder: str | os.PathLike[str]) -> _Saved:
         prints = {str(name): (str(d), str(t), tuple(map(int, shape))) for name, (d, t, shape) in base.items()}
     except (OSError, ValueError, TypeError, PlanError) as error:
         raise CheckpointError(f"{path} is not what dist_ssn.save writes: {error}") from None
+    prints_of_tensors = content.get("tensors")  # files of an older version have none
+    if isinstance(prints_of_tensors, dict):
+        changed = [name for name in tensors if prints_of_tensors.get(name) != fingerprint(tensors[name])]
+        if changed:
+            raise CheckpointError(f"{path} is damaged: {changed[0]} was changed after it was written")
     parts: dict[str, dict[str, Tensor]] = {"bank": {}, "own": {}}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
@@ -301,7 +317,10 @@ def _banks_of_file(saved: _Saved) -> BankSet:
     kinds = {tensor.dtype for name, tensor in saved.banks.items() if name.endswith(".bank")}
     dtype = kinds.pop() if len(kinds) == 1 else torch.float32
     empty = {g.name: (0.0, *[1.0] * len(g.slots)) for g in saved.plan.groups}
-    banks = BankSet(saved.plan, empty, (), torch.device("cpu"), dtype)
+    try:
+        banks = BankSet(saved.plan, empty, (), torch.device("cpu"), dtype)
+    except PlanError as error:
+        raise CheckpointError(f"{saved.path} is damaged: {error}") from None
     state = _state(banks)
     load_flat(saved.banks, {name: tensor.shape for name, tensor in state.items()})
     for name in sorted(state.keys() | saved.banks.keys()):
@@ -313,6 +332,18 @@ def _banks_of_file(saved: _Saved) -> BankSet:
     for bank in banks.banks():
         bank.empty = False
     return banks
+
+
+def _require_plan(saved: _Saved, model: nn.Module) -> None:
+    """Checks a dense model's weights, and which of them are tied, against the plan.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    try:
+        specs_of_plan(model, saved.plan, keep=True)
+    except PlanError as error:
+        raise CheckpointError(f"{saved.path} was trained on another model: {error}") from None
 
 
 def _require_own(saved: _Saved, model: nn.Module) -> None:

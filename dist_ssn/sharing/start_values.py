@@ -16,6 +16,19 @@ _OTHER = 1.5
 """Factor from which on a standard deviation is another one. No bank has been trained when it is compared."""
 
 
+_steps = {"taken": 0}
+
+
+def note_step() -> None:
+    """An optimizer is about to take a step."""
+    _steps["taken"] += 1
+
+
+def steps_taken() -> int:
+    """Number of steps of all optimizers of this process since the first `share`."""
+    return _steps["taken"]
+
+
 def check_start(bank: Any) -> None:
     """Warns, once, if somebody else has drawn the initial values of a bank.
 
@@ -23,6 +36,8 @@ def check_start(bank: Any) -> None:
         bank: a `Bank` whose values nobody has read, loaded or received since `reset_parameters`.
     """
     bank.at_start = False
+    if bank.steps_before != steps_taken():
+        return  # the values may be trained ones, copied from another model, or their average
     if bank.bank.is_meta or hasattr(bank.bank, "device_mesh"):
         return
     wanted = float(bank.scales[0])

@@ -22,7 +22,7 @@ from torch import nn
 
 import dist_ssn.errors
 from dist_ssn.errors import ShareError
-from dist_ssn.sharing.parts import listed, outside, slots_of
+from dist_ssn.sharing.parts import listed, outside, set_trained, slots_of
 from dist_ssn.torch_private import MODULE_APPLY, MODULE_MEMBERS
 
 COPIED = "dist_ssn"
@@ -42,6 +42,9 @@ _USES = {
         "clip_grad_value_": nn.utils.clip_grad_value_,
         "autograd.grad": torch.autograd.grad,
         "zero_grad": nn.Module.zero_grad,
+        "parameters_to_vector": nn.utils.parameters_to_vector,
+        "vector_to_parameters": nn.utils.vector_to_parameters,
+        "stack_module_state": torch.func.stack_module_state,
     }.items()
 }
 """Code of the functions that mean all parameters of the module whose `parameters()` they get, and their names."""
@@ -186,6 +189,8 @@ def check_converted(layer: nn.Module, fn: Any) -> None:
 def check_listed(layer: nn.Module) -> None:
     """Warns, once for a part, if somebody runs through `part.parameters()`, which lacks the part's banks.
 
+    `part.requires_grad_(…)`, which runs through them, too, works: it freezes or trains the layer's weights with the others.
+
     Told are the functions in `_USES`, and all code that is not installed: a script's lists and loops. An installed framework
     is not judged, because nobody knows what it wants them for, and an optimizer is checked at its first step.
 
@@ -201,6 +206,13 @@ def check_listed(layer: nn.Module) -> None:
     walk, frame = frame, frame.f_back
     while frame is not None and frame.f_code in _WALKS:
         frame, depth = frame.f_back, depth + 1
+    if frame is not None and frame.f_code is nn.Module.requires_grad_.__code__:
+        start, trained = walk.f_locals["self"], frame.f_locals["requires_grad"]
+        key = walk.f_locals["get_members_fn"]
+        # Of a model that is frozen whole, the banks get the flag.
+        if trained or not all(_contains(key, start, source) for source, _ in slots_of(layer).values()):
+            set_trained(layer, trained)
+        return
     if frame is None or (start := walk.f_locals["self"]) in _listed:
         return
     if _is_installed(frame.f_code.co_filename):

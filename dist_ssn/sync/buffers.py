@@ -63,6 +63,19 @@ class Buffers:
             if not torch.equal(buffer, self.base[name])
         }
 
+    def counters(self) -> dict[str, Tensor]:
+        """Copies of the buffers that are not averaged, such as the number of batches that a norm has seen, by name."""
+        return {name: buffer.detach().clone() for name, buffer in self._counters().items()}
+
+    def put_counters(self, values: Mapping[str, Tensor]) -> None:
+        """Sets those of the buffers that are not averaged; other names are left alone."""
+        for name, buffer in self._counters().items():
+            if name in values and values[name].shape == buffer.shape:
+                buffer.copy_(values[name])
+
+    def _counters(self) -> dict[str, Tensor]:
+        return {name: b for name, b in self._model.named_buffers() if not b.is_floating_point() and not b.is_complex()}
+
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Sets buffers to these values, by name; others keep theirs."""
         current = self._current()

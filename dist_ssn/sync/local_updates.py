@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.sharing.bases import kept_fingerprints
 from dist_ssn.sync.anchor import Anchor
 from dist_ssn.sync.buffers import Buffers
+from dist_ssn.sync.changes import Changes
 from dist_ssn.sync.codecs import Codec
 from dist_ssn.sync.exchange import Exchange
 from dist_ssn.sync.islands import LeaderExchange
@@ -29,7 +31,7 @@ from dist_ssn.sync.reports import Report, exchange_reports, require_agreement, r
 from dist_ssn.sync.sent import Round, Sent
 from dist_ssn.sync.settings import check_settings, device_of, forget_what_is_not_finite, held, innermost, taking_part
 from dist_ssn.sync.start import send_from_first, workers_of
-from dist_ssn.sync.state import FORMAT, check_state, on_device, plan_of, shapes_of
+from dist_ssn.sync.state import FORMAT, check_state, on_device, outer_settings, plan_of, shapes_of
 from dist_ssn.sync.trained import refuse_wrapper, trained_parameters, unwrapped
 from dist_ssn.sync.transport import Transport
 
@@ -129,12 +131,25 @@ class LocalUpdates:
         self._start = self._anchor.start()
         """The values from which this worker went on after the last round."""
         self._buffers = Buffers(self.model)
+        self._changes = Changes(self.model, self.optimizer)
+        """Changes of the model that no round would average."""
+        self._is_anchored = self._is_closed = False
         guard = refuse_wrapper(model if isinstance(model, DistributedDataParallel) else None)
         self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
             self.model.register_forward_pre_hook(guard),
         ]
         held.add(self.optimizer)
+
+    def _before_step(self, *_: object) -> None:
+        self._require_own_values("a step of the optimizer")
+        self._changes.before_step(self._start, self._anchor.trained)
+
+    def _require_own_values(self, action: str) -> None:
+        """Raises `UserError` inside of `anchored`."""
+        if self._is_anchored:
+            raise UserError(f"{action} inside of anchored() would be lost: do it before or after that block")
 
     def _after_step(self, *_: object) -> None:
         self.step += 1
@@ -157,6 +172,7 @@ class LocalUpdates:
         Raises:
             UserError: a worker cannot take part, or is at another step, or its anchor differs. All workers raise it.
         """
+        self._require_own_values("synchronize()")
         with purpose("synchronization"):
             on_its_way = self._sent is not None
             moved = self._meet(asked=True)
@@ -204,7 +220,7 @@ class LocalUpdates:
                 "the optimizer's parameters, or which of them are trained, changed after local updates began: make a new "
                 "LocalUpdates after parameters are added, frozen or unfrozen"
             )
-        return self._buffers.problem()
+        return self._changes.problem() or self._buffers.problem()
 
     def _leave_out(self, norms: tuple[float, ...], change: Tensor) -> tuple[int, ...]:
         """The places of the workers that this exchange leaves out; a worker that is among them sends zeros."""
@@ -247,7 +263,11 @@ class LocalUpdates:
 
         Nothing is sent. Each worker has its own: its feedback and its progress. With each worker's own state, and the state of its
         optimizer, training continues exactly, also in the middle of a round.
+
+        Raises:
+            UserError: inside of `anchored`.
         """
+        self._require_own_values("state_dict()")
         trained = self._anchor.trained
         moved = not all(torch.equal(start, t.values) for start, t in zip(self._start, trained, strict=True))
         own_start = bool(self._sent)  # else the anchor's values
@@ -259,13 +279,13 @@ class LocalUpdates:
             "place": self._workers.place,
             "step": self.step,
             "outer_class": type(self.outer).__name__,
-            "outer": self.outer.state_dict(),
+            "outer": copy.deepcopy(self.outer.state_dict()),
             "feedback": self.exchange.state_dict(),
             "anchor": [flat.clone() for flat in self._anchor.flats],
             "parameters": [t.values.clone() for t in trained] if moved else [],
             "start": [start.clone() for start in self._start] if own_start else [],
             "buffers": {name: buffer.clone() for name, buffer in self._buffers.base.items()},
-            "own_buffers": self._buffers.own(),
+            "own_buffers": self._buffers.own() | self._buffers.counters(),
             "sent": {} if self._sent is None else self._sent.state(),
         }
 
@@ -278,8 +298,11 @@ class LocalUpdates:
 
         Raises:
             CheckpointError: the state is of another model, plan or outer optimizer. Nothing is loaded then.
+            UserError: inside of `anchored`.
         """
-        check_state(state, self.model, self._anchor, type(self.outer).__name__)
+        self._require_own_values("load_state_dict()")
+        check_state(state, self.model, self._anchor, self.outer)
+        self._changes.forget()
         mine = (self._workers.count, self._workers.place) == (state["workers"], state["place"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one of ours says the same, below
@@ -287,12 +310,15 @@ class LocalUpdates:
         self.step = state["step"]
         for flat, saved in zip(self._anchor.flats, state["anchor"], strict=True):
             flat.copy_(saved)
-        self.outer.load_state_dict(state["outer"])
+        if others := outer_settings(self.outer, state["outer"]):
+            warnings.warn(f"the outer optimizer goes on with the settings of the state: {others}", stacklevel=2)
+        self.outer.load_state_dict(copy.deepcopy(state["outer"]))
         self._sent = Sent.of_state(state["sent"], self._anchor.flats[0].device) if state["sent"] else None
         self._buffers.base |= {
             name: base.clone() for name, base in state["buffers"].items() if name in self._buffers.base
         }
         self._buffers.put(self._buffers.base)
+        self._buffers.put_counters(state["own_buffers"])
         self._anchor.hand_out()
         self._start = self._anchor.start()
         if not mine:
@@ -322,22 +348,26 @@ class LocalUpdates:
         self._anchor.fill()
         self._start = self._anchor.start()
         self._buffers = Buffers(self.model)
+        self._changes = Changes(self.model, self.optimizer)
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
         """Inside the block, the model has the anchor's parameters and the mean of the workers' buffers: all hold the same model.
 
         It is for evaluations in a round: training goes on as if it had not been there, and only buffers are sent. All workers
-        enter it together. Take no step of the optimizer inside.
+        enter it together. A step of the optimizer, `synchronize`, `state_dict` and `load_state_dict` inside raise `UserError`.
         """
+        self._require_own_values("anchored()")
         with torch.no_grad(), purpose("metrics"):
             own = [t.values.clone() for t in self._anchor.trained], self._buffers.own()
             mean = self._buffers.mean(self._workers)
             self._anchor.hand_out()
             self._buffers.put(mean)
+        self._is_anchored = True
         try:
             yield
         finally:
+            self._is_anchored = False
             with torch.no_grad():
                 for t, values in zip(self._anchor.trained, own[0], strict=True):
                     t.values.copy_(values)
@@ -345,11 +375,14 @@ class LocalUpdates:
 
     def close(self) -> None:
         """Ends local updates without another exchange; the optimizer's steps are ordinary again. A second call does nothing."""
+        self._is_closed = True
         for hook in self._hooks:
             hook.remove()
         held.discard(self.optimizer)
 
     def __enter__(self) -> LocalUpdates:
+        if self._is_closed:
+            raise UserError("this LocalUpdates was closed, and counts no steps any more: make a new one")
         return self
 
     def __exit__(

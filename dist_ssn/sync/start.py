@@ -35,6 +35,8 @@ def workers_of(
                 "LocalUpdates got a group, but torch.distributed is not initialized: init_process_group comes first, also over MPI"
             )
         return Workers((0,), 0, None, None, device)
+    if group is not None and not isinstance(group, dist.ProcessGroup) and not hasattr(group, "ranks"):  # of a Transport
+        raise UserError(f"group must be a torch.distributed process group or None, got {type(group).__name__}")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         if (group.ranks, group.rank) != (dist.get_world_size(), dist.get_rank()):
             raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dist_ssn.errors import CheckpointError
 from dist_ssn.sharing.bank_set import shared_plan
@@ -56,7 +57,7 @@ def on_device(value: Any, device: torch.device) -> Any:
     return [on_device(part, device) for part in value] if isinstance(value, list) else value
 
 
-def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, outer_class: str) -> None:
+def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, outer: Optimizer) -> None:
     """Checks that a state belongs to this model, plan and outer optimizer.
 
     Raises:
@@ -87,11 +88,25 @@ def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, oute
     sizes = [flat.numel() for flat in anchor.flats]
     if [flat.numel() if isinstance(flat, Tensor) else -1 for flat in state["anchor"]] != sizes:
         raise CheckpointError(f"the state of LocalUpdates is damaged: its anchor must have {sizes} elements")
-    if state["outer_class"] != outer_class:
+    if state["outer_class"] != (name := type(outer).__name__):
         raise CheckpointError(
-            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {outer_class}: "
+            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {name}: "
             "give the same outer"
         )
+
+
+def outer_settings(outer: Optimizer, state: Mapping[str, Any]) -> str:
+    """The settings of a saved outer optimizer that differ from this one's, such as "lr 0.7 (not 1.0)"; "" if none does."""
+    mine, saved = _settings_of(outer.state_dict()), _settings_of(state)
+    return ", ".join(
+        f"{key} {saved[key]} (not {mine[key]})" for key in mine if key in saved and mine[key] != saved[key]
+    )
+
+
+def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the outer optimizer's first group."""
+    groups = state.get("param_groups") or [{}]
+    return {key: value for key, value in groups[0].items() if key != "params" and isinstance(value, bool | int | float)}
 
 
 def _was_flat(name: str, shape: list[int] | None, other: Any) -> bool:

@@ -31,6 +31,7 @@ from dist_ssn.files import write_whole
 from dist_ssn.sharing.bank_set import shared_plan
 from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside
 from dist_ssn.tracking.wandb_settings import Draw
+from dist_ssn.train import run_lock
 from dist_ssn.train.build import build
 from dist_ssn.train.checkpoint.saver import Saver, last_checkpoint
 from dist_ssn.train.evaluate import evaluate
@@ -194,9 +195,13 @@ class _Run:
         plan = shared_plan(self.model)
         check_wandb(self.recipe.wandb)  # before anything is moved
         try:
+            if self.folder.is_dir():
+                run_lock.lock(self.folder)  # nobody trains into it now
+                run_lock.unlock(self.folder)
             if not resumes and (aside := set_aside(self.folder)) is not None:
                 self.notes.append(f"{self.folder} held another run, which is in {aside} now")
             self.folder.mkdir(parents=True, exist_ok=True)
+            run_lock.lock(self.folder)
             (self.folder / "recipe.json").write_text(self.recipe.to_json() + "\n", encoding="utf-8")
             if plan is not None:
                 (self.folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
@@ -411,6 +416,7 @@ class _Run:
         A launcher kills all processes as soon as one has ended with an error, possibly before rank 0 has printed the reason.
         """
         self.tracker.close(row)
+        run_lock.unlock(self.folder)
         if row is None and self.world.world_size > 1 and isinstance(sys.exc_info()[1], UserError | Preempted):
             waiting = dist.barrier(async_op=True)
             # Every rank raises the same error; if one has died nonetheless, the others end without it.

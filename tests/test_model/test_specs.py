@@ -38,10 +38,10 @@ class Raw(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(20, 30))
-        self.cube = nn.Parameter(torch.randn(3, 4, 5) * 0.1)
+        self.cube = nn.Parameter(torch.randn(3, 5, 5) * 0.1)
         self.vector = nn.Parameter(torch.randn(30))
-        self.listed = nn.ParameterList([nn.Parameter(torch.randn(6, 7)), nn.Parameter(torch.randn(8))])
-        self.named = nn.ParameterDict({"a[0]": nn.Parameter(torch.randn(9, 2))})
+        self.listed = nn.ParameterList([nn.Parameter(torch.randn(10, 7)), nn.Parameter(torch.randn(8))])
+        self.named = nn.ParameterDict({"a[0]": nn.Parameter(torch.randn(9, 8))})
         self.register_parameter("absent", None)
         self.register_buffer("table", torch.randn(5, 5))
 
@@ -198,13 +198,13 @@ def test_any_parameter_of_two_dimensions() -> None:
     names = {weight.name: weight for weight in specs.weights}
     assert list(names) == ["matrix", "cube", "listed.0", "named.a[0]"]
     assert (names["cube"].shape, names["cube"].rows, names["cube"].columns, names["cube"].fan_in) == (
-        (3, 4, 5),
+        (3, 5, 5),
         3,
-        20,
-        20,
+        25,
+        25,
     )
     assert names["matrix"].kind == "Raw" and names["matrix"].init_std == 1.0
-    assert (specs.own_parameters, specs.left_out, specs.numel) == (38, (), 600 + 60 + 42 + 18)
+    assert (specs.own_parameters, specs.left_out, specs.numel) == (38, (), 600 + 75 + 70 + 72)
 
 
 def test_finding_changes_nothing() -> None:
@@ -258,7 +258,8 @@ def test_what_is_left_out_is_listed_with_the_reason() -> None:
             self.fine = nn.Linear(10, 10)
             self.frozen = nn.Linear(10, 10).requires_grad_(False)
             self.norm = nn.LayerNorm((4, 10))
-            self.zero = nn.Parameter(torch.zeros(3, 3))
+            self.zero = nn.Parameter(torch.zeros(8, 8))
+            self.few = nn.Parameter(torch.randn(3, 3))
             self.one = nn.Parameter(torch.randn(1, 1))
             self.wave = nn.Parameter(torch.randn(3, 3, dtype=torch.complex64))
             self.count = nn.Parameter(torch.arange(6).view(2, 3), requires_grad=False)
@@ -276,6 +277,7 @@ def test_what_is_left_out_is_listed_with_the_reason() -> None:
         "norm.weight": "normalization",
         "norm.bias": "normalization",
         "zero": "starts constant",
+        "few": "fewer than 64 elements, and in no layer of torch",
         "one": "fewer than two elements",
         "wave": "complex numbers",
         "count": "integers",

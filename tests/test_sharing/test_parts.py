@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -540,7 +541,52 @@ def test_requires_grad_of_one_layer_freezes_its_weight() -> None:
     assert not bank.frozen and all(p.grad is not None for p in model.parameters())
     model.head.requires_grad_(False)
     model.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"has frozen head\.weight, and its bias trains again"):
+    assert not bank.frozen
+    model.head.requires_grad_(False)
+    model.head.bias.requires_grad_(True)
+    with (
+        pytest.warns(UserWarning, match=r"has frozen head\.weight, but other weights train their bank"),
+        pytest.warns(UserWarning, match=r"has frozen head\.weight, and its bias trains again"),
+    ):
+        step_of(torch.optim.SGD(model.parameters(), 0.1), model)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_requires_grad_of_parts(bias: bool, own: bool) -> None:
+    """A frozen part with a bank of its own stays; with a common one the step says that it moves."""
+    model = shared(bias=bias, mapping={"encoder.*": "encoder", "*": "rest"} if own else "auto")
+    before = [layer.weight.detach().clone() for layer in (model.encoder[0], model.head)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.encoder.requires_grad_(False)
+    with nullcontext() if own else pytest.warns(UserWarning, match=r"has frozen encoder\.0\.weight, .* change them"):
+        step_of(optimizer, model)
+    assert torch.equal(model.encoder[0].weight, before[0]) == own and not torch.equal(model.head.weight, before[1])
+    for part, parts in ((model.head, "head"), (model.encoder, "encoder")):  # the last layers alone, by freezing all
+        model.requires_grad_(False)
+        part.requires_grad_(True)
+        weights = {
+            bank.weight_name(i).split(".")[0]
+            for bank in banks_of(model)
+            for i in range(len(bank.group.slots))
+            if bank.bank.requires_grad and i not in bank.frozen
+        }
+        assert weights == {parts}
+    model.requires_grad_(True)
+    assert not any(bank.frozen for bank in banks_of(model)) and all(p.requires_grad for p in model.parameters())
+
+
+def test_layers_that_are_chosen_by_the_names_of_parameters() -> None:
+    model = shared()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head"))
+    with pytest.warns(
+        UserWarning, match=r"generates head\.weight has requires_grad=False, so these weights do not train"
+    ):
+        step_of(torch.optim.SGD(model.parameters(), 0.1), model)
+    for name, parameter in model.named_parameters():  # all biases: nothing is chosen
+        parameter.requires_grad_(name.endswith("bias"))
+    with warnings.catch_warnings(action="error") if sys.version_info >= (3, 11) else nullcontext():
         step_of(torch.optim.SGD(model.parameters(), 0.1), model)
 
 
@@ -641,6 +687,8 @@ def test_the_bank_is_the_second_child() -> None:
     assert list(model.children())[-1] is model.head
 
 
+# PyTorch's log of its first compilation reads that attribute, and hides the warning, but not from this filter.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model_is_shared_inside() -> None:
     model = Net().double()
     compiled: Any = torch.compile(model, backend="eager")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,6 +163,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         text = file.metadata()["dist_ssn"]
     content = json.loads(text)
+    old = json.dumps({key: value for key, value in content.items() if key != "tensors"})  # as an older version wrote it
 
     def written(tensors: dict[str, Tensor], text: str) -> None:
         save_file(tensors, path, {"dist_ssn": text})
@@ -169,7 +171,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     name = next(key for key in tensors if key.startswith("bank/"))
     for changed, words, sentence in (
         ({k: v for k, v in tensors.items() if k != name}, text, f"damaged: {name} is not that of its plan"),
-        (tensors | {name: torch.ones(3)}, text, f"damaged: {name} is not that of its plan"),
+        (tensors | {name: torch.ones(3)}, text, f"damaged: {name} was changed after it was written"),
+        (tensors | {name: torch.ones(3)}, old, f"damaged: {name} is not that of its plan"),
         (tensors, "{}", "no entry 'dist_ssn' of format 1"),
         (tensors, json.dumps(content | {"plan": 3}), "is not what dist_ssn.save writes"),
         (tensors, json.dumps(content | {"base": {"a": 1}}), "is not what dist_ssn.save writes"),
@@ -186,6 +189,64 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match=r"is not what dist_ssn\.save writes: its header"):
         load(net(), tmp_path)
+
+
+def test_what_was_trained_is_saved_though_it_is_frozen_now(tmp_path: Path) -> None:
+    """As before an export: by torch, or by `freeze`."""
+    for number, freeze in enumerate((lambda m: m.requires_grad_(False), lambda m: dist_ssn.freeze(m, "head"))):
+        model = trained(1)
+        freeze(model)
+        save(model, tmp_path / str(number))
+        other = load(net().eval(), tmp_path / str(number))
+        assert torch.equal(other(X), model(X))
+        other.requires_grad_(False)
+        save(other, tmp_path / "again")
+        assert torch.equal(load(net().eval(), tmp_path / "again")(X), model(X))
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    path = save(trained(1), tmp_path)
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    for place in range(begin, len(content), max(1, (len(content) - begin) // 40)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match="was changed after it was written"):
+            load(net(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "weights", ["a", ["a"], {"a": float("nan")}, {"a": float("inf")}, {"a": "0.5"}, {"a": None}, {"a": True}]
+)
+def test_weights_of_a_sum(tmp_path: Path, weights: Any) -> None:
+    with pytest.raises(
+        ShareError, match=r"merge takes folders with their weights|the weight of a must be a finite number"
+    ):
+        merge(net(), weights)
+
+
+@pytest.mark.parametrize("train", [None, 3, True, nn.Linear(1, 1), [nn.Linear(1, 1)]])
+def test_names_of_what_is_trained_whole(train: Any) -> None:
+    with pytest.raises(ShareError, match="train must be a name or a glob"):
+        share(net(), 0.3, keep=True, train=train)
+    with pytest.raises(ShareError, match="keep must be True or False, got 'no'"):
+        share(net(), 0.3, keep="no")  # type: ignore[arg-type]
+
+
+class Twice(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.head, self.rest = nn.Embedding(20, 16), nn.Linear(16, 20, bias=False), nn.Linear(16, 16)
+        self.head.weight = self.table.weight if tied else nn.Parameter(self.table.weight.detach().clone())
+
+
+def test_a_base_whose_ties_differ(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save(share(Twice(True), 0.5, keep=True), tmp_path)
+    torch.manual_seed(0)
+    base = Twice(False)
+    for action in (lambda: load(base, tmp_path), lambda: merge(base, {tmp_path: 1.0})):
+        with pytest.raises(CheckpointError, match=r"was trained on another model: .*tied"):
+            action()
 
 
 def test_a_failed_write_leaves_the_former_file(tmp_path: Path) -> None:

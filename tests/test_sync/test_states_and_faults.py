@@ -45,6 +45,36 @@ def raised(action: Callable[[], Any]) -> str:
 # ---------------------------------------------------------------- states
 
 
+def test_a_state_in_memory_is_a_copy_and_has_counters() -> None:
+    """Rolled back in the same process; the outer momentum and integer buffers come back, too."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None)).double()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train(first: int, last: int) -> list[Tensor]:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            model(
+                torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            ).square().sum().backward()
+            optimizer.step()
+        return [value.clone() for value in model.state_dict().values()]
+
+    with LocalUpdates(model, optimizer, every=2) as local:
+        train(0, 5)
+        state = local.state_dict()
+        once = train(5, 9)
+        local.load_state_dict(state)
+        twice = train(5, 9)
+        local.load_state_dict(state)
+        thrice = train(5, 9)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(once, twice, thrice, strict=True))
+    with (
+        LocalUpdates(model, optimizer, every=2, outer="average") as local,
+        pytest.warns(UserWarning, match=r"lr 0\.7 \(not 1"),
+    ):
+        local.load_state_dict(state)
+
+
 def _resumed(rank: int, n: int, at: int, **options: Any) -> tuple[Tensor, Tensor]:
     """Parameters after 12 steps: undisturbed, and gone on from this worker's state after step `at`."""
     model, states = Tied(torch.float32), None
@@ -182,12 +212,46 @@ def _apart(rank: int, n: int) -> str:
 
 def _flipped(rank: int, n: int) -> str:
     model, optimizer, local = _pair(rank, n, every=2)
+    steps(model, optimizer, rank, n, 1, 1)
     if rank == n - 1:
         local._anchor.flats[0][3] += 1e-9
     try:
-        return raised(lambda: steps(model, optimizer, rank, n, 1, 2))
+        return raised(lambda: steps(model, optimizer, rank, n, 2, 2))
     finally:
         local.close()
+
+
+def _changed(rank: int, n: int) -> list[str]:
+    """Errors: values loaded too late, a second optimizer; and calls inside of `anchored`."""
+    model, optimizer, local = _pair(rank, n, every=2)
+    if rank == 0:
+        model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    found = [raised(lambda: steps(model, optimizer, rank, n, 1, 2))]
+    local.close()
+    found.append(raised(local.__enter__))
+    model = Tied()
+    first, *others = [p for p in model.parameters() if p.requires_grad]
+    pair = torch.optim.SGD([first], 0.1), torch.optim.SGD(others, 0.1)
+    with LocalUpdates(model, pair[0], every=1), LocalUpdates(model, pair[1], every=1):
+        steps(model, pair[1], rank, n, 1, 1)
+        pair[0].step()
+    assert len({tuple(one) for one in gathered(flat(model).tolist())}) == 1
+    local = LocalUpdates(model, pair[0], every=2)
+    steps(model, pair[1], rank, n, 1, 1)
+    pair[0].step()
+    found.append(raised(pair[0].step))
+    local.close()
+    model, optimizer, local = _pair(rank, n, every=2)
+    with local.anchored():
+        found += [raised(action) for action in (optimizer.step, local.synchronize, local.state_dict)]
+    local.close()
+    return found
+
+
+def gathered(value: Any) -> list[Any]:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _thawed(rank: int, n: int) -> str:
@@ -202,11 +266,12 @@ def _thawed(rank: int, n: int) -> str:
 
 def _all_lost(rank: int, n: int) -> str:
     model, optimizer, local = _pair(rank, n, every=2)
+    steps(model, optimizer, rank, n, 1, 1)
     with torch.no_grad():
         model.norm.bias.fill_(torch.inf)
     try:
         with warnings.catch_warnings(record=True):
-            return raised(lambda: steps(model, optimizer, rank, n, 1, 2))
+            return raised(lambda: steps(model, optimizer, rank, n, 2, 2))
     finally:
         local.close()
 
@@ -297,6 +362,7 @@ def _faults(rank: int, n: int) -> dict[str, Any]:
         "apart": _apart(rank, n),
         "flipped": _flipped(rank, n),
         "thawed": _thawed(rank, n),
+        "changed": _changed(rank, n),
         "all lost": _all_lost(rank, n),
         "differ": _differ(rank, n),
         "wrapped": _wrapped(rank, n),
@@ -331,6 +397,12 @@ def test_faults_are_named_on_all_ranks() -> None:
         assert found["differ"][1].startswith("the trained parameters on rank 1 differ from those on the others")
         assert found["wrapped"][0].startswith("DistributedDataParallel averages over rank")
         assert found["wrapped"][1].startswith("this forward runs in a DistributedDataParallel")
+        late = "inside of anchored() would be lost"
+        others = found["changed"][1:]
+        assert "was closed" in others[0] and "give each optimizer a LocalUpdates of its own" in others[1]
+        assert all(late in message for message in others[2:]) and len(others) == 5
+    assert "between the making of LocalUpdates and the first step" in first["changed"][0]
+    assert second["changed"][0].startswith("rank 0 cannot take part")
     assert "changed after local updates began" in second["thawed"]
     assert first["thawed"].startswith("rank 1 cannot take part in the synchronization")
     assert second["differ"][2] == "every must be a whole number of steps, at least 1, got 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from torch import nn
 import dist_ssn
 from dist_ssn.comm.ledger import merged_rows
 from dist_ssn.errors import CheckpointError, RecipeError, UserError
+from dist_ssn.train import run_lock
 from dist_ssn.train.checkpoint.folder import checkpoints
 from dist_ssn.train.loop import RunResult, train
 from dist_ssn.train.optim import build_optimizer, build_schedule, fast_forward, learning_rate_factor
@@ -165,6 +167,22 @@ def test_starting_anew_sets_the_former_run_aside(tmp_path: Path) -> None:
     ]
     assert seeds == [0, 1, 2]
     assert (tmp_path / "old/small.1/checkpoints/step-00000012").is_dir()
+
+
+def test_the_folder_of_a_run_that_goes_on_is_left_alone(tmp_path: Path) -> None:
+    result = train(recipe(tmp_path))
+    assert not (result.folder / run_lock.FILE).exists()
+    other = os.open(result.folder / run_lock.FILE, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    os.write(other, b"process 7 on a")
+    for resume in (False, True):
+        with pytest.raises(
+            UserError, match=r"is the folder of a run that is going on \(process 7 on a\): give another name"
+        ):
+            train(recipe(tmp_path, checkpoint=CheckpointConfig(resume=resume)))
+    assert not (tmp_path / "old").exists()
+    os.close(other)
+    train(recipe(tmp_path))
 
 
 def test_a_sober_line_at_evaluations_where_nobody_looks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dist_ssn import materialize, share
+from dist_ssn import freeze, materialize, share
 from dist_ssn.sharing.bank import Bank
 from testing.layer_kinds import banks_of, loss_of, pulled_back, relative_error
 from tests.test_sharing.test_interop.nets import EXACT, assert_equal, gradients, net, pure_gradients
@@ -172,9 +172,12 @@ def test_freezing_everything(tokens: Tensor) -> None:
 
 
 def test_freezing_parts(tokens: Tensor) -> None:
-    """A layer's own switch reaches its bias. Its weight belongs to the bank, which has a switch for all its weights."""
-    model = net()
-    wanted = {name: p for (name, _), p in zip(model.named_parameters(), pure_gradients(model, tokens), strict=True)}
+    """A part's own switch reaches its biases, and its weights, as `freeze` does; the bank has a switch for all its weights."""
+    model, other = net(), net()
+    with pytest.warns(UserWarning, match=r"frozen weights blocks\.0\.up\.weight"):
+        freeze(other, "blocks.0")
+    loss_of(other(tokens)).backward()
+    wanted = {name: parameter.grad for name, parameter in other.named_parameters()}
     model.get_submodule("blocks.0").requires_grad_(False)
     loss_of(model(tokens)).backward()
     for name, parameter in model.named_parameters():

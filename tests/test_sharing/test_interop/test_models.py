@@ -154,7 +154,7 @@ class Graph(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Parameter(torch.randn(6, 9) * 0.3)
+        self.mix = nn.Parameter(torch.randn(6, 12) * 0.3)
 
     def forward(self, adjacency: Tensor, x: Tensor) -> Tensor:
         return torch.sparse.mm(adjacency, x @ self.mix)
