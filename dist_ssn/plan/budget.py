@@ -46,6 +46,17 @@ def resolve_budget(budget: Budget, specs: Specs) -> int:
     return _of_weights(budget, _exact(budget), specs)
 
 
+def unreadable(budget: Budget) -> str | None:
+    """The reason why a budget's form cannot be read, whatever the model; None if it can.
+
+    Args:
+        budget: see `resolve_budget`.
+    """
+    if isinstance(budget, str) and _TEXT.fullmatch(budget) is None:
+        return f"cannot be read: give {_FORMS}"
+    return None
+
+
 def _from_text(text: str, specs: Specs) -> int:
     match = _TEXT.fullmatch(text)
     if match is None:

@@ -95,6 +95,11 @@ class ShareConfig:
         if self.keep and self.budget is None and self.plan is None:
             text = "is true, which needs a budget or a plan: set share.budget too, such as --share.budget=1%"
             yield Problem("share.keep", text, ("share.budget", "share.plan"))
+        if isinstance(self.budget, str):
+            from dist_ssn.plan.budget import unreadable  # with torch, so only where it is needed
+
+            if (text := unreadable(self.budget)) is not None:
+                yield Problem("share.budget", text)
         if self.control is None:
             return
         if self.budget is None:

@@ -77,6 +77,13 @@ def test_a_budget_keeps_its_meaning(text: str, budget: float | str, file: Path) 
         assert recipe.share.budget == budget and type(recipe.share.budget) is type(budget)
 
 
+def test_a_budget_that_cannot_be_read_is_told_with_the_rest() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(None, ["--share.budget=banana", "--steps=-1"])
+    assert "share.budget" in str(caught.value) and "cannot be read: give a fraction" in str(caught.value)
+    assert "steps" in str(caught.value)
+
+
 def test_a_value_may_follow_its_key(file: Path) -> None:
     file.write_text("steps: 5")
     words = ["--seed", "4", "--optimizer.lr", "0.5", "--config", str(file)]
