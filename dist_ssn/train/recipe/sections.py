@@ -99,7 +99,7 @@ class ShareConfig:
             from dist_ssn.plan.budget import unreadable  # with torch, so only where it is needed
 
             if (text := unreadable(self.budget)) is not None:
-                yield Problem("share.budget", text)
+                yield Problem("share.budget", f"{self.budget!r:.60} {text}")
         if self.control is None:
             return
         if self.budget is None:

@@ -80,7 +80,7 @@ def test_a_budget_keeps_its_meaning(text: str, budget: float | str, file: Path) 
 def test_a_budget_that_cannot_be_read_is_told_with_the_rest() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, ["--share.budget=banana", "--steps=-1"])
-    assert "share.budget" in str(caught.value) and "cannot be read: give a fraction" in str(caught.value)
+    assert "share.budget 'banana' cannot be read" in str(caught.value) and "cannot be read: give a fraction" in str(caught.value)
     assert "steps" in str(caught.value)
 
 
@@ -418,7 +418,7 @@ def test_a_leading_zero_is_decimal(file: Path) -> None:
 @example("\x85")
 @example("a\u2028\u2029 b")
 def test_a_recipe_as_yaml_reads_back(text: str) -> None:
-    recipe = Recipe(model_args={"a": text, "b": [1, 2.5, None, True]}, share=ShareConfig(budget=text))
+    recipe = Recipe(model_args={"a": text, "b": [1, 2.5, None, True]}, share=ShareConfig(include=(text,)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.yaml"
         path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
