@@ -159,7 +159,9 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not what dist_ssn\.save writes: .*No such file"):
         load(net(), tmp_path / "gone")
     path = save(trained(1), tmp_path)
-    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}  # safetensors 0.4 reads from the file later
+    tensors = {
+        key: tensor.clone() for key, tensor in load_file(path).items()
+    }  # safetensors 0.4 reads from the file later
     with safe_open(path, "pt") as file:
         text = file.metadata()["dist_ssn"]
     content = json.loads(text)

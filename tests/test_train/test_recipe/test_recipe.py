@@ -80,7 +80,9 @@ def test_a_budget_keeps_its_meaning(text: str, budget: float | str, file: Path) 
 def test_a_budget_that_cannot_be_read_is_told_with_the_rest() -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(None, ["--share.budget=banana", "--steps=-1"])
-    assert "share.budget 'banana' cannot be read" in str(caught.value) and "cannot be read: give a fraction" in str(caught.value)
+    assert "share.budget 'banana' cannot be read" in str(caught.value) and "cannot be read: give a fraction" in str(
+        caught.value
+    )
     assert "steps" in str(caught.value)
 
 
