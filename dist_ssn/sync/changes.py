@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dist_ssn.sync.settings import held
 from dist_ssn.sync.trained import Trained
 
-_averaged: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that have, or had, a LocalUpdates
+_closed: weakref.WeakKeyDictionary[Optimizer, dict[int, int]] = weakref.WeakKeyDictionary()
+"""Optimizers whose LocalUpdates have ended → the versions of their parameters at that time, by id."""
+
+
+def note_end(optimizer: Optimizer) -> None:
+    """The LocalUpdates of an optimizer have ended; the last round has averaged its parameters."""
+    _closed[optimizer] = {id(p): p._version for group in optimizer.param_groups for p in group["params"]}
 
 
 class Changes:
@@ -23,7 +30,6 @@ class Changes:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        _averaged.add(optimizer)
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
         others = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine}
         self._others = {name: (p, p._version) for name, p in others.items()}
@@ -53,9 +59,10 @@ class Changes:
                 f"{self._early} was changed between the making of LocalUpdates and the first step, which would count as training: "
                 "load values before LocalUpdates is made, or by its load_state_dict"
             )
-        watched = {id(p) for optimizer in _averaged for group in optimizer.param_groups for p in group["params"]}
+        watched = {id(p) for optimizer in held for group in optimizer.param_groups for p in group["params"]}
         for name, (parameter, version) in self._others.items():
-            if parameter._version != version and id(parameter) not in watched:
+            averaged = {version, *(versions.get(id(parameter), version) for versions in _closed.values())}
+            if parameter._version not in averaged and id(parameter) not in watched:
                 return (
                     f"{name} has changed, and no LocalUpdates averages it, because it is not in the optimizer: give each optimizer "
                     "a LocalUpdates of its own"

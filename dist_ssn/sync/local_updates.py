@@ -21,7 +21,7 @@ from dist_ssn.errors import UserError
 from dist_ssn.sharing.bases import kept_fingerprints
 from dist_ssn.sync.anchor import Anchor
 from dist_ssn.sync.buffers import Buffers
-from dist_ssn.sync.changes import Changes
+from dist_ssn.sync.changes import Changes, note_end
 from dist_ssn.sync.codecs import Codec
 from dist_ssn.sync.exchange import Exchange
 from dist_ssn.sync.islands import LeaderExchange
@@ -378,7 +378,9 @@ class LocalUpdates:
         self._is_closed = True
         for hook in self._hooks:
             hook.remove()
-        held.discard(self.optimizer)
+        if self.optimizer in held:
+            held.discard(self.optimizer)
+            note_end(self.optimizer)
 
     def __enter__(self) -> LocalUpdates:
         if self._is_closed:
