@@ -151,16 +151,12 @@ def find_specs(
             reason = "not included"
         if reason is None and not selected.isdisjoint(unwanted):
             reason = "excluded"
-        if (
-            reason is None
-            and not frozen
-            and _is_small(parameter, places)
-            and not any(p.name in selected for p in places)
-        ):
+        is_named = any(place.name in selected for place in places)
+        if reason is None and not frozen and not is_named and _is_small(parameter, places):
             reason = f"fewer than {_FEWEST} elements, and in no layer of torch"
         if reason is None and not frozen and _is_constant(parameter):  # checked last, because it reads the values
             reason = "starts constant"
-        if reason is None and structure and not any(place.name in selected for place in places):
+        if reason is None and structure and not is_named:
             reason = structure_of(parameter, _zero_row(places))
         if reason is None:
             kinds.setdefault((parameter.dtype, parameter.device), places[0].name)

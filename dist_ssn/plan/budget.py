@@ -39,6 +39,8 @@ def resolve_budget(budget: Budget, specs: Specs) -> int:
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, float, str)):
         raise BudgetError(f"budget {budget!r:.60} is of type {type(budget).__name__}: give {_FORMS}")
+    if (reason := unreadable(budget)) is not None:
+        raise BudgetError(f"budget {budget!r:.60} {reason}")
     if isinstance(budget, str):
         return _from_text(budget, specs)
     if isinstance(budget, int):
@@ -59,8 +61,7 @@ def unreadable(budget: Budget) -> str | None:
 
 def _from_text(text: str, specs: Specs) -> int:
     match = _TEXT.fullmatch(text)
-    if match is None:
-        raise BudgetError(f"budget {text!r:.60} cannot be read: give {_FORMS}")
+    assert match is not None  # `unreadable` has looked
     digits, unit, per_step = match[1].replace("_", ""), match[2], match[3]
     number = _exact(text, digits)
     if unit == "%" and not per_step:

@@ -58,11 +58,7 @@ def watch_wrapper(wrapper: nn.Module, model: nn.Module, banks: list[Any]) -> Non
             return
         handle.remove()
         for bank in banks:
-            if not synced:
-                _send(bank, getattr(wrapper, "process_group", None) or getattr(wrapper, "data_parallel_group", None))
-            bank.require_structure()
-            bank.require_base()
-            bank.agreed = True
+            _agree(bank, [] if synced else [_group_of(wrapper)])
         require_frozen()
 
     hook: Any = torch.compiler.disable(before_forward)
@@ -111,10 +107,7 @@ def agree_under_deepspeed(banks: Iterable[Any]) -> None:
         frame = frame.f_back
     if engine is not None:
         for bank in waiting:
-            _send(bank, getattr(engine, "data_parallel_group", None))
-            bank.require_structure()
-            bank.require_base()
-            bank.agreed = True
+            _agree(bank, [_group_of(engine)])
 
 
 def agree_under_fsdp2(bank: Any) -> None:
@@ -123,10 +116,21 @@ def agree_under_fsdp2(bank: Any) -> None:
     if mesh is None:
         return
     bank.agreed = True
-    for group in mesh.get_all_groups():
+    _agree(bank, mesh.get_all_groups())
+
+
+def _group_of(wrapper: object) -> Any:
+    """The process group of DDP, FSDP1 or DeepSpeed's engine; None for all processes."""
+    return getattr(wrapper, "process_group", None) or getattr(wrapper, "data_parallel_group", None)
+
+
+def _agree(bank: Any, groups: Iterable[Any]) -> None:
+    """Gives the processes of these groups the first one's scales, and checks that they have its structure and kept values."""
+    for group in groups:
         _send(bank, group)
     bank.require_structure()
     bank.require_base()
+    bank.agreed = True
 
 
 def _send(bank: Any, process_group: Any) -> None:

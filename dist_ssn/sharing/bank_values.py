@@ -142,12 +142,12 @@ class BankValues(nn.Module):
         Raises:
             ShareError: they have none.
         """
-        emptied = self._emptied[0]
-        if self.bank.is_meta or (
-            emptied is not None and emptied.is_meta
-        ):  # by `functional_call`, it has other parameters now
+        emptied, version = self._emptied
+        if self.bank.is_meta:
             return
-        if self.bank is self._emptied[0] and self.bank._version != self._emptied[1]:  # somebody has written to it
+        if emptied is not None and emptied.is_meta:  # `functional_call` has put other parameters in its place
+            return
+        if self.bank is emptied and self.bank._version != version:  # somebody has written to it
             self.empty = False
             return
         raise ShareError(

@@ -21,6 +21,7 @@ from dist_ssn.sharing.matrix_optimizers import refuse_orthogonal
 from dist_ssn.sharing.part_warnings import (
     warn_of_a_frozen_bank,
     warn_of_a_frozen_owner,
+    warn_of_frozen_that_change,
     warn_of_half_frozen,
     warn_of_learning_rates,
     warn_of_left_out,
@@ -100,6 +101,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         return
     _require_sharding(held)
     warn_of_half_frozen(training, held)
+    warn_of_frozen_that_change(training, held)
     warn_of_left_out(optimizer, training, held)
     warn_of_two_optimizers(optimizer, training, held)
     warn_of_learning_rates(optimizer, training)

@@ -1,6 +1,6 @@
-"""Warnings at an optimizer's first step: weights that train, or stay, or move with others, otherwise than the optimizer looks.
+"""Warnings at an optimizer's first step, where weights train, stay or change otherwise than in the dense model.
 
-Letters of the arguments: `held` is what the optimizer holds, by id, and `training` has the weights that train, by source.
+Arguments: `held` has the optimizer's parameters by id, and `training` the indices of the weights that train by their source.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def warn_of_a_frozen_owner(held: dict[int, Tensor]) -> None:
 
 
 def warn_of_half_frozen(training: dict[Any, set[int]], held: dict[int, Tensor]) -> None:
-    """Warns of frozen weights that change with their bank, and of frozen parts whose weights train on."""
+    """Warns of a layer or a part of which either the weights or the other parameters are frozen."""
     for layer in list(frozen_by_torch):
         frozen = [s.weight_name(i) for s, i in slots_of(layer).values() if i in getattr(s, "frozen", ())]
         if frozen and any(id(p) in held and p.requires_grad for p in layer.parameters(recurse=False)):
@@ -76,18 +76,6 @@ def warn_of_half_frozen(training: dict[Any, set[int]], held: dict[int, Tensor]) 
                 "requires_grad_(True) of the layer, or dist_ssn.unfreeze(model, …), if the weight shall train, too",
                 stacklevel=2,
             )
-    moving = [
-        source.weight_name(index)
-        for source in training
-        if isinstance(source, Bank) and holds(held, source)
-        for index in source.frozen - told_of.get(source, frozenset())
-    ]
-    if moving:
-        warnings.warn(
-            f"requires_grad_(False) has frozen {listed(sorted(moving))}, but other weights train their bank and so change them: "
-            "give them a bank of their own, share(model, …, mapping={'backbone.*': 'backbone', '*': 'rest'})",
-            stacklevel=2,
-        )
     training = {source: indices for source, indices in training.items() if holds(held, source)}
     of_banks = {id(p) for source in training for p in source.parameters()}
     for root in list(roots) if training else ():
@@ -111,6 +99,22 @@ def warn_of_half_frozen(training: dict[Any, set[int]], held: dict[int, Tensor]) 
                 break
 
 
+def warn_of_frozen_that_change(training: dict[Any, set[int]], held: dict[int, Tensor]) -> None:
+    """Warns of frozen weights that change, because other weights train their bank."""
+    moving = [
+        source.weight_name(index)
+        for source in training
+        if isinstance(source, Bank) and holds(held, source)
+        for index in source.frozen - told_of.get(source, frozenset())
+    ]
+    if moving:
+        warnings.warn(
+            f"requires_grad_(False) has frozen {listed(sorted(moving))}, but other weights train their bank and so change them: "
+            "give them a bank of their own, share(model, …, mapping={'backbone.*': 'backbone', '*': 'rest'})",
+            stacklevel=2,
+        )
+
+
 def warn_of_left_out(optimizer: Optimizer, training: dict[Any, set[int]], held: dict[int, Tensor]) -> None:
     """Warns of layers that are in no optimizer, as a part is that shall stay as it is, and whose weights a held bank trains."""
     holding = {source for source in training if holds(held, source)}
@@ -123,9 +127,8 @@ def warn_of_left_out(optimizer: Optimizer, training: dict[Any, set[int]], held: 
             kinds.add(type(layer))
         elif weights and own:
             left.setdefault(type(layer), []).append((own, weights))
-    candidates = [
-        one for kind in kinds for one in left.get(kind, ())
-    ]  # of a kind that is left out whole, biases are meant
+    # Where all layers of a kind are left out, their biases are meant, as for a group without weight decay.
+    candidates = [one for kind in kinds for one in left.get(kind, ())]
     if not candidates:
         return
     for thing in gc.get_objects():

@@ -21,7 +21,7 @@ from dist_ssn.sharing.bank import Bank, banks_of
 frozen_by_torch: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Layers on which `requires_grad_(False)` was called last."""
 told_of: weakref.WeakKeyDictionary[Bank, frozenset[int]] = weakref.WeakKeyDictionary()
-"""Frozen weights that change with their bank, of which `freeze` has told."""
+"""Bank → its frozen weights, by index, about which `freeze` has already warned."""
 _MOST = 3
 """Number of names in a message."""
 

@@ -29,11 +29,18 @@ class Buffers:
         """Values after the last average, by name."""
 
     def _current(self) -> dict[str, Tensor]:
-        fixed = {id(buffer) for bank in banks_of(self._model) for buffer in bank.fixed_buffers()}  # they never change
+        return {name: buffer for name, buffer in self._own_buffers().items() if buffer.is_floating_point()}
+
+    def _counters(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self._own_buffers().items() if not buffer.is_floating_point()}
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        """This process's buffers but the banks' fixed ones, which never change."""
+        fixed = {id(buffer) for bank in banks_of(self._model) for buffer in bank.fixed_buffers()}
         return {
             name: buffer
             for name, buffer in self._model.named_buffers()
-            if buffer.is_floating_point() and not isinstance(buffer, DTensor) and id(buffer) not in fixed
+            if not isinstance(buffer, DTensor) and id(buffer) not in fixed
         }
 
     def problem(self) -> str | None:
@@ -72,9 +79,6 @@ class Buffers:
         for name, buffer in self._counters().items():
             if name in values and values[name].shape == buffer.shape:
                 buffer.copy_(values[name])
-
-    def _counters(self) -> dict[str, Tensor]:
-        return {name: b for name, b in self._model.named_buffers() if not b.is_floating_point() and not b.is_complex()}
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Sets buffers to these values, by name; others keep theirs."""

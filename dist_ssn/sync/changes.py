@@ -1,4 +1,4 @@
-"""Changes of a model that no round of local updates would average, or would take for the worker's progress."""
+"""Changes of a model that are no steps of the watched optimizer: a round would not average them, or count them as training."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ class LocalUpdates:
             UserError: inside of `anchored`.
         """
         self._require_own_values("load_state_dict()")
-        check_state(state, self.model, self._anchor, self.outer)
+        check_state(state, self.model, self._anchor, type(self.outer).__name__)
         self._changes.forget()
         mine = (self._workers.count, self._workers.place) == (state["workers"], state["place"])
         with warnings.catch_warnings():

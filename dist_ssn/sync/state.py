@@ -57,7 +57,7 @@ def on_device(value: Any, device: torch.device) -> Any:
     return [on_device(part, device) for part in value] if isinstance(value, list) else value
 
 
-def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, outer: Optimizer) -> None:
+def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, outer_class: str) -> None:
     """Checks that a state belongs to this model, plan and outer optimizer.
 
     Raises:
@@ -88,9 +88,9 @@ def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, oute
     sizes = [flat.numel() for flat in anchor.flats]
     if [flat.numel() if isinstance(flat, Tensor) else -1 for flat in state["anchor"]] != sizes:
         raise CheckpointError(f"the state of LocalUpdates is damaged: its anchor must have {sizes} elements")
-    if state["outer_class"] != (name := type(outer).__name__):
+    if state["outer_class"] != outer_class:
         raise CheckpointError(
-            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {name}: "
+            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {outer_class}: "
             "give the same outer"
         )
 

@@ -1,4 +1,4 @@
-"""Copies, ties by memory, parts with optimizers or learning rates of their own, averages: right, or told at the first moment."""
+"""Copies of weights, parameters with one memory, parts with optimizers or learning rates of their own, and averages of models."""
 
 from __future__ import annotations
 
