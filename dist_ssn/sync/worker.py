@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
+
+_Jobs = queue.SimpleQueue[tuple[Callable[[], Any], Future] | None]
+
+_EXIT_SECONDS = 2.0
+"""The longest that an interpreter's exit waits for a thread, which may be in a collective that never ends."""
+_threads: weakref.WeakKeyDictionary[threading.Thread, _Jobs] = weakref.WeakKeyDictionary()
 
 
 class Worker:
@@ -16,7 +24,7 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
+        self._jobs: _Jobs = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], Any]) -> Future:
@@ -24,6 +32,7 @@ class Worker:
         if self._thread is None:
             self._thread = threading.Thread(target=_run, args=(self._jobs,), name="dist_ssn-sync", daemon=True)
             self._thread.start()
+            _threads[self._thread] = self._jobs
         future: Future = Future()
         self._jobs.put((job, future))
         return future
@@ -32,7 +41,7 @@ class Worker:
         self._jobs.put(None)
 
 
-def _run(jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None]) -> None:
+def _run(jobs: _Jobs) -> None:
     while (handed := jobs.get()) is not None:
         job, future = handed
         try:
@@ -40,3 +49,11 @@ def _run(jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None]) -> No
         except BaseException as error:
             future.set_exception(error)
         del handed, job, future  # an idle thread holds on to no tensor
+
+
+@atexit.register
+def _end_all() -> None:
+    """Ends the threads before the interpreter does: one that frees a tensor while the interpreter ends aborts the process."""
+    for thread, jobs in list(_threads.items()):
+        jobs.put(None)
+        thread.join(_EXIT_SECONDS)
