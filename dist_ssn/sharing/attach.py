@@ -251,10 +251,12 @@ def _attach(model: nn.Module, plan: Plan, specs: Specs) -> None:
             for name in places[slot.name]:
                 module, _, parameter = name.rpartition(".")
                 slots.setdefault(module, {})[parameter] = (bank, index)
-        bank.lowered = frozenset(
-            index
-            for index, slot in enumerate(bank.group.slots)
-            if all(is_lowered(model.get_submodule(name.rpartition(".")[0])) for name in places[slot.name])
+        readers = [
+            [model.get_submodule(name.rpartition(".")[0]) for name in places[slot.name]] for slot in bank.group.slots
+        ]
+        bank.lowered = frozenset(index for index, layers in enumerate(readers) if all(map(is_lowered, layers)))
+        bank.recurrent = frozenset(
+            index for index, layers in enumerate(readers) if any(isinstance(layer, nn.RNNBase) for layer in layers)
         )
     install(model, ATTRIBUTE, banks, slots)
     watch_forward(model, banks)

@@ -49,6 +49,8 @@ class Bank(BankArithmetic):
     """Checks that nobody wrote another plan into the state dict of this bank; None before there is one."""
     lowered: frozenset[int] = frozenset()
     """Indices of the slots that are read only by layers whose weight autocast lowers."""
+    recurrent: frozenset[int] = frozenset()
+    """Indices of the slots that recurrent layers read, which torch.compile leaves out of its graphs."""
     pure: bool = not FAST_PATH
     """True to use the pure path always."""
     watcher: Watcher | None = None
@@ -57,6 +59,8 @@ class Bank(BankArithmetic):
     """The weights that are generated at once for a forward; None if weights are generated on demand."""
     compiled: dict[int, Tensor] | None = None
     """The same in a graph that torch.compile makes, by slot."""
+    _compiled_key = ""
+    """Of the weights that `compiled` has."""
     _warned = False  # of ZeRO-3, which would partition the bank again after each use
 
     def generate_per_step(self, on: bool, only_small: bool = False) -> None:
@@ -73,7 +77,8 @@ class Bank(BankArithmetic):
         ]
         self.per_step = PerStep(slots, self.seed, self.group.size, self.lowered, only_small) if slots else None
         self.compiled = None  # an attribute of its own from here on: torch.compile's guards look at where it is
-        self._compiled_key = register(slots, self.seed, self.group.size, self.lowered) if slots else ""
+        traced = [placed for placed in slots if placed.index not in self.recurrent]
+        self._compiled_key = register(traced, self.seed, self.group.size, self.lowered) if traced else ""
 
     def at_hand(self, index: int) -> Tensor | None:
         """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
@@ -95,10 +100,11 @@ class Bank(BankArithmetic):
     def compile_all(self) -> None:
         """Generates the weights as one operation of a graph that torch.compile makes, where `per_step` would."""
         bank: Any = self._parameters.get("bank")
-        if bank is None or self.per_step is None or self.pure or self.empty or self.thresholds is not None:
+        if bank is None or not self._compiled_key or self.pure or self.empty or self.thresholds is not None:
             return
         if hasattr(bank, "device_mesh") or hasattr(bank, "ds_id") or self.watcher is not None:
             return
+        assert self.per_step is not None
         if self.per_step.suits(bank.device.type) and not bank.is_meta:
             lower = None if self.bases else autocast_dtype(self)
             self.compiled = all_weights(bank, self.scales, self.gains, self._compiled_key, lower)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dist_ssn.plan.slots import Slot
 from dist_ssn.sharing.morphs import sign_start, sign_table
-from dist_ssn.sharing.signed_path import Run, cut_runs
+from dist_ssn.sharing.signed_stretch import SignedStretch
 from dist_ssn.torch_private import multiply_each
 
 _BLOCK = {"cpu": 2**18}
@@ -103,12 +103,10 @@ class Block:
             self.parts.append(_Part(placed, start, sign_start(seed, placed.slot.name, 0)))
             start += placed.slot.numel
         self.with_gains = [part for part in self.parts if part.slot.row_gains]
+        self.stretch = SignedStretch(slots[0].slot.start, self.numel, self.chunk, bank)
         self.kernels: Any = None
-        self.runs: list[Run] = []
         if kernels is not None and max(placed.slot.numel for placed in slots) < 2**31:
             self.kernels = kernels.Kernels([part.place() for part in self.parts], bank, self.chunk, device)
-        else:
-            self.runs = cut_runs(slots[0].slot.start, self.numel, self.chunk, bank)
 
     def dtype(self, usual: torch.dtype, lower: torch.dtype | None) -> torch.dtype:
         """Dtype of the weights: the usual one, or the one that autocast lowers to, where there is one."""
@@ -153,9 +151,7 @@ class Block:
             self.kernels.generate(given.bank, self.table(given.bank), given.all_scales[1:], given.gains, out)
             return
         values = out if out.dtype == given.bank.dtype else given.bank.new_empty(self.numel)
-        factor = self.factor(self.signs(given.bank), given)
-        for run in self.runs:
-            torch.mul(run.of(given.bank), run.of_chunks(factor), out=run.at(values))
+        self.stretch.multiply(given.bank, self.factor(self.signs(given.bank), given), values)
         self.apply_gains(values, given.gains)
         if values is not out:
             out.copy_(values)
@@ -177,8 +173,7 @@ class Block:
         gradient, signs = gradient.to(bank.dtype), self.signs(bank)
         if gains is not None and gains_sum is not None and self.with_gains:
             product = torch.empty_like(gradient)
-            for run in self.runs:
-                torch.mul(run.of(bank), run.of_chunks(signs), out=run.at(product))
+            self.stretch.multiply(bank, signs, product)
             product.mul_(gradient)
             for part in self.with_gains:
                 matrix, scale = part.matrix(product), given.scales[part.index]
@@ -187,9 +182,7 @@ class Block:
         if bank_sum is None:
             return
         self.apply_gains(gradient, gains)
-        factor = self.factor(signs, given)
-        for run in self.runs:
-            run.of(bank_sum).addcmul_(run.at(gradient), run.of_chunks(factor))
+        self.stretch.give(gradient, self.factor(signs, given), bank_sum)
 
 
 class _Part:

@@ -226,7 +226,8 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # its signature is the base class's
         return super(cls, self).forward(*args, **kwargs)
 
-    cls.forward = forward
+    # The compiler cannot trace torch's recurrent layers. It would compile this class's code around them again and again.
+    cls.forward = torch.compiler.disable(forward) if issubclass(base, nn.RNNBase) else forward
     return cls
 
 

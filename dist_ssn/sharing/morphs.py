@@ -32,6 +32,8 @@ from dist_ssn.torch_private import outside_of_modes
 
 _SIGN_ROOM = 65_536
 """Number of positions at which a weight may begin to read the common table of signs."""
+_MANY = 8
+"""Number of whole readings of a bank up to which they are put together from pieces; beyond it all are one operation."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Stretch:
         if self.start + self.length <= size:
             return bank[self.start : self.start + self.length]
         whole, rest = divmod(self.start + self.length - size, size)
+        if whole > _MANY:
+            return bank.repeat(whole + 2)[self.start : self.start + self.length]
         return torch.cat([bank[self.start :], *[bank] * whole, bank[:rest]])
 
     def give(self, total: Tensor, part: Tensor) -> None:

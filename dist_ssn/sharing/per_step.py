@@ -158,7 +158,8 @@ class PerStep:
         self.made: dict[torch.dtype | None, _Made] = {}
         """The weights of this forward, by the dtype of autocast; None outside of it."""
         self.sheets: dict[torch.dtype | None, Sheet] = {}
-        self._blocks: dict[torch.device, list[Block]] = {}
+        self._blocks: dict[tuple[torch.device, bool], list[Block]] = {}
+        """By device, and whether autocast lowers some of them."""
 
     def suits(self, device: str) -> bool:
         """True unless the weights are to be small, and are not for this type of device."""
@@ -221,13 +222,14 @@ class PerStep:
         self.made.pop(lower, None)
         sheet = self.sheets.get(lower)
         if sheet is None or not sheet.suits(bank) or sheet.in_use():
-            if bank.device not in self._blocks:
-                blocks = make_blocks(self.slots, self.seed, self.bank, self.lowered, bank.device)
-                self._blocks = {bank.device: blocks}
+            place = (bank.device, lower is not None)
+            if place not in self._blocks:
+                lowered = () if lower is None else self.lowered  # weights of two precisions are in different blocks
+                self._blocks[place] = make_blocks(self.slots, self.seed, self.bank, lowered, bank.device)
             kind = (bank.dtype, lower)
             if bases is not None:  # a difference is added, and only then rounded
                 kind = (torch.promote_types(bank.dtype, torch.float32), None)
-            sheet = self.sheets[lower] = Sheet(self._blocks[bank.device], bank.detach(), *kind)
+            sheet = self.sheets[lower] = Sheet(self._blocks[place], bank.detach(), *kind)
         if graph:
             weights = _AllAtOnce.apply(sheet, values, bases, lower, name, bank, gains)
         else:

@@ -5,9 +5,8 @@ is the whole cost of generation:
 
     W = Σ_k  scale · α_k · row_i · sign_k,ij · T_k,ij · column_j  +  U·V
 
-Signs are constant within a chunk, so the weight is a grid of chunks. A template is read in runs of whole chunks; the chunk that
-crosses the bank's end is read in two parts. If a row is a whole number of chunks, then sign, coefficient, scale and row gain are
-one factor per chunk.
+Signs are constant within a chunk, so the weight is a grid of chunks (`signed_stretch.py`). If a row is a whole number of chunks,
+then sign, coefficient, scale and row gain are one factor per chunk.
 
 Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B elements in the bank. A bank is read by strides: [B] or [B, 1].
 """
@@ -15,13 +14,13 @@ Letters: R rows, C columns, n = R·C, K templates, q = n / chunk, B elements in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dist_ssn.plan.slots import Slot
 from dist_ssn.sharing.morphs import sign_start, sign_table, split_difference, split_gains
+from dist_ssn.sharing.signed_stretch import SignedStretch
 
 
 def fast_path(slot: Slot, seed: int, bank: int) -> SignedPath | None:
@@ -39,21 +38,18 @@ class SignedPath:
         self.chunks = slot.numel // slot.chunk
         self.rows_are_chunks = slot.columns % slot.chunk == 0
         self.starts = [sign_start(seed, slot.name, k) for k in range(slot.templates)]
-        self.runs = [
-            cut_runs((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank) for k in range(slot.templates)
+        self.stretches = [
+            SignedStretch((slot.start + k * slot.numel) % bank, slot.numel, slot.chunk, bank)
+            for k in range(slot.templates)
         ]
 
     def generate(self, bank: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         """The weight in its shape, from a bank [B] and the slot's `own` tensors: as `morphs.mix` and `finish`, without a graph."""
         row_gains, column_gains = split_gains(self.slot, own["gains"])
         weight = bank.new_empty(self.rows, self.columns)
-        for k, runs in enumerate(self.runs):
-            factor = self._factor(k, bank, row_gains, own)
-            for run in runs:
-                if k == 0:
-                    torch.mul(run.of(bank), run.of_chunks(factor), out=run.at(weight))
-                else:
-                    run.at(weight).addcmul_(run.of(bank), run.of_chunks(factor))
+        for k, stretch in enumerate(self.stretches):
+            write = stretch.multiply if k == 0 else stretch.add
+            write(bank, self._factor(k, bank, row_gains, own), weight)
         if row_gains is not None and not self.rows_are_chunks:
             weight.mul_(row_gains.unsqueeze(1))
         if column_gains is not None:
@@ -94,10 +90,8 @@ class SignedPath:
         inner = work.copy_(gradient) if column_gains is None else torch.mul(gradient, column_gains, out=work)
         if row_gains is not None and not self.rows_are_chunks:
             inner.mul_(row_gains.unsqueeze(1))
-        for k, runs in enumerate(self.runs):
-            factor = self._factor(k, bank, row_gains, own)
-            for run in runs:
-                run.of(bank_sum).addcmul_(run.at(inner), run.of_chunks(factor))
+        for k, stretch in enumerate(self.stretches):
+            stretch.give(inner, self._factor(k, bank, row_gains, own), bank_sum)
 
     def _pull_back_factors(
         self, gradient: Tensor, bank: Tensor, own: Mapping[str, Tensor], sums: Mapping[str, Tensor], work: Tensor
@@ -137,49 +131,5 @@ class SignedPath:
 
     def _signed(self, k: int, bank: Tensor, work: Tensor) -> Tensor:
         """Template k times its signs, in `work` [R, C]."""
-        signs = self._signs(k, bank, self.chunks, 1)
-        for run in self.runs[k]:
-            torch.mul(run.of(bank), run.of_chunks(signs), out=run.at(work))
+        self.stretches[k].multiply(bank, self._signs(k, bank, self.chunks, 1), work)
         return work
-
-
-class Run(NamedTuple):
-    """Elements of a template that are contiguous in the bank: some whole chunks, or a part of one."""
-
-    bank_start: int
-    """Index of its first element in the bank."""
-    weight_start: int
-    """Index of its first element in the weight."""
-    first: int
-    """Its first chunk in the weight."""
-    shape: tuple[int, int]
-    """Number of chunks, and of elements in each."""
-    stride: tuple[int, int]
-
-    def of(self, bank: Tensor) -> Tensor:
-        """Its elements of the bank [B], as [chunks, width]."""
-        return bank.as_strided(self.shape, self.stride, bank.storage_offset() + self.bank_start)
-
-    def at(self, weight: Tensor) -> Tensor:
-        """Its elements of the contiguous weight [R, C], as [chunks, width]."""
-        return weight.as_strided(self.shape, self.stride, weight.storage_offset() + self.weight_start)
-
-    def of_chunks(self, factor: Tensor) -> Tensor:
-        """The entries for its chunks, of factors with one entry per chunk [q, 1]."""
-        return factor.narrow(0, self.first, self.shape[0])
-
-
-def cut_runs(bank_start: int, numel: int, chunk: int, bank: int) -> list[Run]:
-    """Runs of the `numel` elements from `bank_start` on, split at the bank's end, and there also at the borders of the chunk."""
-    runs, weight_start = [], 0
-    while weight_start < numel:
-        length = min(bank - bank_start, numel - weight_start)
-        to_border = -weight_start % chunk
-        if to_border:
-            length = min(length, to_border)
-        elif length > chunk:
-            length -= length % chunk
-        width = min(chunk, length)
-        runs.append(Run(bank_start, weight_start, weight_start // chunk, (length // width, width), (width, 1)))
-        bank_start, weight_start = (bank_start + length) % bank, weight_start + length
-    return runs
