@@ -85,7 +85,7 @@ def test_compile(morph: str, tokens: Tensor) -> None:
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 @pytest.mark.parametrize(("mode", "graphs"), [("on_demand", 2), ("per_step", 3)])
 def test_compiled_recurrent_layers_stay_out_of_graphs(kind: type[nn.RNNBase], mode: str, graphs: int) -> None:
-    """As torch's own do: graphs around them, of which there are no more after the first step. Per step, one more makes the weights."""
+    """As torch's own do: no graph is made after the first step. Per step, one more makes the weights."""
     torch.manual_seed(0)
 
     class Between(nn.Module):
