@@ -107,6 +107,11 @@ def builds_graph() -> bool:
     return torch.compiler.is_dynamo_compiling() and getattr(torch.compiler, "_is_exporting_flag", None) is False
 
 
+def leaves_out_recurrent_layers() -> bool:
+    """True while torch.compile makes a graph that recurrent layers are not in, as is its default; torch.export takes them in."""
+    return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
+
+
 def saved_tensor_hooks() -> Hooks | None:
     """The innermost (pack, unpack) hooks for saved tensors that are active on this thread; None without any.
 

@@ -151,13 +151,9 @@ def find_specs(
             reason = "not included"
         if reason is None and not selected.isdisjoint(unwanted):
             reason = "excluded"
-        is_named = any(place.name in selected for place in places)
-        if reason is None and not frozen and not is_named and _is_small(parameter, places):
-            reason = f"fewer than {_FEWEST} elements, and in no layer of torch"
-        if reason is None and not frozen and _is_constant(parameter):  # checked last, because it reads the values
-            reason = "starts constant"
-        if reason is None and structure and not is_named:
-            reason = structure_of(parameter, _zero_row(places))
+        if reason is None:
+            is_named = any(place.name in selected for place in places)
+            reason = _reason_in_values(parameter, places, is_named, structure, frozen)
         if reason is None:
             kinds.setdefault((parameter.dtype, parameter.device), places[0].name)
             weights.append(_spec(parameter, places, model, frozen))
@@ -170,6 +166,19 @@ def find_specs(
     _raise(model, [*_bad_weights(weights, kinds, left_out, idle)])
     known = weights if frozen else _settled(_residual(weights), model)
     return Specs(tuple(known), own, tuple(left_out))
+
+
+def _reason_in_values(
+    parameter: nn.Parameter, places: Sequence[_Place], is_named: bool, structure: bool, frozen: bool
+) -> str | None:
+    """The reason to leave a weight out for its size or its initial values; arguments as of `find_specs`."""
+    if not frozen and not is_named and _is_small(parameter, places):
+        return f"fewer than {_FEWEST} elements, and in no layer of torch"
+    if not frozen and _is_constant(parameter):
+        return "starts constant"
+    if structure and not is_named:
+        return structure_of(parameter, _zero_row(places))
+    return None
 
 
 def _bad_weights(

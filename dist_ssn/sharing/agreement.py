@@ -113,10 +113,8 @@ def agree_under_deepspeed(banks: Iterable[Any]) -> None:
 def agree_under_fsdp2(bank: Any) -> None:
     """Gives all ranks rank 0's scales, if FSDP2 has sharded the bank: it has just gathered it, so all ranks are here."""
     mesh = fsdp_mesh(bank)
-    if mesh is None:
-        return
-    bank.agreed = True
-    _agree(bank, mesh.get_all_groups())
+    if mesh is not None:
+        _agree(bank, mesh.get_all_groups())
 
 
 def _group_of(wrapper: object) -> Any:

@@ -13,6 +13,7 @@ Outside of a layer's `forward`, and while torch traces, autograd saves the gener
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from dist_ssn.sharing.read_only import guarded, no_write
 from dist_ssn.sharing.registrations import watch_registrations
 from dist_ssn.sharing.scopes import AtHand, Scope, current_scope
 from dist_ssn.sharing.weight_source import WeightSource
-from dist_ssn.torch_private import assert_soon, is_tracing
+from dist_ssn.torch_private import assert_soon, is_tracing, leaves_out_recurrent_layers
 
 _NORM = "a norm cannot replace it: register the norm before share(), or on"
 _MADE_OF_A_WEIGHT = {"orig": "torch cannot prune it: prune", "g": _NORM, "v": _NORM}
@@ -226,9 +227,23 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # its signature is the base class's
         return super(cls, self).forward(*args, **kwargs)
 
-    # The compiler cannot trace torch's recurrent layers. It would compile this class's code around them again and again.
-    cls.forward = torch.compiler.disable(forward) if issubclass(base, nn.RNNBase) else forward
+    cls.forward = _untraced(forward) if issubclass(base, nn.RNNBase) else forward
     return cls
+
+
+def _untraced(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `forward` of a recurrent layer, which torch.compile runs outside of its graphs where it does so with torch's own.
+
+    Without this it would compile our code around torch's again and again, up to its limit.
+    """
+    outside = torch.compiler.disable(forward)
+
+    @functools.wraps(forward)
+    def inside_or_outside(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = outside if leaves_out_recurrent_layers() else forward
+        return run(self, *args, **kwargs)
+
+    return inside_or_outside
 
 
 def _weight_property(name: str) -> property:

@@ -35,3 +35,18 @@ def test_both_ways_are_those_of_single_elements(
         assert torch.equal(out.view(-1), expected)
         stretch.give(gradient.clone(), factor, total)
     torch.testing.assert_close(total.view(-1), torch.ones(bank).double().index_add(0, index, gradient * per_element))
+
+
+@given(bank=st.integers(1, 300), chunk=st.integers(1, 64), numel=st.integers(1, 2000), data=st.data())
+def test_both_ways_make_the_same_weight_bit_by_bit(bank: int, chunk: int, numel: int, data: st.DataObject) -> None:
+    """A plan's weights do not change where another way becomes the faster one."""
+    start = data.draw(st.integers(0, bank - 1))
+    values, factor, before = torch.randn(bank, 1), torch.randn(-(-numel // chunk), 1), torch.randn(numel, 1)
+    made = []
+    for long_run in (0, 2**30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(signed_stretch, "_LONG_RUN", {"cpu": long_run})
+            out = before.clone()
+            SignedStretch(start, numel, chunk, bank).add(values, factor, out)
+            made.append(out)
+    assert torch.equal(*made)

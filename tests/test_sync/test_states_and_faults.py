@@ -75,6 +75,14 @@ def test_a_state_in_memory_is_a_copy_and_has_counters() -> None:
         local.load_state_dict(state)
 
 
+def test_a_state_has_no_buffers_that_say_what_a_bank_is() -> None:
+    """They are integers, as counters are, and a state would put those of another model in their place."""
+    model = share(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), 0.5, keep=True)
+    with LocalUpdates(model, torch.optim.SGD(model.parameters(), 0.1), every=2) as local:
+        state = local.state_dict()
+    assert list(state["own_buffers"]) == ["1.num_batches_tracked"]
+
+
 def _resumed(rank: int, n: int, at: int, **options: Any) -> tuple[Tensor, Tensor]:
     """Parameters after 12 steps: undisturbed, and gone on from this worker's state after step `at`."""
     model, states = Tied(torch.float32), None

@@ -119,6 +119,23 @@ def test_compiled_recurrent_layers_stay_out_of_graphs(kind: type[nn.RNNBase], mo
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["on_demand", "per_step"])
+def test_recurrent_layers_are_in_a_graph_that_takes_them(mode: str) -> None:
+    """`torch.export` takes them, and so does torch.compile if it is told to, as with a dense model."""
+    torch.manual_seed(0)
+    model, x = share(nn.Sequential(nn.Linear(6, 6), nn.LSTM(6, 5)), 0.5, generate=mode), torch.randn(4, 2, 6)
+    wanted = model(x)[0]
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)[0]
+    torch.testing.assert_close(found, wanted)
+    torch._dynamo.reset()
+    exported = torch.export.export(model, (x,), strict=True).module()
+    torch.testing.assert_close(exported(x)[0], wanted)
+    torch._dynamo.reset()
+
+
 def test_compiling_before_any_eager_forward_does_not_spoil_later_ones() -> None:
     """Trap: tables cached while tensors are fake would be fake for ever."""
     torch._dynamo.reset()
