@@ -35,6 +35,8 @@ from dist_ssn.sharing.train_beside import names_of, specs_of_kept, train_only
 from dist_ssn.torch_private import inside_compiled, storage_users
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_TINY_BANK = 8
+"""A weight from a bank with fewer elements is hardly more than one pattern of signs."""
 
 
 def share(
@@ -100,6 +102,7 @@ def share(
         assert budget is not None
         specs = specs_of_kept(model, include, exclude, names) if keep else find_specs(model, include, exclude)
         plan = make_plan(specs, budget, mapping=mapping, morph=morph, seed=seed, keep=keep)
+        _warn_of_tiny_banks(plan)
     else:
         specs = specs_of_plan(model, plan, keep)
         if not keep:
@@ -220,6 +223,18 @@ def _warn_of_missing_slots(
         warnings.warn(
             f"the plan has no slot for {dense[0]} ({len(dense)} weights in all), which stays dense: if that is meant, say so "
             "by exclude=..., as when the plan was made",
+            stacklevel=3,
+        )
+
+
+def _warn_of_tiny_banks(plan: Plan) -> None:
+    tiny = [group for group in plan.groups if group.size < min(_TINY_BANK, group.numel)]
+    if tiny:
+        first = min(tiny, key=lambda group: group.size)
+        names = ", ".join(slot.name for slot in first.slots[:3])
+        warnings.warn(
+            f"bank {first.name} has {first.size} element{'s' * (first.size > 1)} for the {first.numel:,} of {names} "
+            f"({len(tiny)} such banks in all): its weights can hardly learn; leave them out, exclude=..., or give a larger budget",
             stacklevel=3,
         )
 

@@ -31,7 +31,7 @@ from dist_ssn.sync.reports import Report, exchange_reports, require_agreement, r
 from dist_ssn.sync.sent import Round, Sent
 from dist_ssn.sync.settings import check_settings, device_of, forget_what_is_not_finite, held, innermost, taking_part
 from dist_ssn.sync.start import send_from_first, workers_of
-from dist_ssn.sync.state import FORMAT, check_state, on_device, outer_settings, plan_of, shapes_of
+from dist_ssn.sync.state import FORMAT, changed, check_state, on_device, outer_settings, plan_of, shapes_of
 from dist_ssn.sync.trained import refuse_wrapper, trained_parameters, unwrapped
 from dist_ssn.sync.transport import Transport
 
@@ -98,6 +98,8 @@ class LocalUpdates:
         """Number of the optimizer's steps."""
         self.last: Round | None = None
         """The last exchange whose mean has arrived; None before the first."""
+        self._apart = 0
+        """Steps since the last exchange."""
         self.every, self.warmup, self.delay, self.outlier = every, warmup, delay, outlier
         self._sent: Sent | None = None
         self._workers = workers_of(group, device_of(model))
@@ -153,6 +155,7 @@ class LocalUpdates:
 
     def _after_step(self, *_: object) -> None:
         self.step += 1
+        self._apart += 1
         warm = self.step <= self.warmup
         if warm or (self.step - self.warmup) % self.every == 0:
             with torch.no_grad(), purpose("synchronization"):  # not around all: an ordinary step only counts
@@ -210,6 +213,7 @@ class LocalUpdates:
             else:
                 self._apply(sent, plain)
         self._anchor.hand_out(change if late else None)
+        self._apart = 0
         self._start = [t.values.clone() for t in self._anchor.trained] if late else self._anchor.start()
         return any(norms)
 
@@ -280,6 +284,7 @@ class LocalUpdates:
             "step": self.step,
             "outer_class": type(self.outer).__name__,
             "outer": copy.deepcopy(self.outer.state_dict()),
+            "settings": self._settings(),
             "feedback": self.exchange.state_dict(),
             "anchor": [flat.clone() for flat in self._anchor.flats],
             "parameters": [t.values.clone() for t in trained] if moved else [],
@@ -310,6 +315,8 @@ class LocalUpdates:
         self.step = state["step"]
         for flat, saved in zip(self._anchor.flats, state["anchor"], strict=True):
             flat.copy_(saved)
+        if others := changed(state.get("settings", {}), self._settings()):
+            warnings.warn(f"local updates go on with other settings than those of the state: {others}", stacklevel=2)
         if others := outer_settings(self.outer, state["outer"]):
             warnings.warn(f"the outer optimizer goes on with the settings of the state: {others}", stacklevel=2)
         self.outer.load_state_dict(copy.deepcopy(state["outer"]))
@@ -336,6 +343,9 @@ class LocalUpdates:
         for t, saved in zip(self._anchor.trained, own, strict=True):
             t.values.copy_(saved.view_as(t.values))
         self._buffers.put(state["own_buffers"])
+
+    def _settings(self) -> dict[str, Any]:
+        return {"every": self.every, "warmup": self.warmup, "delay": self.delay}
 
     @torch.no_grad()
     def restart(self, step: int) -> None:
@@ -381,6 +391,19 @@ class LocalUpdates:
         if self.optimizer in held:
             held.discard(self.optimizer)
             note_end(self.optimizer)
+
+    def __del__(self) -> None:
+        # A constructor that raised has set neither.
+        if (
+            not getattr(self, "_is_closed", True)
+            and self._workers.count > 1
+            and (self._apart or self._sent is not None)
+        ):
+            warnings.warn(
+                f"LocalUpdates ended {self._apart} step{'s' * (self._apart != 1)} after its last exchange, so the workers hold "
+                "different models: call synchronize() and close(), or leave its with block, before the model is used",
+                stacklevel=2,
+            )
 
     def __enter__(self) -> LocalUpdates:
         if self._is_closed:

@@ -95,12 +95,15 @@ def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, oute
         )
 
 
+def changed(others: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The settings that differ from the others, such as "lr 0.7 (not 1.0)"; "" if none does."""
+    both = (key for key in settings if key in others and settings[key] != others[key])
+    return ", ".join(f"{key} {settings[key]} (not {others[key]})" for key in both)
+
+
 def outer_settings(outer: Optimizer, state: Mapping[str, Any]) -> str:
     """The settings of a saved outer optimizer that differ from this one's, such as "lr 0.7 (not 1.0)"; "" if none does."""
-    mine, saved = _settings_of(outer.state_dict()), _settings_of(state)
-    return ", ".join(
-        f"{key} {saved[key]} (not {mine[key]})" for key in mine if key in saved and mine[key] != saved[key]
-    )
+    return changed(_settings_of(outer.state_dict()), _settings_of(state))
 
 
 def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:

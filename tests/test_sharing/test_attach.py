@@ -393,6 +393,18 @@ def test_a_slot_that_a_plan_lacks_is_named() -> None:
     share(zero, plan=make_plan(zero, 0.3))
 
 
+def test_a_bank_of_few_elements_is_told() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(64, 64))
+
+    with pytest.warns(
+        UserWarning, match=r"bank \S+ has 1 element for the 12 of 0\.weight \(1 such banks in all\).*exclude="
+    ):
+        share(net(), 0.02, mapping="shape")
+    share(net(), 0.02, mapping="single")
+    share(net(), plan=make_plan(net(), 0.02, mapping="shape"))  # a plan that one has seen
+
+
 def test_a_plan_is_a_plan() -> None:
     with pytest.raises(PlanError, match=r"plan is of type str: read it first, Plan\.from_json"):
         share(Net(), plan="plan.json")

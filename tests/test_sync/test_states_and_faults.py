@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import warnings
 from collections.abc import Callable
@@ -72,6 +73,18 @@ def test_a_state_in_memory_is_a_copy_and_has_counters() -> None:
         LocalUpdates(model, optimizer, every=2, outer="average") as local,
         pytest.warns(UserWarning, match=r"lr 0\.7 \(not 1"),
     ):
+        local.load_state_dict(state)
+
+
+def test_other_settings_than_those_of_a_state_are_said() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = sgd(model)
+    with LocalUpdates(model, optimizer, every=4) as local:
+        state = through_a_file(local.state_dict())
+    with LocalUpdates(model, optimizer, every=6, warmup=2) as local:
+        with pytest.warns(UserWarning, match=r"every 6 \(not 4\), warmup 2 \(not 0\)$"):
+            local.load_state_dict(state)
+        del state["settings"]  # as states before 2026-11-29
         local.load_state_dict(state)
 
 
@@ -216,6 +229,20 @@ def _apart(rank: int, n: int) -> str:
         return raised(lambda: steps(model, optimizer, rank, n, 1, 2))
     finally:
         local.close()
+
+
+def _forgotten(rank: int, n: int) -> list[str]:
+    """Warnings of three that are never closed: in a round, with a mean on its way, and at a round's end."""
+    found = []
+    for last, delay in ((3, 0), (2, 1), (2, 0)):
+        model, optimizer, local = _pair(rank, n, every=2, delay=delay)
+        steps(model, optimizer, rank, n, 1, last)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del model, optimizer, local
+            gc.collect()
+        found += [str(warning.message) for warning in caught]
+    return found
 
 
 def _flipped(rank: int, n: int) -> str:
@@ -368,6 +395,7 @@ def _faults(rank: int, n: int) -> dict[str, Any]:
         "nan": _spoiled(rank, n, torch.nan),
         "large": _spoiled(rank, n, 100.0),
         "apart": _apart(rank, n),
+        "forgotten": _forgotten(rank, n),
         "flipped": _flipped(rank, n),
         "thawed": _thawed(rank, n),
         "changed": _changed(rank, n),
@@ -399,6 +427,10 @@ def test_faults_are_named_on_all_ranks() -> None:
             "must take the same number of optimizer steps (data of unequal length, or a GradScaler that skips a step on one rank, "
             "break this) and call synchronize() at the same steps"
         )
+        assert [message.partition(" after its")[0] for message in found["forgotten"]] == [
+            "LocalUpdates ended 1 step",
+            "LocalUpdates ended 0 steps",
+        ]
         assert found["flipped"].startswith("after step 2 the anchor on rank 1 differs from that on the others")
         assert found["all lost"].startswith("after step 2 no worker's change is finite")
         assert found["differ"][0].startswith("the settings of local updates on rank 1 differ from those on the others")
