@@ -35,8 +35,8 @@ from dist_ssn.sharing.train_beside import names_of, specs_of_kept, train_only
 from dist_ssn.torch_private import inside_compiled, storage_users
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_TINY_BANK = 8
-"""A weight from a bank with fewer elements is hardly more than one pattern of signs."""
+_TINY_BANK = 4
+"""A weight of fewer parameters is hardly more than one pattern of signs."""
 
 
 def share(
@@ -228,7 +228,7 @@ def _warn_of_missing_slots(
 
 
 def _warn_of_tiny_banks(plan: Plan) -> None:
-    tiny = [group for group in plan.groups if group.size < min(_TINY_BANK, group.numel)]
+    tiny = [group for group in plan.groups if group.parameters < min(_TINY_BANK, group.numel)]
     if tiny:
         first = min(tiny, key=lambda group: group.size)
         names = ", ".join(slot.name for slot in first.slots[:3])

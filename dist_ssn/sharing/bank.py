@@ -93,8 +93,7 @@ class Bank(BankArithmetic):
             alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(self.bank, "ds_id")
             if alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 return None
-            self(_ALL)
-            weights = per_step.made[lower].weights
+            weights = self(_ALL)
         return weights[index]
 
     def compile_all(self) -> None:

@@ -13,6 +13,7 @@ bank's weights and gradients are computed in float32, and rounded once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -154,12 +155,14 @@ class PerStep:
         self.numel = sum(placed.slot.numel for placed in slots)
         self.indices = frozenset(placed.index for placed in slots)
         self.forwards = 0
-        """Number of forwards of the model that run."""
+        """Number of forwards of the model that run. One that was interrupted, as by Ctrl-C, counts for ever."""
         self.made: dict[torch.dtype | None, _Made] = {}
-        """The weights of this forward, by the dtype of autocast; None outside of it."""
+        """The weights that were made last, by the dtype of autocast; None outside of it."""
         self.sheets: dict[torch.dtype | None, Sheet] = {}
         self._blocks: dict[tuple[torch.device, bool], list[Block]] = {}
         """By device, and whether autocast lowers some of them."""
+        self._lock = threading.RLock()
+        """Held while buffers are chosen and filled: forwards of several threads share them."""
 
     def suits(self, device: str) -> bool:
         """True unless the weights are to be small, and are not for this type of device."""
@@ -171,22 +174,26 @@ class PerStep:
         Args:
             device: type of the bank's device.
         """
-        if self.forwards == 0:
-            self.sheets = {lower: sheet for lower, sheet in self.sheets.items() if lower in self.made}
-            self.made = {}
-        if self.suits(device):
-            self.forwards += 1
-        else:
-            self.sheets = {}
+        with self._lock:
+            if self.forwards == 0:
+                self.sheets = {lower: sheet for lower, sheet in self.sheets.items() if lower in self.made}
+                self.made = {}
+            if self.suits(device):
+                self.forwards += 1
+            else:
+                self.sheets = {}
 
     def end(self) -> None:
         """A forward of the model has ended, perhaps by an exception."""
-        self.forwards = max(0, self.forwards - 1)
+        with self._lock:
+            self.forwards = max(0, self.forwards - 1)
 
     def current(
         self, lower: torch.dtype | None, graph: bool, tensors: Callable[[], Mapping[str, Tensor | None]]
     ) -> dict[int, Tensor] | None:
-        """The weights of this forward, or of the one that a backward recomputes, by slot; None if they are not made yet.
+        """The weights of the bank's present values, by slot; None if they are not made yet.
+
+        The values are compared at every read: a forward may train, exchange parameters (`functional_call`), or run beside another.
 
         Args:
             lower: dtype of autocast.
@@ -196,7 +203,7 @@ class PerStep:
         made = self.made.get(lower)
         if made is None or (graph and not made.has_graph):
             return None
-        return made.weights if self.forwards > 0 or made.values.are(tensors()) else None
+        return made.weights if made.values.are(tensors()) else None
 
     def make(
         self,
@@ -217,6 +224,20 @@ class PerStep:
             frozen: indices of the slots that send no gradient.
             bases: kept weights.
         """
+        with self._lock:
+            made = self.current(lower, graph, lambda: values.tensors)
+            return self._fill(values, name, lower, graph, frozen, bases) if made is None else made
+
+    def _fill(
+        self,
+        values: Values,
+        name: str,
+        lower: torch.dtype | None,
+        graph: bool,
+        frozen: Collection[int],
+        bases: Bases | None,
+    ) -> dict[int, Tensor]:
+        """Generates the weights in buffers that nobody reads; arguments as of `make`."""
         bank, gains = values.tensors["bank"], values.tensors["gains"]
         assert bank is not None
         self.made.pop(lower, None)

@@ -17,6 +17,8 @@ class Values(NamedTuple):
     """
 
     tensors: Mapping[str, Tensor | None]
+    memory: Mapping[str, Tensor]
+    """The parameters' memory at that time: `parameter.data = ...` gives a parameter another one."""
     versions: Mapping[str, int]
 
     @staticmethod
@@ -27,15 +29,22 @@ class Values(NamedTuple):
             parameters: by name.
             fixed: tensors that training does not change, by name. DDP may copy rank 0's into them at any time.
         """
-        return Values({**parameters, **(fixed or {})}, _versions(parameters))
+        # ZeRO-3 takes a parameter's memory away between forward and backward.
+        memory = {
+            name: p if hasattr(p, "ds_id") else p.detach()
+            for name, p in parameters.items()
+            if p is not None and not p.is_inference()
+        }
+        versions = {name: p._version for name, p in memory.items()}
+        return Values({**parameters, **(fixed or {})}, memory, versions)
 
     def are(self, parameters: Mapping[str, Tensor | None]) -> bool:
         """True if `parameters` are the same tensors, with the same values."""
         same = all(tensor is parameters[name] for name, tensor in self.tensors.items())
-        return same and self._unchanged()
+        return same and self._unchanged() and all(p.is_set_to(self.tensors[name]) for name, p in self.memory.items())  # type: ignore[arg-type]
 
     def checked(self, weight: str) -> Mapping[str, Tensor | None]:
-        """The tensors.
+        """The tensors, in the memory that they had.
 
         Raises:
             RuntimeError: one of them was written to after the read.
@@ -45,14 +54,10 @@ class Values(NamedTuple):
                 f"the bank of {weight} was modified in place between forward and backward, by an optimizer step perhaps: "
                 "its gradient would be wrong; call backward() first"
             )
-        return self.tensors
+        return {**self.tensors, **self.memory}
 
     def _unchanged(self) -> bool:
-        return _versions({name: self.tensors[name] for name in self.versions}) == self.versions
-
-
-def _versions(parameters: Mapping[str, Tensor | None]) -> dict[str, int]:
-    return {name: p._version for name, p in parameters.items() if p is not None and not p.is_inference()}
+        return all(p._version == self.versions[name] for name, p in self.memory.items())
 
 
 class WeightSource(Protocol):
