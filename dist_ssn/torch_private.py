@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel import distributed as ddp_source
 
@@ -95,10 +96,13 @@ _fx_traces = _fx_flag()
 
 
 def is_tracing() -> bool:
-    """True while torch.compile, a transform of torch.func or torch.fx traces; then only plain operations may run."""
+    """True while torch.compile, a transform of torch.func, forward-mode differentiation or torch.fx traces.
+
+    Then only plain operations may run.
+    """
     if torch.compiler.is_compiling() or (_transforms is not None and _transforms() is not None):
         return True
-    return _fx_traces()
+    return getattr(forward_ad, "_current_level", -1) >= 0 or _fx_traces()
 
 
 def builds_graph() -> bool:

@@ -24,7 +24,7 @@ from dist_ssn.sharing import part_check, walks
 from dist_ssn.sharing.parts import set_trained
 from dist_ssn.sharing.read_only import guarded, no_write
 from dist_ssn.sharing.registrations import watch_registrations
-from dist_ssn.sharing.scopes import AtHand, Scope, current_scope
+from dist_ssn.sharing.scopes import AtHand, Scope, current_scope, runs_torchs_code
 from dist_ssn.sharing.weight_source import WeightSource
 from dist_ssn.torch_private import assert_soon, is_tracing, leaves_out_recurrent_layers
 
@@ -219,7 +219,7 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
         mixin = _SharedRNN
     elif base.forward is nn.Embedding.forward:
         mixin = _SharedEmbedding
-    body: dict[str, Any] = {name: _weight_property(name) for name in names}
+    body: dict[str, Any] = {name: _weight_property(name, not runs_torchs_code(base)) for name in names}
     body |= {"_dist_ssn_base": base, "_dist_ssn_names": names, "__module__": base.__module__, "__doc__": base.__doc__}
     cls: Any = type(base.__name__, (mixin, base), body)
 
@@ -246,7 +246,14 @@ def _untraced(forward: Callable[..., Any]) -> Callable[..., Any]:
     return inside_or_outside
 
 
-def _weight_property(name: str) -> property:
+def _weight_property(name: str, may_write: bool) -> property:
+    """The weight `name` of a layer.
+
+    Args:
+        name: of the weight.
+        may_write: the layer's forward is not torch's, and might write to it.
+    """
+
     def read(layer: nn.Module) -> Tensor:
         source, index = layer.__dict__["_dist_ssn_slots"][name]
         if layer._parameters.get(name) is not None:  # put there by functional_call, for example
@@ -260,7 +267,8 @@ def _weight_property(name: str) -> property:
                 if weight is not None and weight.dtype != source.dtype:
                     weight = None  # lowered for its layer, and somebody else reads it
                 return guarded(source(index) if weight is None else weight, source.weight_name(index))
-            return scope.read(source, index) if weight is None else weight
+            weight = scope.read(source, index) if weight is None else weight
+            return guarded(weight, source.weight_name(index), inside=True) if may_write else weight
         except AttributeError as error:  # nn.Module.__getattr__ would turn it into "no attribute 'weight'"
             raise RuntimeError(f"generating {name} failed: {error}") from error
         except NameError as error:  # torch.fx does not find the bank

@@ -1,4 +1,4 @@
-"""`GeneratedWeight`: a layer's weight, read outside of the layer's forward. Reading is allowed, writing is an error.
+"""`GeneratedWeight`: a layer's weight, read outside of a forward of torch's own. Reading is allowed, writing is an error.
 
 A generated weight is a temporary tensor: values that `nn.init` or `weight.data.normal_()` writes to it would be lost silently.
 """
@@ -17,9 +17,11 @@ from dist_ssn.torch_private import without_torch_function
 
 
 class GeneratedWeight(Tensor):
-    """A weight that was read outside of its layer's forward: a temporary tensor that must not be written to."""
+    """A weight that a user's code has read: a temporary tensor that must not be written to."""
 
     _dist_ssn_name: str = ""
+    _dist_ssn_inside: bool = False
+    """Read in the forward of its layer."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,11 +32,13 @@ class GeneratedWeight(Tensor):
             written = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
         elif name.startswith("__i") and name[3:-2] in _IN_PLACE:
             written = args[0]
+        elif kwargs.get("max_norm") is not None and len(args) > 1:  # of an embedding
+            written = args[1]
         mine = next((a for a in (args[0] if foreach and args else args) if isinstance(a, GeneratedWeight)), None)
         with without_torch_function():
             for target in written if isinstance(written, (list, tuple)) else [written]:
                 if isinstance(target, GeneratedWeight) and name not in _HARMLESS:
-                    raise ShareError(no_write(target._dist_ssn_name))
+                    raise ShareError(no_write(target._dist_ssn_name, target._dist_ssn_inside))
             if name in _EXPORTS and mine is not None:
                 raise ShareError(
                     f"{mine._dist_ssn_name} is generated from a bank, so what is written through DLPack would be lost: export a "
@@ -68,6 +72,11 @@ class GeneratedWeight(Tensor):
             memo[id(self)] = copied = guarded(self.detach().as_subclass(Tensor).clone(), self._dist_ssn_name)
         return copied
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the values as an ordinary tensor, which torch loads without this package."""
+        with without_torch_function():
+            return self.detach().as_subclass(Tensor).__reduce_ex__(protocol)
+
 
 def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
     """`result`, with the tensors that share the weight's memory guarded like the weight."""
@@ -76,7 +85,7 @@ def _guard_views(result: Any, weight: GeneratedWeight) -> Any:
     if type(result) is not Tensor or result.layout is not torch.strided or not result.numel():
         return result
     same = result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-    return guarded(result, weight._dist_ssn_name) if same else result
+    return guarded(result, weight._dist_ssn_name, weight._dist_ssn_inside) if same else result
 
 
 _IN_PLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"}
@@ -87,16 +96,24 @@ OF_FRAMEWORKS = ("_dist_ssn", "_dynamo", "_is_hf_initialized")
 _HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
 
 
-def guarded(weight: Tensor, name: str) -> Tensor:
-    """The weight as a tensor that must not be written to; `name` is its name in error messages."""
+def guarded(weight: Tensor, name: str, inside: bool = False) -> Tensor:
+    """The weight as a tensor that must not be written to.
+
+    Args:
+        weight: as it was generated.
+        name: in error messages.
+        inside: it is read in the forward of its layer.
+    """
     result = weight.as_subclass(GeneratedWeight)
-    result._dist_ssn_name = name
+    result._dist_ssn_name, result._dist_ssn_inside = name, inside
     return result
 
 
-def no_write(name: str) -> str:
-    """The error message for a write to the weight `name`."""
-    return (
-        f"{name} is generated from a bank, so writing to it would be lost: initialize before share(), train the bank, "
-        "or write to materialize(model)"
-    )
+def no_write(name: str, inside: bool = False) -> str:
+    """The error message for a write to the weight `name`; arguments as of `guarded`."""
+    others = "initialize before share(), train the bank, or write to materialize(model)"
+    if inside:
+        others = (
+            "compute with a copy, as in F.linear(x, self.weight * mask), or keep the layer dense, share(exclude=...)"
+        )
+    return f"{name} is generated from a bank, so writing to it would be lost: {others}"

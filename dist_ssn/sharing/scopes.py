@@ -51,7 +51,9 @@ class Scope:
 
     def read(self, source: WeightSource, index: int) -> Tensor:
         """The weight `index` of a source, generated at its first read."""
-        dtype = autocast_dtype(source) if is_lowered(self.layer) else None
+        dtype = autocast_dtype(source)
+        if dtype is not None and not is_lowered(self.layer):
+            dtype = None
         key = (id(source), index, torch.is_grad_enabled(), dtype)
         if key not in self.weights:
             weight = self.weights[key] = source(index, dtype=dtype)
@@ -120,8 +122,14 @@ def _hooks(
 
 
 def is_lowered(layer: nn.Module) -> bool:
-    """True if autocast lowers the layer's weight."""
-    return isinstance(layer, _CAST) or type(layer).__name__ == "Conv1D"
+    """True if autocast lowers the layer's weight before anything else reads it."""
+    return (isinstance(layer, _CAST) and runs_torchs_code(layer)) or type(layer).__name__ == "Conv1D"
+
+
+def runs_torchs_code(layer: nn.Module | type[nn.Module]) -> bool:
+    """True if the layer's forward is torch's own, so that it is known what reads its weights."""
+    calls = (getattr(layer, name, None) for name in ("forward", "_conv_forward"))
+    return all(call is None or call.__module__.startswith("torch.") for call in calls)
 
 
 def current_scope() -> Scope | AtHand | None:
