@@ -74,8 +74,7 @@ def within_limit(recipe: Recipe, processes: int | None = None) -> tuple[Recipe, 
         least = min(options, key=lambda option: option.sent)
         raise RecipeError(
             f"sync.limit is {recipe.sync.limit}, and the least that {n} processes send with this recipe is "
-            f"{shown(least.sent)}/step ({_named(recipe, least)}): set sync.limit to that or more, a smaller share.budget, or a "
-            "longer period by sync.every"
+            f"{shown(least.sent)}/step ({_named(recipe, least)}): set sync.limit to that or more, {_ways_to_send_less(recipe)}"
         )
     best = min(kept, key=lambda option: (math.inf if option.loss is None else option.loss, -option.sent))
     if best.loss is None:
@@ -144,6 +143,21 @@ def vectors_of(recipe: Recipe) -> Iterator[tuple[float | None, str | None, float
         except UserError:  # the model has no plan of that size
             continue
         yield budget, BANK, budget, vector_with(plan, dense, specs)
+
+
+def _ways_to_send_less(recipe: Recipe) -> str:
+    """Settings by which a recipe would send less than all that its limit may choose, in words."""
+    sync = recipe.sync
+    ways = ["a smaller share.budget"]
+    if sync.codec not in ("none", CODECS[-1]):
+        ways.append(f"sync.codec {CODECS[-1]}")
+    period = PERIODS[-1] if sync.every is None else sync.every
+    assert period is not None
+    apart = recipe.steps - sync.warmup
+    if sync.warmup:
+        ways.append("a shorter sync.warmup")
+    ways.append("a longer period by sync.every" if period < apart else "more steps")
+    return f"{', '.join(ways[:-1])}, or {ways[-1]}"
 
 
 def _like(codec: str) -> str:

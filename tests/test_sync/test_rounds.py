@@ -206,6 +206,24 @@ def test_a_limit_that_nothing_keeps_says_the_least() -> None:
     assert chosen.sync.every == 50
 
 
+@pytest.mark.parametrize(
+    ("given", "ways"),
+    [
+        ({}, "a smaller share.budget, or a longer period by sync.every"),
+        ({"steps": "30", "schedule__warmup": "1"}, "a smaller share.budget, or more steps"),
+        ({"steps": "4", "schedule__warmup": "1", "sync__every": "100"}, "a smaller share.budget, or more steps"),
+        (
+            {"sync__codec": "int8", "sync__warmup": "9"},
+            "a smaller share.budget, sync.codec sparse, a shorter sync.warmup, or a longer period by sync.every",
+        ),
+    ],
+)
+def test_a_limit_that_nothing_keeps_says_only_what_helps(given: dict[str, str], ways: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        within_limit(_quickstart(sync__limit="1B/step", **given), processes=4)
+    assert str(caught.value).endswith(f": set sync.limit to that or more, {ways}")
+
+
 def test_a_limit_is_checked_before_processes_meet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")  # and no address to meet at
     with pytest.raises(RecipeError, match="the least that 4 processes send"):
