@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def run(given: argparse.Namespace, rest: list[str]) -> None:
         return show(recipe, given)
     if lonely := [name for name in ("workers", "compute", "calibrate") if getattr(given, name) is not None]:
         raise RecipeError(f"command line: --{lonely[0]} goes with --cluster=FILE")
+    _say_that_a_limit_is_open(recipe)
     made, left_out = _plan_of(recipe)
     if given.picture is not None:
         from dist_ssn.report.picture import draw_plan
@@ -53,6 +55,20 @@ def run(given: argparse.Namespace, rest: list[str]) -> None:
         print(made.to_json())
     else:
         _print(made, left_out, with_picture=given.picture is not None)
+
+
+def _say_that_a_limit_is_open(recipe: Recipe) -> None:
+    """Says that this plan is without what `sync.limit` chooses.
+
+    Raises:
+        RecipeError: the limit chooses the budget too, so there is no plan.
+    """
+    if recipe.sync.limit is None:
+        return
+    said = f"sync.limit {recipe.sync.limit} chooses for a number of processes, which --cluster=FILE gives"
+    if recipe.share.budget is None and recipe.share.plan is None:
+        raise RecipeError(f"{said}: add it, or a share.budget, such as --share.budget=10%")
+    print(f"dist-ssn: {said}: this is the plan whatever it chooses", file=sys.stderr)
 
 
 def _print(plan: Plan, left_out: Sequence[tuple[str, str]], with_picture: bool) -> None:

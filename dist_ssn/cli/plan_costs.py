@@ -11,12 +11,14 @@ from typing import Any
 
 from rich.console import Console
 
-from dist_ssn.cluster import load_cluster
+from dist_ssn.cluster import Cluster, load_cluster
 from dist_ssn.cost import alternatives, ladder_table
 from dist_ssn.cost.advice import advise, sentences
 from dist_ssn.cost.fabric import fabric_of
 from dist_ssn.cost.ladder import ladder_of
 from dist_ssn.cost.measured import Side
+from dist_ssn.errors import RecipeError
+from dist_ssn.train.limit import within_limit
 from dist_ssn.train.recipe.schema import Recipe
 
 
@@ -24,13 +26,14 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
     """Prints the costs, on rank 0.
 
     Args:
-        recipe: its model and batch size are what is costed
-        given: cluster, workers, compute, calibrate and json, as `dist-ssn plan` read them
+        recipe: its model and batch size are what is costed, with what its sync.limit chooses.
+        given: cluster, workers, compute, calibrate and json, as `dist-ssn plan` read them.
 
     Raises:
         UserError: the cluster, the recipe or an option is wrong.
     """
     cluster = load_cluster(given.cluster)
+    recipe, chosen = _within_limit(recipe, cluster)
     known, keep = (None if path is None else Path(path) for path in (given.compute, given.calibrate))
     measured = alternatives.measure_for(recipe, cluster, known=known, keep=keep)
     if measured is None:
@@ -53,7 +56,7 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
         crossover = advice.crossover_mbit if math.isfinite(advice.crossover_mbit) else None
         advised = {**vars(advice), "crossover_mbit": crossover}
         said = {"compute": compute, "ways": costs, "workers": workers, "engines": engines, "advice": advised}
-        said["ladder"] = ladder
+        said |= {"ladder": ladder, "chosen": chosen}
         print(json.dumps(said))
         return
     console = Console()
@@ -68,6 +71,7 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
     dense, shared = (recipe.steps * side.step(fabric).step for side in (measured.dense, measured.shared))
     last = f"{recipe.steps:,} steps take {_duration(dense)} dense, {_duration(shared)} shared."
     for sentence in (
+        *chosen,
         first,
         *([doubts] if doubts else []),
         *sentences(advice, fabric),
@@ -75,6 +79,20 @@ def show(recipe: Recipe, given: argparse.Namespace) -> None:
         ladder_table.limits(recipe.model),
     ):
         console.print(sentence, markup=False, highlight=False)
+
+
+def _within_limit(recipe: Recipe, cluster: Cluster) -> tuple[Recipe, list[str]]:
+    """The recipe with what its sync.limit chooses for a cluster's processes, and the sentences of `dist-ssn train` about it.
+
+    Raises:
+        RecipeError: nothing keeps the limit, or it chooses the dense model, beside which there is nothing to cost.
+    """
+    recipe, chosen = within_limit(recipe, cluster.nodes * alternatives.per_node(cluster))
+    if chosen and recipe.share.budget is None and recipe.share.plan is None:
+        raise RecipeError(
+            f"{chosen[0]}; the costs compare the dense model with a shared one: add a share.budget, such as --share.budget=10%"
+        )
+    return recipe, chosen
 
 
 def _range(side: Side) -> str:

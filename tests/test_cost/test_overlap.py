@@ -21,7 +21,9 @@ from dist_ssn.cost.overlap import Message, messages_of, predict
 from dist_ssn.cost.timeline import Timeline, measure_timeline
 from dist_ssn.engines import DDPEngine
 from dist_ssn.plan.overlap import Overlap, parse_overlap
+from dist_ssn.train.limit import within_limit
 from dist_ssn.train.models.gpt import build_gpt
+from dist_ssn.train.recipe.read import load_recipe
 from testing.ranks import run_ranks
 
 SLOW = Link(latency_us=1000, bandwidth_mbit=8)  # a byte a microsecond
@@ -151,3 +153,41 @@ def test_plan_with_a_cluster(capsys: pytest.CaptureFixture[str]) -> None:
         assert said in capsys.readouterr().err
     assert main([*arguments, "--share.budget=null", "--cluster=local"]) == 2
     assert "share.budget is null" in capsys.readouterr().err
+
+
+def test_plan_keeps_a_limit_as_training_does(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--model_args={layers: 1, width: 32, heads: 2, context: 32}", "--batch_size=8", "--threads=1"]
+    given = ["--config", "quickstart", *small, "--sync.limit=1kB/step"]
+    chosen, (said,) = within_limit(load_recipe("quickstart", given[2:]), processes=4)
+    assert main(["plan", *given, "--cluster=ethernet-1g", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    own = next(row for row in told["ladder"] if row["own"])
+    assert told["chosen"] == [said] and said.startswith(
+        "sync.limit 1kB/step: the recipe's own share.budget 10%, sync.every"
+    )
+    assert (own["every"], own["codec"]) == (chosen.sync.every, chosen.sync.codec)
+    assert own["bytes_per_step_ring"] <= 1000
+    assert main(["plan", *given, "--cluster=ethernet-1g"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *given]) == 0
+    assert (
+        "sync.limit 1kB/step chooses for a number of processes, which --cluster=FILE gives" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            [],
+            "sync.limit 1kB/step chooses for a number of processes, which --cluster=FILE gives: add it, or a share.budget",
+        ),
+        (["--cluster=ethernet-1g", "--sync.limit=9MB/step"], "sync.limit 9MB/step: dense, gradients on every step, "),
+        (["--cluster=ethernet-1g", "--sync.limit=1B/step"], "the least that 4 processes send with this recipe is"),
+    ],
+)
+def test_plan_of_a_limit_without_a_budget(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = "--model_args={layers: 1, width: 32, heads: 2, context: 32}"
+    given = ["plan", "--config=quickstart", small, "--sync.limit=1kB/step", "--share.budget=null", *options]
+    assert main(given) == 2
+    assert said in capsys.readouterr().err
