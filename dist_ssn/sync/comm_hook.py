@@ -19,6 +19,7 @@ from dist_ssn.sync.exchange import Exchange
 from dist_ssn.sync.routes import check_route
 from dist_ssn.sync.transport import GroupTransport, Transport
 from dist_ssn.sync.worker import Worker
+from dist_ssn.sync.wrapped_by import group_of, wrappers_of
 
 Key = tuple[tuple[int, int], ...]
 """A bucket: (number, size) of its parameters, by number."""
@@ -33,7 +34,7 @@ class CommHookState:
 
     Args:
         codec: a name in `CODECS`.
-        group: the process group that DDP has; None is the default one.
+        group: the process group that DDP has; None: it is found in the first backward.
         route: one of `routes.ROUTES`.
 
     Raises:
@@ -41,7 +42,9 @@ class CommHookState:
     """
 
     def __init__(self, codec: str, group: dist.ProcessGroup | None = None, route: str = "auto") -> None:
-        self.codec, self.group, self.route = find_codec(codec), group, route
+        self.codec, self.route = find_codec(codec), route
+        self._given, self._group = group, group
+        self._of_group: dict[int, Tensor] = {}  # parameters whose gradients are averaged over it, by id
         check_route(route, self.codec)
         self._worker = Worker()
         self._transport: Transport | None = None
@@ -53,12 +56,12 @@ class CommHookState:
 
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Averages a bucket's gradients over the ranks, beside backward."""
-        buffer = bucket.buffer()
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        self._find_group(parameters[0])
         if self.codec.is_exact:
-            mean = buffer.div_(dist.get_world_size(self.group))
-            work: Any = dist.all_reduce(mean, group=self.group, async_op=True)
+            mean = buffer.div_(dist.get_world_size(self._group))
+            work: Any = dist.all_reduce(mean, group=self._group, async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
-        parameters = bucket.parameters()
         sizes = [parameter.numel() for parameter in parameters]
         if sum(sizes) != buffer.numel():
             raise UserError(
@@ -66,7 +69,7 @@ class CommHookState:
             )
         numbers = [self._number(parameter) for parameter in parameters]
         if self._transport is None:
-            transport = GroupTransport(self.group)
+            transport = GroupTransport(self._group)
             # On CUDA the collectives run in order on a stream anyway; on CPU they get a thread and an order of their own.
             self._transport = transport if buffer.is_cuda else transport.twin()
         if buffer.is_cuda:
@@ -96,6 +99,18 @@ class CommHookState:
 
     def __reduce__(self) -> Any:
         raise UserError("a comm_hook's state cannot be pickled or copied: save its state_dict(), on each rank")
+
+    def _find_group(self, parameter: Tensor) -> None:
+        """Finds the process group of the DDP that has this parameter, at the first sight of it."""
+        if id(parameter) in self._of_group:
+            return
+        wrappers = wrappers_of(parameter)
+        group = group_of(wrappers, parameter, self._given)
+        if self._group is None:
+            self._group = group
+        elif dist.get_process_group_ranks(group) != dist.get_process_group_ranks(self._group):
+            raise UserError("one comm_hook serves models of one process group: make a comm_hook for each model")
+        self._of_group |= {id(own): own for own in (parameter, *(own for ddp in wrappers for own in ddp.parameters()))}
 
     def _number(self, parameter: Tensor) -> int:
         if id(parameter) not in self._numbers:
@@ -150,7 +165,7 @@ def comm_hook(
 
     Args:
         codec: a name in `dist_ssn.sync.codecs.CODECS`.
-        group: the process group that DDP has; None is the default one.
+        group: the process group that DDP has; None: it is found in the first backward.
         route: see `dist_ssn.sync.routes`.
 
     Returns:

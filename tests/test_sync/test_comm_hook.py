@@ -62,12 +62,13 @@ class Run:
         self, codec: str | None, *, start: nn.Module | None = None, bucket: float = 0.04, **options: Any
     ) -> None:
         route, dtype = options.pop("route", "auto"), options.pop("dtype", torch.float32)
+        group = options.pop("group", None)
         model = Net(unused="find_unused_parameters" in options) if start is None else copy.deepcopy(start)
         self.model = model.to(dtype)
         self.ddp = DistributedDataParallel(self.model, bucket_cap_mb=bucket, **options)
         self.state: Any = None
         if codec is not None:
-            self.state, hook = dist_ssn.comm_hook(codec, route=route)
+            self.state, hook = dist_ssn.comm_hook(codec, group=group, route=route)
             self.ddp.register_comm_hook(self.state, hook)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
 
@@ -232,6 +233,57 @@ def test_the_hook() -> None:
     for twice, differ in (rank["wrong"] for rank in ranks):
         assert "register_comm_hook" in twice
         assert "the ranks' exchanges differ: rank 0 has" in differ
+
+
+def _islands(rank: int, n: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Values after some steps of DDP over ranks {0, 1} and {2, 3}, and what is said of wrong groups."""
+    islands = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine, data = islands[rank // 2], batches(rank)[:3]
+    run = Run("int8", process_group=mine).steps(data)
+    found = {
+        "plain": Run(None, process_group=mine).steps(data).values(),
+        "none": Run("none", process_group=mine).steps(data).values(),
+        "int8": run.values(),
+        "given": Run("int8", process_group=mine, group=mine).steps(data).values(),
+    }
+    said = []
+    other = Run("int8", group=dist.group.WORLD, process_group=mine)
+    with pytest.raises(UserError) as error:
+        other.steps(data[:1])
+    said.append(str(error.value))
+    everywhere = Run(None)
+    everywhere.ddp.register_comm_hook(run.state, dist_ssn.comm_hook("int8")[1])
+    with pytest.raises(UserError) as error:
+        everywhere.steps(data[:1])
+    said.append(str(error.value))
+    inner = Run("int8", process_group=mine)
+    around = DistributedDataParallel(inner.model)
+    with pytest.raises(UserError) as error:
+        inner.steps(data[:1])
+    said.append(str(error.value))
+    del around
+    return found, said
+
+
+@pytest.mark.distributed
+def test_gradients_are_averaged_over_the_process_group_of_ddp() -> None:
+    ranks = run_ranks(_islands, 4)
+    for rank, (found, _) in enumerate(ranks):
+        for what, values in found.items():
+            assert torch.equal(values, ranks[rank ^ 1][0][what]), what
+            assert not torch.equal(values, ranks[rank ^ 2][0][what]), what
+        assert torch.equal(found["none"], found["plain"]) and torch.equal(found["int8"], found["given"])
+        torch.testing.assert_close(found["int8"], found["plain"], rtol=0, atol=1e-3)
+    wrong, shared, several = ranks[0][1]
+    assert wrong == (
+        "comm_hook was given a process group of ranks [0, 1, 2, 3], and the DistributedDataParallel of last.weight has one of "
+        "ranks [0, 1]: leave group out"
+    )
+    assert shared == "one comm_hook serves models of one process group: make a comm_hook for each model"
+    assert several == (
+        "last.weight is in several DistributedDataParallels, of ranks [0, 1] and [0, 1, 2, 3]: give comm_hook group=, the process "
+        "group of the one with the hook"
+    )
 
 
 def test_an_unknown_codec_is_said_before_anything_starts() -> None:
