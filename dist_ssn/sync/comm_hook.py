@@ -19,7 +19,7 @@ from dist_ssn.sync.exchange import Exchange
 from dist_ssn.sync.routes import check_route
 from dist_ssn.sync.transport import GroupTransport, Transport
 from dist_ssn.sync.worker import Worker
-from dist_ssn.sync.wrapped_by import group_of, wrappers_of
+from dist_ssn.sync.wrapped_by import group_of, name_in, wrappers_of
 
 Key = tuple[tuple[int, int], ...]
 """A bucket: (number, size) of its parameters, by number."""
@@ -62,10 +62,16 @@ class CommHookState:
             mean = buffer.div_(dist.get_world_size(self._group))
             work: Any = dist.all_reduce(mean, group=self._group, async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
-        sizes = [parameter.numel() for parameter in parameters]
+        if buffer.layout != torch.strided:
+            raise UserError(
+                f"comm_hook: {_name(parameters[0])} has sparse gradients, which codec {self.codec.name!r} does not take: make its "
+                "layer with sparse=False, or take codec 'none'"
+            )
+        sizes = [_values(parameter) for parameter in parameters]
         if sum(sizes) != buffer.numel():
             raise UserError(
-                f"comm_hook: bucket {bucket.index()} has {buffer.numel()} values, but its parameters have {sum(sizes)}"
+                f"comm_hook: a bucket of {buffer.numel()} values has parameters of {sum(sizes)}, the first is "
+                f"{_name(parameters[0])}: take codec 'none'"
             )
         numbers = [self._number(parameter) for parameter in parameters]
         if self._transport is None:
@@ -158,8 +164,8 @@ def comm_hook(
 ) -> tuple[CommHookState, Callable[[CommHookState, GradBucket], torch.futures.Future[Tensor]]]:
     """A communication hook that sends gradients in a codec, with error feedback: `model.register_comm_hook(*comm_hook("int8"))`.
 
-    Parameters of fewer than 4,096 values have slices of their own, of at least 4 bits. Gradients of any floating-point type are
-    coded as float32; with codec "none" they are summed in their own type. All ranks get the same bits.
+    Parameters of fewer than 4,096 values have slices of their own, of at least 4 bits. Gradients of any floating-point or
+    complex type are coded as float32; with codec "none" they are summed in their own type. All ranks get the same bits.
 
     With a loss scale, what was not sent keeps the scale at which it was computed.
 
@@ -175,6 +181,15 @@ def comm_hook(
         UserError: there is no such codec or route.
     """
     return CommHookState(codec, group, route), CommHookState.reduce
+
+
+def _values(parameter: Tensor) -> int:
+    """Number of values of a parameter in DDP's bucket, which has complex ones as real and imaginary parts."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
+def _name(parameter: Tensor) -> str:
+    return name_in(wrappers_of(parameter), parameter)
 
 
 def _torch_future(handed: Future) -> torch.futures.Future[Tensor]:

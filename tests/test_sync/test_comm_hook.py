@@ -235,6 +235,62 @@ def test_the_hook() -> None:
         assert "the ranks' exchanges differ: rank 0 has" in differ
 
 
+class Phases(nn.Module):
+    """Complex parameters beside real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.real, self.phases = nn.Linear(64, 8), nn.Parameter(torch.randn(80, 8, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.real(x) * self.phases.mean(0).abs()
+
+
+class Words(nn.Module):
+    """An embedding with sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.last = nn.Embedding(10, 8, sparse=True), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.words(x[:, 0].abs().long() % 10))
+
+
+def _kinds_of_gradients(rank: int, n: int) -> tuple[dict[str, dict[str | None, Tensor]], str]:
+    """Gradients of one step by codec, and what is said of those that cannot be coded."""
+    batch, found = batches(rank)[0], {}
+    for kind, codecs in ((Phases, (None, "none", "int8")), (Words, (None, "none"))):
+        found[kind.__name__] = {}
+        for codec in codecs:
+            ddp = DistributedDataParallel(kind())
+            if codec is not None:
+                ddp.register_comm_hook(*dist_ssn.comm_hook(codec))
+            loss_of(ddp, batch).backward()
+            gradients = [p.grad.to_dense() for p in ddp.parameters() if p.grad is not None]
+            found[kind.__name__][codec] = torch.cat([g.cfloat().flatten() for g in gradients])
+    ddp = DistributedDataParallel(Words())
+    ddp.register_comm_hook(*dist_ssn.comm_hook("int8"))
+    with pytest.raises(UserError) as error:
+        loss_of(ddp, batch).backward()
+    return found, str(error.value)
+
+
+@pytest.mark.distributed
+def test_complex_gradients_are_coded_and_sparse_ones_refused() -> None:
+    for found, said in run_ranks(_kinds_of_gradients, 2):
+        for gradients in found.values():
+            assert torch.equal(gradients["none"], gradients[None])
+        plain, coded = found["Phases"][None], found["Phases"]["int8"]
+        assert plain.imag.norm() > 0 and 0 < (coded - plain).norm() < 0.02 * plain.norm()
+        assert said == (
+            "comm_hook: words.weight has sparse gradients, which codec 'int8' does not take: make its layer with sparse=False, or "
+            "take codec 'none'"
+        )
+
+
 def _islands(rank: int, n: int) -> tuple[dict[str, Tensor], list[str]]:
     """Values after some steps of DDP over ranks {0, 1} and {2, 3}, and what is said of wrong groups."""
     islands = [dist.new_group([0, 1]), dist.new_group([2, 3])]
