@@ -13,16 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import GradBucket  # pyright: ignore[reportPrivateImportUsage]
 
-from dist_ssn.errors import CheckpointError, UserError
+from dist_ssn.errors import UserError
 from dist_ssn.sync.codecs import SLICE, find_codec
 from dist_ssn.sync.exchange import Exchange
+from dist_ssn.sync.hook_state import Key, buckets_of, check_numbers
 from dist_ssn.sync.routes import check_route
 from dist_ssn.sync.transport import GroupTransport, Transport
 from dist_ssn.sync.worker import Worker
 from dist_ssn.sync.wrapped_by import group_of, name_in, wrappers_of
-
-Key = tuple[tuple[int, int], ...]
-"""A bucket: (number, size) of its parameters, by number."""
 
 
 class CommHookState:
@@ -53,6 +51,7 @@ class CommHookState:
         self._exchanges: dict[Key, Exchange] = {}
         self._moved: dict[int, Tensor] = {}  # what was not sent of parameters whose bucket is no more
         self._loaded: list[tuple[Key, dict[str, Any]]] = []  # not in use yet
+        self._sizes_loaded: dict[int, int] = {}  # by number, until a backward has compared them
 
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Averages a bucket's gradients over the ranks, beside backward."""
@@ -78,6 +77,8 @@ class CommHookState:
             transport = GroupTransport(self._group)
             # On CUDA the collectives run in order on a stream anyway; on CPU they get a thread and an order of their own.
             self._transport = transport if buffer.is_cuda else transport.twin()
+        if self._sizes_loaded:
+            self._take_loaded(bucket, numbers, sizes)
         if buffer.is_cuda:
             done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[buffer.device])
             done.set_result(self._average(buffer, numbers, sizes))
@@ -93,15 +94,13 @@ class CommHookState:
         """Continues with what was not sent; a state of another rank, or of another number of ranks, starts at zero and warns.
 
         Raises:
-            CheckpointError: the state is of another codec.
+            CheckpointError: the state is of another codec, or it is damaged; the next backward raises it for a state of another
+                model.
         """
-        if state.get("codec") != self.codec.name:
-            raise CheckpointError(
-                f"this hook has codec {self.codec.name!r}, but the state that it is given has {state.get('codec')!r}"
-            )
+        self._loaded = buckets_of(state, self.codec)
+        self._sizes_loaded = {number: size for key, _ in self._loaded for number, size in key}
         self._exchanges.clear()
         self._moved.clear()
-        self._loaded = [(tuple((number, size) for number, size in key), part) for key, part in state["buckets"]]
 
     def __reduce__(self) -> Any:
         raise UserError("a comm_hook's state cannot be pickled or copied: save its state_dict(), on each rank")
@@ -124,6 +123,18 @@ class CommHookState:
             self._parameters.append(parameter)
         return self._numbers[id(parameter)]
 
+    def _take_loaded(self, bucket: GradBucket, numbers: Sequence[int], sizes: Sequence[int]) -> None:
+        """Compares what was loaded with this bucket, and takes it into use; until the end of the first backward."""
+        for parameter, number, size in zip(bucket.parameters(), numbers, sizes, strict=True):
+            if self._sizes_loaded.get(number) != size:
+                check_numbers(self._sizes_loaded, number, size, _name(parameter))
+        while self._loaded:
+            old, state = self._loaded.pop()
+            self._exchanges[old] = self._made(old)
+            self._exchanges[old].load_state_dict(state)
+        if bucket.is_last():
+            self._sizes_loaded.clear()
+
     def _average(self, buffer: Tensor, numbers: Sequence[int], sizes: Sequence[int]) -> Tensor:
         """Replaces the buffer's gradients by means; parameters are coded in the order of their numbers."""
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
@@ -135,10 +146,6 @@ class CommHookState:
         return buffer
 
     def _exchange_of(self, key: Key, device: torch.device) -> Exchange:
-        while self._loaded:
-            old, state = self._loaded.pop()
-            self._exchanges[old] = self._made(old)
-            self._exchanges[old].load_state_dict(state)
         if key not in self._exchanges:
             numbers = {number for number, _ in key}
             for old in [old for old in self._exchanges if numbers.intersection(number for number, _ in old)]:

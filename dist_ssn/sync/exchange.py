@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -164,24 +164,37 @@ class Exchange:
         warns.
 
         Raises:
-            CheckpointError: the state is of another vector or codec.
+            CheckpointError: the state is of another vector or codec, or damaged. Nothing is loaded then.
         """
         self._finish()
-        facts = self._facts()
-        for name in ("size", "codec", "plain"):
-            if state.get(name) != facts[name]:
-                raise CheckpointError(
-                    f"this exchange has {name} {facts[name]!r}, but the state that it is given has {state.get(name)!r}"
-                )
-        kept = state["kept"]
+        check_feedback(state)
+        facts, kept = self._facts(), state["kept"]
+        if state["codec"] != self.codec.name:
+            raise CheckpointError(
+                f"what was not sent yet is of codec {state['codec']!r}, and the codec is {self.codec.name!r} now: give codec "
+                f"{state['codec']!r}"
+            )
+        if state["size"] != self.size:
+            raise CheckpointError(
+                f"what was not sent yet is of another model: {state['size']} values, and there are {self.size} here"
+            )
+        if state["plain"] != facts["plain"]:
+            raise CheckpointError(
+                "what was not sent yet is of another model: its gains, biases and norms have other places or sizes"
+            )
         if any(state[name] != facts[name] for name in ("ranks", "rank", "route")):
             warnings.warn(
                 f"error feedback starts at zero: the state is of rank {state['rank']} of {state['ranks']} ({state['route']}), "
                 f"and this is rank {self.rank} of {self.ranks} ({self.route})",
                 stacklevel=2,
             )
-            kept = [None] * len(kept)
+            kept = [None] * 2 * len(self._lanes)
         places = [feedback for lane in self._lanes for feedback in (lane.of_values, lane.of_mean)]
+        sizes = [size for lane in self._lanes for size in (lane.size, lane.own.stop - lane.own.start)]
+        if len(kept) != len(sizes) or not all(map(_is_kept, kept, sizes)):
+            raise CheckpointError(
+                f"what was not sent yet is damaged: kept must be float32 of {sizes} values, or None each"
+            )
         for feedback, tensor in zip(places, kept, strict=True):
             feedback.kept = None if tensor is None else tensor.clone()
 
@@ -280,6 +293,22 @@ class Exchange:
             if text != texts[0]:
                 raise UserError(f"the ranks' exchanges differ: rank 0 has {texts[0]}, and rank {rank} has {text}")
         self._compared = True
+
+
+def check_feedback(state: object) -> None:
+    """Checks that this is a state of an exchange, whatever it is of.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if not isinstance(state, Mapping) or not isinstance(state.get("kept"), list):
+        raise CheckpointError("what was not sent yet is damaged: it must be the state_dict() of an exchange")
+    if missing := [name for name in ("size", "codec", "route", "plain", "ranks", "rank") if name not in state]:
+        raise CheckpointError(f"what was not sent yet is damaged: it has no {missing[0]}")
+
+
+def _is_kept(kept: object, size: int) -> bool:
+    return kept is None or (isinstance(kept, Tensor) and kept.dtype == torch.float32 and kept.shape == (size,))
 
 
 def _stretches(plain: Sequence[slice], size: int, smaller: bool) -> list[tuple[int, bool]]:

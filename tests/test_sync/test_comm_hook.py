@@ -169,7 +169,9 @@ def _checkpoints(rank: int, n: int) -> None:
         assert torch.equal(whole.values(), resumed.values()), codec
         assert not torch.equal(whole.values(), without.values()), codec
     other = Run("int8")
-    with pytest.raises(CheckpointError, match="this hook has codec 'int8', but the state that it is given has 'bins2'"):
+    with pytest.raises(
+        CheckpointError, match="of codec 'bins2', and this hook has 'int8': make the hook with the state's"
+    ):
         other.state.load_state_dict(saved)
     with pytest.raises(UserError, match=r"save its state_dict\(\), on each rank"):
         pickle.dumps(other.state)
@@ -340,6 +342,64 @@ def test_gradients_are_averaged_over_the_process_group_of_ddp() -> None:
         "last.weight is in several DistributedDataParallels, of ranks [0, 1] and [0, 1, 2, 3]: give comm_hook group=, the process "
         "group of the one with the hook"
     )
+
+
+def _other_models(rank: int, n: int) -> list[str]:
+    data, said = batches(rank), []
+    saved = Run("int8").steps(data[:2]).state.state_dict()
+    smaller = {**saved, "buckets": saved["buckets"][:1]}
+    wider = Net()
+    wider.middle, wider.last = nn.Linear(128, 144), nn.Linear(144, 8)
+    spoiled = copy.deepcopy(saved)
+    spoiled["buckets"][0][1]["kept"][0] = torch.zeros(3)
+    for state, model in ((saved, wider), (smaller, None), (spoiled, None)):
+        run = Run("int8", start=model)
+        run.state.load_state_dict(state)
+        with pytest.raises(CheckpointError) as error:
+            run.steps(data[:1])
+        said.append(str(error.value))
+    run = Run("int8", start=wider)
+    with pytest.raises(CheckpointError):
+        run.state.load_state_dict({**saved, "codec": "int4"})
+    run.steps(data[:2])  # nothing was loaded
+    return said
+
+
+@pytest.mark.distributed
+def test_a_state_of_another_model_is_said_in_the_first_backward() -> None:
+    for wider, smaller, spoiled in run_ranks(_other_models, 2):
+        assert wider == (
+            "the state of comm_hook is of another model: in the place of last.weight, which has 1,152 values, it has 1,024 values; "
+            "load the state that was saved with this model, or go on without it, with feedback at zero"
+        )
+        assert "which has" in smaller and "values, it has none; load the state" in smaller
+        assert spoiled.startswith("what was not sent yet is damaged: kept must be float32 of")
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (
+            None,
+            "this is no state of comm_hook, but of type NoneType: load what its state_dict() returned, on each rank",
+        ),
+        ({}, "this is no state of comm_hook, but of type dict"),
+        ({"codec": "int8"}, "this is no state of comm_hook, but of type dict"),
+        ({"codec": "int8", "buckets": 3}, "the state of comm_hook is damaged: buckets must be a list"),
+        ({"codec": "int8", "buckets": [3]}, "the state of comm_hook is damaged: bucket 0 must be (number, size)"),
+        (
+            {"codec": "int8", "buckets": [([(0, 4)], {})]},
+            "what was not sent yet is damaged: it must be the state_dict()",
+        ),
+        ({"codec": "int8", "buckets": [([(0, "4")], {"kept": []})]}, "the state of comm_hook is damaged: bucket 0"),
+        ({"codec": "int8", "buckets": [([(0, 4)], {"kept": []})]}, "what was not sent yet is damaged: it has no size"),
+    ],
+)
+def test_what_is_no_state_is_said(state: Any, said: str) -> None:
+    hook, _ = dist_ssn.comm_hook("int8")
+    with pytest.raises(CheckpointError) as error:
+        hook.load_state_dict(state)
+    assert str(error.value).startswith(said)
 
 
 def test_an_unknown_codec_is_said_before_anything_starts() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,9 +121,19 @@ def _states(rank: int, n: int) -> None:
         other.load_state_dict({**state, "ranks": n + 1})
     assert [str(warning.message).partition(":")[0] for warning in seen] == ["error feedback starts at zero"] * 2
     assert not other.unsent().any()
-    for wrong in ({"size": 3}, {"codec": "int8"}, {"plain": []}):
-        with pytest.raises(CheckpointError, match=f"this exchange has {next(iter(wrong))}"):
+    kept = other.state_dict()["kept"]
+    for wrong, said in (
+        ({"size": 3}, f"what was not sent yet is of another model: 3 values, and there are {SIZE} here"),
+        ({"codec": "int8"}, "of codec 'int8', and the codec is 'sparse' now: give codec 'int8'"),
+        ({"plain": []}, "of another model: its gains, biases and norms have other places or sizes"),
+        ({"kept": None}, "damaged: it must be the state_dict"),
+        ({"kept": kept[1:]}, "damaged: kept must be float32"),
+        ({"kept": [torch.zeros(3), *kept[1:]]}, "damaged: kept must be float32"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(said)):
             other.load_state_dict({**state, **wrong})
+    with pytest.raises(CheckpointError, match="damaged: it has no size"):
+        other.load_state_dict({"kept": []})
 
 
 def _wrong_use(rank: int, n: int) -> dict[str, str]:
