@@ -21,6 +21,7 @@ from dist_ssn.sync.local_updates import LocalUpdates
 from dist_ssn.sync.outer import OUTER
 from dist_ssn.train.checkpoint.folder import checkpoints
 from dist_ssn.train.checkpoint.packed import pack, unpack
+from dist_ssn.train.checkpoint.parts import read_state
 from dist_ssn.train.loop import train
 from dist_ssn.train.ranks import agreement as agreements
 from dist_ssn.train.recipe.schema import Recipe
@@ -142,6 +143,34 @@ def _fewer_processes_go_on(made: Recipe, saved: Path) -> None:
     shutil.rmtree(saved.parents[2] / "without" / "checkpoints" / "step-00000012")
     train(replace(without, steps=10), progress=False)
     assert train(replace(without, sync=SyncConfig(every=2)), progress=False).row["history"][-1]["step"] == 12
+
+
+def test_a_run_goes_on_with_the_settings_of_its_recipe(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the outer optimizer's settings were in the checkpoint; only the codec must be the same."""
+    made = recipe(tmp_path, sync=SyncConfig(every=3, codec="int4"), checkpoint=CheckpointConfig(every=4), steps=8)
+    train(made, progress=False)
+    going = replace(made, steps=12, checkpoint=CheckpointConfig(resume=True))
+    with pytest.raises(CheckpointError) as caught:
+        train(replace(going, sync=SyncConfig(every=3, codec="int8")), progress=False)
+    assert str(caught.value) == (
+        f"the checkpoint {tmp_path}/small/checkpoints/step-00000008: what its rounds have not sent yet is in the codec int4, and "
+        "sync.codec is int8: set sync.codec=int4"
+    )
+    found = []
+    for steps, sync in ((10, SyncConfig(every=2, codec="int4", outer="average")), (12, made.sync)):
+        train(replace(going, steps=steps, sync=sync))
+        saved = checkpoints(tmp_path / "small" / "checkpoints")[-1]
+        (group,) = read_state(saved, 1, 0)[0]["outer"]["param_groups"]
+        found.append((group["lr"], group["momentum"], group["nesterov"]))
+    assert found == [(1.0, 0, False), (0.7, 0.6, True)]
+    assert not [str(one.message) for one in recwarn if "settings" in str(one.message)]
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "it goes on with other settings than before:" in said
+        and "sync.every was 3 and is 2; sync.outer was nesterov" in said
+    )
 
 
 def _damage_is_named(made: Recipe, saved: Path) -> None:

@@ -109,8 +109,8 @@ def save(
 def load(path: str | os.PathLike[str], *, engine: Engine, plan: Plan | None) -> State:
     """Loads a checkpoint into the model and optimizer of `engine`; if anything does not fit, nothing is loaded.
 
-    Number of ranks and engine may differ from those that wrote it. The optimizer's tensors are restored; its settings (learning
-    rates, weight decay) stay, because the caller's recipe sets them.
+    Number of ranks and engine may differ from those that wrote it. The tensors of the optimizer, and of the outer one of local
+    updates, are restored; their settings (learning rates, weight decay) stay, because the caller's recipe sets them.
 
     Args:
         path: a checkpoint, or a folder of checkpoints, of which the newest is loaded.
@@ -205,6 +205,10 @@ def _restore_local(local: LocalUpdates, state: dict[str, Any] | None, step: int,
     if state is None:
         return local.restart(step)
     try:
+        _check_codec(local, state)
+        # As of the optimizer, only tensors are restored. The caller compares recipes and says which settings differ.
+        state["outer"]["param_groups"] = local.outer.state_dict()["param_groups"]
+        state["settings"] = {}
         local.load_state_dict(state)
     except CheckpointError as error:
         raise CheckpointError(f"the checkpoint {path}: {error}") from None
@@ -212,6 +216,14 @@ def _restore_local(local: LocalUpdates, state: dict[str, Any] | None, step: int,
         raise Damaged(
             f"the checkpoint {path} is damaged: the state of local updates is malformed ({describe(error)}){remedy(path)}"
         ) from None
+
+
+def _check_codec(local: LocalUpdates, state: dict[str, Any]) -> None:
+    saved, mine = state["feedback"]["codec"], local.exchange.codec.name
+    if saved != mine:
+        raise CheckpointError(
+            f"what its rounds have not sent yet is in the codec {saved}, and sync.codec is {mine}: set sync.codec={saved}"
+        )
 
 
 def _put(model: nn.Module, values: Mapping[str, Any], path: Path) -> None:
