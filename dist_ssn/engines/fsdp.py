@@ -82,6 +82,9 @@ class FSDPEngine(Engine):
                     dist.broadcast(tensor.detach(), src=0)
             # Trap: resharding after forward would empty the banks, from which backward makes each weight again.
             fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=mp_policy or MixedPrecisionPolicy())
+            assert isinstance(model, FSDPModule)
+            # PyTorch 2.8's gloo takes the mean of float32 and 16-bit gradients for their sum.
+            model.set_force_sum_reduction_for_comms(True)
         return model
 
     @contextmanager
