@@ -134,16 +134,20 @@ def find_specs(
     _check_model(model)
     wanted, unwanted = as_list("include", include), as_list("exclude", exclude)
     selectors = {*wanted, *unwanted}
-    globs = [
-        selector for selector in selectors if isinstance(selector, str) and any(sign in selector for sign in "*?[")
-    ]
     modules = dict(model.named_modules(remove_duplicate=False))
+    parameters = _parameters(modules)
+    names = modules.keys() | {place.name for places in parameters.values() for place in places}
+    globs = [
+        selector
+        for selector in selectors - names  # what is a name is no glob, such as "heads.task[0]"
+        if isinstance(selector, str) and any(sign in selector for sign in "*?[")
+    ]
     weights: list[LayerSpec] = []
     left_out: list[tuple[str, str]] = []
     kinds: dict[tuple[torch.dtype, torch.device], str] = {}
     used: set[Any] = set()
     own = 0
-    for parameter, places in _parameters(modules).items():
+    for parameter, places in parameters.items():
         selected = selected_by(selectors, globs, [place.name for place in places], modules)
         used |= selected
         reason = _reason_to_leave(parameter, places, frozen)

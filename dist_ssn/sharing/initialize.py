@@ -21,8 +21,8 @@ def initialize(model: nn.Module, stds: Mapping[str, float] | None = None) -> nn.
 
     Args:
         model: shared, with storage.
-        stds: glob over the weights' names → initial standard deviation, for weights whose initializer draws otherwise than `share`
-            has assumed on the meta device; the first glob that matches applies.
+        stds: a weight's name, or a glob over names → initial standard deviation, for weights whose initializer draws otherwise than
+            `share` has assumed on the meta device; the first entry that matches applies.
 
     Returns:
         The model.
@@ -37,18 +37,17 @@ def initialize(model: nn.Module, stds: Mapping[str, float] | None = None) -> nn.
         raise ShareError(f"{type(model).__name__} is on 'meta': call model.to_empty(device=…) first")
     names = [slot.name for bank in banks for slot in bank.group.slots]
     for glob, std in (stds or {}).items():
-        if not fnmatch.filter(names, glob):
+        if not any(_is_named(name, glob) for name in names):
             raise ShareError(f"{glob!r} matches no weight: the weights are {', '.join(names[:3])}, …")
         if not 0 < std < math.inf:
             raise ShareError(f"the standard deviation of {glob!r} is {std}: it must be a number above 0")
-    found = {
-        name: std
-        for name in names
-        for glob, std in reversed([*(stds or {}).items()])
-        if fnmatch.fnmatchcase(name, glob)
-    }
+    found = {name: std for name in names for glob, std in reversed([*(stds or {}).items()]) if _is_named(name, glob)}
     for bank in banks:
         scales = tuple(bank.scales.tolist())
         is_changed = any(slot.name in found for slot in bank.group.slots)
         bank.reset_parameters(changed_scales(bank.group, scales, found) if is_changed else None)
     return model
+
+
+def _is_named(name: str, glob: str) -> bool:
+    return name == glob or fnmatch.fnmatchcase(name, glob)

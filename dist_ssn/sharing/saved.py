@@ -105,9 +105,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         CheckpointError: the file cannot be written.
     """
     model = _inside(model)
-    banks = _kept_banks(model)
-    named = set(banks.trained_whole)  # also where they are frozen now, as before an export
-    trained = {n: p for n, p in model.named_parameters() if (p.requires_grad or n in named) and not _is_of(banks, p)}
+    banks = _kept_banks(model, "torch.save(model.state_dict(), file) saves it")
+    whole = _trained_whole(model, banks)
+    trained = {
+        n: p for n, p in model.named_parameters() if (p.requires_grad or id(p) in whole) and not _is_of(banks, p)
+    }
     tensors = {f"bank/{name}": tensor for name, tensor in _state(banks).items()}
     tensors |= {f"own/{name}": tensor for name, tensor in {**trained, **_buffers(model, banks)}.items()}
     if sharded := [name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")]:
@@ -243,6 +245,16 @@ def _kept_banks(model: nn.Module, remedy: str = "torch.save(model.state_dict(), 
     if len(sets) != 1 or not sets[0].plan.keep:
         raise ShareError(f"{type(model).__name__} is not shared as a whole with keep=True: {remedy}")
     return sets[0]
+
+
+def _trained_whole(model: nn.Module, banks: BankSet) -> set[int]:
+    """Parameters that `train=` named, by id: they are saved also where they are frozen now, as before an export."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if lost := [name for name in banks.trained_whole if name not in parameters]:
+        raise ShareError(
+            f"{lost[0]} was trained whole, and {type(model).__name__} does not have it any more: save before layers are replaced"
+        )
+    return {id(parameters[name]) for name in banks.trained_whole}
 
 
 def _is_of(banks: BankSet, parameter: nn.Parameter) -> bool:

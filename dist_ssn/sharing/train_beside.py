@@ -35,19 +35,22 @@ def specs_of_kept(
 
 
 def names_of(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """Names of the parameters that patterns match.
+    """Names of the parameters that patterns match; of a tied one, its first name.
 
     Args:
         model: dense.
-        patterns: names of parameters or modules, or globs over them.
+        patterns: names of parameters or modules, or globs over them. What is a name is no glob, even if it has a "[" or a "*".
 
     Raises:
         ShareError: a pattern matches nothing.
     """
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     found: dict[str, None] = {}
     for pattern in patterns:
-        matched = [name for name in names if any(fnmatch.fnmatchcase(path, pattern) for path in _paths(name))]
+        matched = [names[name] for name in names if pattern in _paths(name)] or [
+            names[name] for name in names if any(fnmatch.fnmatchcase(path, pattern) for path in _paths(name))
+        ]
         if not matched:
             raise ShareError(f"train={pattern!r} matches no parameter of {type(model).__name__}")
         found |= dict.fromkeys(matched)
