@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import dist_ssn
 from dist_ssn import load, materialize, merge, save, share
 from dist_ssn.errors import CheckpointError, ShareError
-from dist_ssn.sharing.saved import FILE
+from dist_ssn.sharing.saved_file import FILE
 
 X = torch.linspace(-1, 1, 48).view(4, 12)
 
