@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> nn.Module:
     """A dense copy of a model with a weighted sum of saved differences: base + Σ weight · (trained − base).
 
-    The differences may follow different plans. Buffers that are no floating-point numbers stay those of the base.
+    The differences may follow different plans. Buffers are not extrapolated, so that a variance stays one: only positive weights
+    count, and if they sum to more than 1, they are divided by their sum. Buffers that are no floating-point numbers stay those
+    of the base.
 
     Args:
         model: the dense base.
@@ -118,7 +121,7 @@ def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> 
     if not isinstance(weights, Mapping):
         raise ShareError(f'merge takes folders with their weights, such as {{"a": 0.5}}, got {type(weights).__name__}')
     for folder, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
             raise ShareError(f"the weight of {folder} must be a finite number, got {weight!r}")
     model = _inside(model)
     if bank_sets(model):
@@ -131,8 +134,9 @@ def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> 
         _require_own(saved, model)
         parts.append((saved, banks_of_file(saved), float(weight)))
     result = copy.deepcopy(model)
-    targets = {**dict(result.named_parameters()), **dict(result.named_buffers())}
+    targets, buffers = dict(result.named_parameters()), dict(result.named_buffers())
     sums: dict[str, Tensor] = {}
+    seen: dict[str, list[tuple[Tensor, float]]] = {}
 
     def add(name: str, difference: Tensor, weight: float) -> None:
         before = sums.get(name)
@@ -145,12 +149,33 @@ def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> 
                 for index, slot in enumerate(bank.group.slots):
                     add(slot.name, bank(index), weight)
             for name, tensor in saved.own.items():
-                if tensor.is_floating_point():
+                if name in buffers:
+                    seen.setdefault(name, []).append((tensor, weight))
+                else:
                     base = targets[name].detach()
                     add(name, _wide(tensor.to(base.device)) - _wide(base), weight)
         for name, total in sums.items():
             targets[name].copy_(total)
+        for name, values in seen.items():
+            if buffers[name].is_floating_point():
+                buffers[name].copy_(_mean(buffers[name], values))
     return result
+
+
+def _mean(base: Tensor, values: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Mean of a buffer and of what it became, which lies between them; the buffer itself if it did not change.
+
+    Args:
+        base: the buffer.
+        values: what it became, each with the weight of its difference.
+    """
+    if all(torch.equal(value.to(base.device), base) for value, _ in values):
+        return base
+    total = sum(max(weight, 0.0) for _, weight in values)
+    shares = [(base, max(1 - total, 0.0)), *((value, weight / max(total, 1.0)) for value, weight in values)]
+    # A factor of zero is left out, for it makes NaN of the -inf of a mask.
+    terms = [_wide(value.to(base.device)) * factor for value, factor in shares if factor > 0]
+    return torch.stack(terms).sum(0)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -97,3 +101,59 @@ def test_a_name_is_no_glob_in_initialize() -> None:
 def test_a_name_is_no_glob_in_exclude() -> None:
     plan = make_plan(fresh(Heads), 0.5, exclude=["heads.task?", "heads.task*.weight", "heads.task[1]"])
     assert {slot.name for _, slot in plan.slots()} == {"body.weight", "heads.task[0].weight"}
+
+
+class Normed(nn.Module):
+    """A batch norm, whose statistics are buffers, a mask, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 4)
+        self.register_buffer("mask", torch.tensor([0.1, -math.inf, 0.3, 0.7]))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.body(x)))
+
+
+def normed(seed: int, scale: float) -> nn.Module:
+    """A difference beside which the statistics moved."""
+    model = shaken(share(fresh(Normed), 0.5, keep=True, train="head", seed=seed), seed)
+    for _ in range(40):
+        model.train()(torch.randn(64, 16) * scale)
+    return model.eval()
+
+
+def test_a_sum_extrapolates_no_statistics(tmp_path: Path) -> None:
+    """Their mean stays between those of the base and of the differences, whatever the weights sum to; parameters are summed."""
+    base, a, b = fresh(Normed), normed(1, 0.1), normed(2, 0.3)
+    save(a, tmp_path / "a")
+    save(b, tmp_path / "b")
+    variance = [model.get_buffer("norm.running_var") for model in (base, a, b)]
+    x = torch.randn(4, 16)
+    for weights, shares in (
+        ((1.0, 1.0), (0.0, 0.5, 0.5)),
+        ((3.0, 1.0), (0.0, 0.75, 0.25)),
+        ((2.0, 0.0), (0.0, 1.0, 0.0)),
+        ((0.25, 0.5), (0.25, 0.25, 0.5)),
+        ((-1.0, 0.5), (0.5, 0.0, 0.5)),
+        ((-1.0, -2.0), (1.0, 0.0, 0.0)),
+        ((0.0, 0.0), (1.0, 0.0, 0.0)),
+    ):
+        merged = merge(base, {tmp_path / "a": weights[0], tmp_path / "b": weights[1]}).eval()
+        wanted = sum(value * share for value, share in zip(variance, shares, strict=True))
+        assert torch.allclose(merged.get_buffer("norm.running_var"), wanted, atol=1e-6), weights
+        assert merged.get_buffer("norm.running_var").min() >= 0 and merged(x).isfinite().all()
+        assert torch.equal(merged.get_buffer("mask"), base.get_buffer("mask")) and merged.get_buffer("count") == 0
+        start = base.get_parameter("head.weight")
+        moved = [model.get_parameter("head.weight") - start for model in (a, b)]
+        assert torch.allclose(
+            merged.get_parameter("head.weight"), start + weights[0] * moved[0] + weights[1] * moved[1], atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("weight", [numpy.float32(0.5), numpy.float64(0.5), numpy.int64(1), Fraction(1, 2)])
+def test_weights_of_any_real_type(tmp_path: Path, weight: Any) -> None:
+    save(shaken(share(fresh(Tied), 0.5, keep=True)), tmp_path)
+    merged, wanted = (merge(fresh(Tied), {tmp_path: one}) for one in (weight, float(weight)))
+    assert torch.equal(merged(TOKENS), wanted(TOKENS))
