@@ -1,17 +1,19 @@
 """The file of a difference: `write`, and `read`, which checks it.
 
 A folder holds one file, `difference.safetensors`: the banks as `bank/NAME`, what was trained whole and the model's buffers as
-`own/NAME`. Its metadata has the plan, fingerprint, dtype and shape of every tensor of the base, and fingerprints of
-its own tensors.
+`own/NAME`. Its metadata has the plan, fingerprint, dtype and shape of every tensor of the base, fingerprints of its own
+tensors, and one of all that.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,7 +24,7 @@ from dist_ssn.errors import CheckpointError, PlanError
 from dist_ssn.files import parse_json, read_tensors, replace_bytes
 from dist_ssn.plan import Plan
 from dist_ssn.sharing.bank_set import BankSet
-from dist_ssn.sharing.bases import fingerprint
+from dist_ssn.sharing.bases import FINGERPRINT_BYTES, fingerprint
 from dist_ssn.sharing.columns import load_flat
 
 FILE = "difference.safetensors"
@@ -110,6 +112,7 @@ def write(
         "base": dict(base),
         "tensors": {name: fingerprint(tensor) for name, tensor in tensors.items()},
     }
+    content["metadata"] = _digest(content)
     path = Path(folder) / FILE
     data = to_bytes(tensors, {_KEY: json.dumps(content)})
     try:
@@ -131,11 +134,7 @@ def read(folder: str | os.PathLike[str]) -> Saved:
     """
     path = Path(folder) / FILE
     try:
-        tensors = read_tensors(path)
-        with safe_open(path, "pt") as file:
-            content = parse_json((file.metadata() or {}).get(_KEY, "null"))
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f"it has no entry {_KEY!r} of format {_FORMAT}")
+        tensors, content = read_tensors(path), _metadata_of(path)
         plan = Plan.from_json(json.dumps(content.get("plan")))
         train, base = content.get("train"), content.get("base")
         if not plan.keep or not isinstance(train, list) or not isinstance(base, dict):
@@ -159,6 +158,28 @@ def read(folder: str | os.PathLike[str]) -> Saved:
     if missing := [name for name in saved.train if name not in saved.own]:
         raise CheckpointError(f"{path} is damaged: {missing[0]} was trained and is not in it")
     return saved
+
+
+def _metadata_of(path: Path) -> dict[str, Any]:
+    """The metadata of a file, of which no bit has changed.
+
+    Raises:
+        ValueError: there is none, or it was changed.
+        OSError: the file cannot be read.
+    """
+    with safe_open(path, "pt") as file:
+        content = parse_json((file.metadata() or {}).get(_KEY, "null"))
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"it has no entry {_KEY!r} of format {_FORMAT}")
+    digest = content.pop("metadata", None)  # files of an older version have none
+    if digest is not None and digest != _digest(content):
+        raise ValueError("its plan or its names were changed after it was written")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Hex digest of metadata, before and after it is written as JSON."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=FINGERPRINT_BYTES).hexdigest()
 
 
 def banks_of_file(saved: Saved) -> BankSet:
