@@ -22,6 +22,7 @@ from dist_ssn.sharing.agreement import is_wrapper
 from dist_ssn.sharing.attach import share, specs_of_plan
 from dist_ssn.sharing.bank_set import BankSet, bank_sets
 from dist_ssn.sharing.bases import fingerprint, frozen_beside
+from dist_ssn.sharing.parts import outside, slots_of
 from dist_ssn.sharing.saved_file import Fingerprint, Saved, banks_of_file, read, state_of, write
 from dist_ssn.sharing.train_beside import train_only
 from dist_ssn.torch_private import inside_compiled
@@ -40,11 +41,12 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The file's path.
 
     Raises:
-        ShareError: the model is not shared with `keep=True`, or its parameters are sharded.
+        ShareError: the model is not shared as a whole with `keep=True`, or its parameters are sharded or on "meta".
         CheckpointError: the file cannot be written.
     """
     model = _inside(model)
     banks = _kept_banks(model, "torch.save(model.state_dict(), file) saves it")
+    _require_values(model)
     whole = _trained_whole(model, banks)
     trained = {
         n: p for n, p in model.named_parameters() if (p.requires_grad or id(p) in whole) and not _is_of(banks, p)
@@ -62,7 +64,8 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         model: dense, with the pretrained values: it is shared by the saved plan. Or shared with the same plan, as after another
-            `load`: its values are replaced.
+            `load`: its values are replaced. What trains is what trained in the saved model; but a shared model that is frozen
+            as a whole, as for inference, stays so.
         folder: see `save`.
 
     Returns:
@@ -70,28 +73,10 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         CheckpointError: the file cannot be read, or the model has another base or another plan; the model is unchanged.
-        ShareError: the model is shared without `keep=True`.
+        ShareError: the model is shared without `keep=True`, or in part, or is on "meta".
     """
     saved, given, model = read(folder), model, _inside(model)
-    sets = bank_sets(model)
-    if sets:
-        banks = _kept_banks(model, "load onto the dense base")
-        if difference := plan_difference(banks.plan, saved.plan):
-            raise CheckpointError(f"{saved.path} follows another plan: {difference}; load it onto the dense base")
-        slots, base = {slot.name for _, slot in saved.plan.slots()}, _base_of(model, banks)
-        others = {name: _print(p) for name, p in model.named_parameters() if name in saved.base and name not in slots}
-        saved.require_base({**base, **others})
-    else:
-        saved.require_base(_prints(model, saved.base))
-    _require_own(saved, model)
-    if not sets:
-        _require_plan(saved, model)
-        share(model, plan=saved.plan, keep=True, train=saved.train)
-        banks = _kept_banks(model)
-    else:
-        train_only(model, saved.train)
-        banks = sets[0]
-        banks.trained_whole = saved.train
+    banks = _switched(model, saved) if bank_sets(model) or outside(model) else _shared(model, saved)
     targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
         for name, tensor in state_of(banks).items():
@@ -116,7 +101,7 @@ def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> 
 
     Raises:
         CheckpointError: a file cannot be read, or was trained on another base.
-        ShareError: the model is shared, or a weight is no finite number.
+        ShareError: the model is shared or on "meta", or a weight is no finite number.
     """
     if not isinstance(weights, Mapping):
         raise ShareError(f'merge takes folders with their weights, such as {{"a": 0.5}}, got {type(weights).__name__}')
@@ -124,14 +109,12 @@ def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> 
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
             raise ShareError(f"the weight of {folder} must be a finite number, got {weight!r}")
     model = _inside(model)
-    if bank_sets(model):
+    if bank_sets(model) or outside(model):
         raise ShareError(f"{type(model).__name__} is shared: merge onto the dense base, or materialize(model)")
     parts: list[tuple[Saved, BankSet, float]] = []
     for folder, weight in weights.items():
         saved = read(folder)
-        saved.require_base(_prints(model, saved.base))
-        _require_plan(saved, model)
-        _require_own(saved, model)
+        _require_dense(saved, model)
         parts.append((saved, banks_of_file(saved), float(weight)))
     result = copy.deepcopy(model)
     targets, buffers = dict(result.named_parameters()), dict(result.named_buffers())
@@ -189,11 +172,37 @@ def _inside(model: nn.Module) -> nn.Module:
     return inside_compiled(inner) if isinstance(inner, nn.Module) else model
 
 
-def _kept_banks(model: nn.Module, remedy: str = "torch.save(model.state_dict(), file) saves it") -> BankSet:
-    sets = bank_sets(model)
-    if len(sets) != 1 or not sets[0].plan.keep:
-        raise ShareError(f"{type(model).__name__} is not shared as a whole with keep=True: {remedy}")
-    return sets[0]
+def _kept_banks(model: nn.Module, remedy: str) -> BankSet:
+    """The banks of a model that was shared as a whole with `keep=True`, so that a plan's names are the model's.
+
+    Args:
+        model: any.
+        remedy: end of the message for a model of which nothing was shared with `keep=True`.
+
+    Raises:
+        ShareError: the model was not, or only a part of it was, whose name the message has.
+    """
+    kept = [banks for banks in bank_sets(model) if banks.plan.keep]
+    if len(bank_sets(model)) == 1 and kept and _is_root_of(model, kept[0]):
+        return kept[0]
+    parts = [path for path, part in model.named_modules() if path and any(_is_root_of(part, b) for b in kept)]
+    if parts:
+        remedy = f"share() was called on its part {' and '.join(parts)}, so give model.get_submodule({parts[0]!r})"
+    elif kept:
+        remedy = "its layers were replaced or renamed since share(): save and load before that"
+    elif outside(model):
+        remedy = "it is a part of a model that is shared: give that model"
+    raise ShareError(f"{type(model).__name__} is not shared as a whole with keep=True: {remedy}")
+
+
+def _is_root_of(part: nn.Module, banks: BankSet) -> bool:
+    """True if the layers of a part read the weights of a plan, each by its name there."""
+    modules = dict(part.named_modules(remove_duplicate=False))
+    places = ((slot.name.rpartition("."), bank, i) for bank in banks.banks() for i, slot in enumerate(bank.group.slots))
+    return all(
+        path in modules and slots_of(modules[path]).get(local) == (bank, index)
+        for (path, _, local), bank, index in places
+    )
 
 
 def _trained_whole(model: nn.Module, banks: BankSet) -> set[int]:
@@ -218,7 +227,11 @@ def _buffers(model: nn.Module, banks: BankSet | None) -> dict[str, Tensor]:
 
 
 def _print(tensor: Tensor) -> Fingerprint:
-    return fingerprint(tensor), str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    return fingerprint(tensor), _dtype(tensor), tuple(tensor.shape)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _prints(model: nn.Module, names: Mapping[str, Any]) -> dict[str, Fingerprint]:
@@ -231,25 +244,54 @@ def _base_of(model: nn.Module, banks: BankSet) -> dict[str, Fingerprint]:
     for bank in banks.banks():
         assert bank.bases is not None
         for slot, digest, tensor in zip(bank.group.slots, bank.bases.fingerprints, bank.bases.tensors, strict=True):
-            found[slot.name] = digest, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+            found[slot.name] = digest, _dtype(tensor), tuple(tensor.shape)
     return found | {name: _print(parameter) for name, parameter in frozen_beside(model).items()}
 
 
-def _require_plan(saved: Saved, model: nn.Module) -> None:
-    """Checks a dense model's weights, and which of them are tied, against the plan.
+def _shared(model: nn.Module, saved: Saved) -> BankSet:
+    """Shares a dense model by a saved plan, in place."""
+    _require_dense(saved, model)
+    share(model, plan=saved.plan, keep=True, train=saved.train)
+    return bank_sets(model)[0]
+
+
+def _switched(model: nn.Module, saved: Saved) -> BankSet:
+    """The banks of a shared model, which trains what the saved model trained."""
+    banks = _kept_banks(model, "load onto the dense base")
+    _require_values(model)
+    if difference := plan_difference(banks.plan, saved.plan):
+        raise CheckpointError(f"{saved.path} follows another plan: {difference}; load it onto the dense base")
+    slots = {slot.name for _, slot in saved.plan.slots()}
+    others = {name: _print(p) for name, p in model.named_parameters() if name in saved.base and name not in slots}
+    saved.require_base({**_base_of(model, banks), **others})
+    _require_own(saved, model)
+    _require_wide(saved, banks)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        train_only(model, saved.train)
+    banks.trained_whole = saved.train
+    return banks
+
+
+def _require_dense(saved: Saved, model: nn.Module) -> None:
+    """Checks a dense model: its kept values, its weights and which of them are tied, and everything beside them.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: it is not the model that was trained.
+        ShareError: it is on "meta".
     """
+    _require_values(model)
+    saved.require_base(_prints(model, saved.base))
     try:
         specs_of_plan(model, saved.plan, keep=True)
     except PlanError as error:
         raise CheckpointError(f"{saved.path} was trained on another model: {error}") from None
+    _require_own(saved, model)
 
 
 def _require_own(saved: Saved, model: nn.Module) -> None:
-    """Checks what was trained whole, and the buffers, against a model."""
-    mine = {**dict(model.named_parameters()), **_buffers(model, next(iter(bank_sets(model)), None))}
+    """Checks what was trained whole, and the buffers, against a model, and that it has no other parameters."""
+    banks = next(iter(bank_sets(model)), None)
+    mine = {**dict(model.named_parameters()), **_buffers(model, banks)}
     for name, tensor in saved.own.items():
         if name not in mine:
             raise CheckpointError(f"{saved.path} has {name}, which this model does not have")
@@ -257,3 +299,34 @@ def _require_own(saved: Saved, model: nn.Module) -> None:
             raise CheckpointError(
                 f"{saved.path} has {name} of shape {tuple(tensor.shape)}, and here it has {tuple(mine[name].shape)}"
             )
+        if mine[name].dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{saved.path} has {name} in {_dtype(tensor)}, and here it is in {_dtype(mine[name])}: convert it to that dtype "
+                "first"
+            )
+    known = saved.base.keys() | saved.own.keys()
+    inside = set[int]() if banks is None else {id(parameter) for parameter in banks.parameters()}
+    if more := [n for n, p in model.named_parameters() if n not in known and id(p) not in inside]:
+        raise CheckpointError(
+            f"{saved.path} was trained on a model without {more[0]}, which this one has: build the same model"
+        )
+
+
+def _require_wide(saved: Saved, banks: BankSet) -> None:
+    """Checks that banks hold the values of a file without rounding."""
+    for name, tensor in state_of(banks).items():
+        if torch.promote_types(tensor.dtype, saved.banks[name].dtype) != tensor.dtype:
+            raise CheckpointError(
+                f"{saved.path} has {name} in {_dtype(saved.banks[name])}, and here it is in {_dtype(tensor)}: load it onto the "
+                "dense base"
+            )
+
+
+def _require_values(model: nn.Module) -> None:
+    """Checks that there are values to keep."""
+    state = model.state_dict(keep_vars=True)
+    if empty := [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]:
+        raise ShareError(
+            f"{empty[0]} is on 'meta' and has no values: load the pretrained ones first, "
+            "model.load_state_dict(safetensors.torch.load_file(file), assign=True) copies nothing"
+        )

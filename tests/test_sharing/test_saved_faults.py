@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_ssn import initialize, load, make_plan, merge, save, share
-from dist_ssn.errors import ShareError
+from dist_ssn.errors import CheckpointError, ShareError
 from dist_ssn.sharing.bank import banks_of
 
 TOKENS = torch.arange(40).view(8, 5)
@@ -157,3 +158,129 @@ def test_weights_of_any_real_type(tmp_path: Path, weight: Any) -> None:
     save(shaken(share(fresh(Tied), 0.5, keep=True)), tmp_path)
     merged, wanted = (merge(fresh(Tied), {tmp_path: one}) for one in (weight, float(weight)))
     assert torch.equal(merged(TOKENS), wanted(TOKENS))
+
+
+class Outer(nn.Module):
+    """A model around another one, as a trainer's module or an adapter's wrapper is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.extra = Tied(), nn.Linear(40, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.extra(self.model(tokens))
+
+
+def test_a_part_is_saved_by_itself(tmp_path: Path) -> None:
+    """The plan's names are those of the part, so a file of the whole would mix two kinds of names."""
+    outer = fresh(Outer)
+    shaken(share(outer.model, 0.5, keep=True, train="norm"))
+    save(outer.get_submodule("model"), tmp_path)
+    for action in (save, load):
+        with pytest.raises(ShareError, match=r"on its part model, so give model\.get_submodule\('model'\)"):
+            action(outer, tmp_path)
+    again = fresh(Outer)
+    load(again.get_submodule("model"), tmp_path)
+    assert torch.equal(again(TOKENS), outer(TOKENS))
+
+
+def test_two_parts_are_saved_by_themselves(tmp_path: Path) -> None:
+    both = nn.ModuleDict({name: share(fresh(Tied), 0.5, keep=True) for name in ("a", "b")})
+    with pytest.raises(ShareError, match=r"on its part a and b, so give model\.get_submodule\('a'\)"):
+        save(both, tmp_path)
+
+
+def test_a_model_is_not_saved_by_a_part(tmp_path: Path) -> None:
+    model = share(fresh(Outer), 0.5, keep=True)
+    with pytest.raises(ShareError, match="it is a part of a model that is shared: give that model"):
+        save(model.model, tmp_path)
+    save(model, tmp_path)
+    with pytest.raises(ShareError, match="it is a part of a model that is shared: give that model"):
+        load(model.model, tmp_path)
+    with pytest.raises(ShareError, match="Tied is shared: merge onto the dense base"):
+        merge(model.model, {tmp_path: 1.0})
+
+
+@pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
+def test_a_container_is_a_whole_model(tmp_path: Path, kind: type[nn.Module]) -> None:
+    """Its banks are held by a layer inside of it."""
+    models = [kind([fresh(Tied)]) if kind is nn.ModuleList else kind(fresh(Tied)) for _ in range(2)]
+    save(copy.deepcopy(shaken(share(models[0], 0.5, keep=True))), tmp_path)
+    load(models[1], tmp_path)
+    assert torch.equal(models[0][0](TOKENS), models[1][0](TOKENS))
+
+
+def test_layers_that_were_wrapped(tmp_path: Path) -> None:
+    model = share(fresh(Tied), 0.5, keep=True)
+    model.body = nn.Sequential(model.body)
+    with pytest.raises(ShareError, match=r"its layers were replaced or renamed since share\(\)"):
+        save(model, tmp_path)
+
+
+class Untied(Tied):
+    """The table's values are the head's, and its parameter is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.table.weight.detach().clone())
+
+
+def test_a_model_with_more_parameters_is_another_one(tmp_path: Path) -> None:
+    """A head that was trained by its tie, and is not tied here, would stay as it is."""
+    save(shaken(share(fresh(Tied), 0.5, keep=True, train="head")), tmp_path)
+    for action in (lambda: load(fresh(Untied), tmp_path), lambda: merge(fresh(Untied), {tmp_path: 1.0})):
+        with pytest.raises(CheckpointError, match=r"was trained on a model without head\.weight, which this one has"):
+            action()
+
+
+def test_nothing_is_rounded(tmp_path: Path) -> None:
+    """What was trained whole, buffers, and banks go where they have their dtype."""
+    model = fresh(Tied).bfloat16()
+    model.norm.float()
+    save(shaken(share(model, 0.5, keep=True, train="norm")), tmp_path)
+    other = fresh(Tied).bfloat16()
+    for action in (lambda: load(other, tmp_path), lambda: merge(other, {tmp_path: 1.0})):
+        with pytest.raises(
+            CheckpointError, match=r"has norm\.(weight|bias) in float32, and here it is in bfloat16: convert"
+        ):
+            action()
+    other.norm.float()
+    load(other, tmp_path)
+    assert torch.equal(other.norm.weight, model.norm.weight)
+    other.to(torch.bfloat16).norm.float()
+    with pytest.raises(
+        CheckpointError, match=r"has all\.bank in float32, and here it is in bfloat16: load it onto the dense"
+    ):
+        load(other, tmp_path)
+
+
+def test_a_bank_in_16_bits_goes_into_one_in_32(tmp_path: Path) -> None:
+    model = shaken(share(fresh(Tied).bfloat16(), 0.5, keep=True)).to(torch.bfloat16)
+    save(model, tmp_path)
+    assert torch.equal(load(fresh(Tied).bfloat16(), tmp_path)(TOKENS), model(TOKENS))
+
+
+def test_meta_has_no_values(tmp_path: Path) -> None:
+    save(shaken(share(fresh(Tied), 0.5, keep=True, train="norm")), tmp_path)
+    with torch.device("meta"):
+        empty = Tied()
+    for action in (lambda: load(empty, tmp_path), lambda: merge(empty, {tmp_path: 1.0})):
+        with pytest.raises(ShareError, match=r"table\.weight is on 'meta' and has no values: load the pretrained ones"):
+            action()
+    part = fresh(Tied)
+    part.norm = nn.LayerNorm(16, device="meta")
+    with pytest.raises(ShareError, match=r"norm\.weight is on 'meta' and has no values"):
+        load(part, tmp_path)
+    with pytest.raises(ShareError, match=r"norm\.weight is on 'meta' and has no values"):
+        save(share(part, 0.5, keep=True, train="norm"), tmp_path)
+
+
+def test_a_switch_of_a_frozen_model_leaves_it_frozen(tmp_path: Path) -> None:
+    model = shaken(share(fresh(Tied), 0.5, keep=True, train="norm"))
+    save(model, tmp_path)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    load(model, tmp_path)
+    assert not any(p.requires_grad for p in model.parameters()) and not model(TOKENS).requires_grad
+    dense = fresh(Tied).requires_grad_(False)
+    assert [name for name, p in load(dense, tmp_path).named_parameters() if p.requires_grad] == trained
