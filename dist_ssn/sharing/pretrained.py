@@ -136,7 +136,7 @@ class _SavePretrained:
         result = save(model, save_directory, *args, **options)  # empties the state dict
         config = Path(save_directory, "config.json")
         if misread and config.exists():
-            _mark(config, name)
+            _mark(config, name, any(banks.plan.keep for banks in bank_sets(model)))
         return result
 
 
@@ -149,11 +149,22 @@ def _has_weights(model: nn.Module, state: Mapping[str, Any] | None) -> bool:
     )
 
 
-def _mark(path: Path, name: str) -> None:
-    """Makes `from_pretrained` fail with a sentence."""
+def _mark(path: Path, name: str, keeps: bool) -> None:
+    """Makes `from_pretrained` fail with a sentence.
+
+    Args:
+        path: of the config.
+        name: of the model's class.
+        keeps: whether the model's weights are kept and its banks generate a difference.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
+    build, how = (
+        (f"load the pretrained {name} that it was trained on", "share it as before, keep=True")
+        if keeps
+        else (f"build the model by {name}(config)", "share it as before")
+    )
     config["transformers_weights"] = (
-        f"this folder has the banks of a {name} that dist_ssn shares, not its weights; build the model by {name}(config), "
-        "share it as before, load_state_dict the safetensors file, and save dist_ssn.materialize(model) for from_pretrained"
+        f"this folder has the banks of a {name} that dist_ssn shares, not its weights; {build}, {how}, "
+        "load_state_dict the safetensors file, and save dist_ssn.materialize(model) for from_pretrained"
     )
     replace_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

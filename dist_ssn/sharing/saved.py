@@ -165,8 +165,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def _inside(model: Any) -> nn.Module:
     """The model inside of `torch.compile` and of DDP."""
+    if not isinstance(model, nn.Module):
+        raise ShareError(f"an object of type {type(model).__name__} is no model: give a torch.nn.Module")
     model = inside_compiled(model)
     inner = getattr(model, "module", None) if is_wrapper(model) else None
     return inside_compiled(inner) if isinstance(inner, nn.Module) else model

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_ssn import materialize, share
+from dist_ssn import materialize, parameter_groups, share
 from dist_ssn.errors import ShareError
 
 transformers = pytest.importorskip("transformers")
@@ -110,6 +110,24 @@ def test_a_checkpoint_of_banks_is_not_read_as_a_dense_model(tmp_path: Path) -> N
         materialize(again).save_pretrained(folder)
         loaded = transformers.GPT2LMHeadModel.from_pretrained(folder)
         torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_checkpoint_of_a_difference_names_the_pretrained_model(tmp_path: Path) -> None:
+    """A model that is built from its config has another base. What the sentence advises works."""
+    build().save_pretrained(tmp_path / "base")
+    load = transformers.GPT2LMHeadModel.from_pretrained
+    model = share(load(tmp_path / "base"), 0.5, keep=True, train="transformer.ln_f").eval()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=0.1))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "run", state_dict=model.state_dict())
+    with pytest.raises(
+        ValueError, match="load the pretrained GPT2LMHeadModel that it was trained on, share it as before, keep"
+    ):
+        load(tmp_path / "run")
+    again = share(load(tmp_path / "base"), 0.5, keep=True, train="transformer.ln_f").eval()
+    again.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_a_part_with_a_state_dict_is_marked(tmp_path: Path) -> None:

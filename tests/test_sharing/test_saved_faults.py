@@ -201,6 +201,18 @@ def test_a_model_is_not_saved_by_a_part(tmp_path: Path) -> None:
         merge(model.model, {tmp_path: 1.0})
 
 
+def test_no_model(tmp_path: Path) -> None:
+    save(share(fresh(Tied), 0.5, keep=True), tmp_path)
+    nothing: Any = None
+    for action in (
+        lambda: save(nothing, tmp_path),
+        lambda: load(nothing, tmp_path),
+        lambda: merge(nothing, {tmp_path: 1}),
+    ):
+        with pytest.raises(ShareError, match="an object of type NoneType is no model"):
+            action()
+
+
 @pytest.mark.parametrize("kind", [nn.Sequential, nn.ModuleList])
 def test_a_container_is_a_whole_model(tmp_path: Path, kind: type[nn.Module]) -> None:
     """Its banks are held by a layer inside of it."""
