@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,33 @@ def _warn_of_uneven_scales(model: nn.Module, specs: Specs) -> None:
             "a difference from all, share(model, budget, keep=True)",
             stacklevel=4,
         )
+
+
+def warn_of_new_values(model: nn.Module, trained: Collection[str]) -> None:
+    """Warns if `share(keep=True)` is about to keep random values, such as those of a new head, beside loaded ones.
+
+    A model that is built again has other values there, so that no saved difference goes onto it. transformers marks what it has
+    loaded; of other models it is not known.
+
+    Args:
+        model: dense.
+        trained: names of the parameters that are trained whole.
+    """
+    beside = {name: p for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
+    if len(beside) == sum(1 for _ in model.parameters()):
+        return
+    new = [name for name, p in beside.items() if name not in trained and not p.is_meta and _varies(p)]
+    if new:
+        warnings.warn(
+            f"from_pretrained has not loaded {new[0]} ({len(new)} parameters in all), and share(keep=True) freezes its values: if "
+            f"they are random, as a new head's, train it, train={new[0].rpartition('.')[0] or new[0]!r}; a saved difference goes "
+            "only onto equal values",
+            stacklevel=4,
+        )
+
+
+def _varies(parameter: nn.Parameter) -> bool:
+    return bool((parameter != parameter.reshape(-1)[:1]).any())
 
 
 def guard_saving(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from dist_ssn.errors import ShareError
 from dist_ssn.model.selectors import Selector, as_list
 from dist_ssn.model.specs import Specs, find_specs
 from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sharing.pretrained import warn_of_new_values
 
 
 def specs_of_kept(
@@ -29,6 +30,7 @@ def specs_of_kept(
         train: see `names_of`.
     """
     whole = {name: model.get_parameter(name) for name in names_of(model, train)}
+    warn_of_new_values(model, whole)
     matrices = [name for name, parameter in whole.items() if parameter.ndim >= 2]
     specs = find_specs(model, include, [*as_list("exclude", exclude), *matrices], structure=False, frozen=True)
     return dataclasses.replace(specs, own_parameters=sum(p.numel() for p in set(whole.values())))

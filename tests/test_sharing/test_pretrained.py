@@ -66,6 +66,27 @@ def test_only_a_pretrained_model_is_warned_of(tmp_path: Path) -> None:
         share(Outer(transformers.GPT2LMHeadModel.from_pretrained(tmp_path)), 0.5, include="head.*")
 
 
+def test_a_new_head_that_is_not_trained_is_warned_of(tmp_path: Path) -> None:
+    """Its random values would be kept, and no difference would go onto a model that is built again."""
+    build().save_pretrained(tmp_path)
+
+    def classifier() -> Any:
+        return transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path, num_labels=3, pad_token_id=0)
+
+    with pytest.warns(
+        UserWarning, match=r"has not loaded score\.weight \(1 parameters in all\).*, train='score'; a saved"
+    ):
+        share(classifier(), 0.5, keep=True, exclude="score")
+    outer = Outer(transformers.GPT2LMHeadModel.from_pretrained(tmp_path))
+    with pytest.warns(UserWarning, match=r"has not loaded head\.weight \(2 parameters in all\)"):
+        share(outer, 0.5, keep=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        share(classifier(), 0.5, keep=True, train="score")
+        share(transformers.GPT2LMHeadModel.from_pretrained(tmp_path), 0.5, keep=True)
+        share(build(), 0.5, keep=True)
+
+
 def test_a_shared_model_is_not_saved_as_a_dense_one(tmp_path: Path) -> None:
     """Nor is a part of it, a copy, or one that was pickled; nothing is written."""
     model = share(build(), 0.5)
