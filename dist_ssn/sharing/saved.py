@@ -53,8 +53,6 @@ def save(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     }
     tensors = {f"bank/{name}": tensor for name, tensor in state_of(banks).items()}
     tensors |= {f"own/{name}": tensor for name, tensor in {**trained, **_buffers(model, banks)}.items()}
-    if sharded := [name for name, tensor in tensors.items() if hasattr(tensor, "device_mesh")]:
-        raise ShareError(f"{sharded[0]} is sharded: save before fully_shard, or a checkpoint of the run")
     base = {name: entry for name, entry in _base_of(model, banks).items() if name not in trained}
     return write(folder, banks.plan, trained, base, tensors)
 
@@ -73,7 +71,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
     Raises:
         CheckpointError: the file cannot be read, or the model has another base or another plan; the model is unchanged.
-        ShareError: the model is shared without `keep=True`, or in part, or is on "meta".
+        ShareError: the model is shared without `keep=True`, or in part, or its parameters are sharded or on "meta".
     """
     saved, given, model = read(folder), model, _inside(model)
     banks = _switched(model, saved) if bank_sets(model) or outside(model) else _shared(model, saved)
@@ -101,7 +99,7 @@ def merge(model: nn.Module, weights: Mapping[str | os.PathLike[str], float]) -> 
 
     Raises:
         CheckpointError: a file cannot be read, or was trained on another base.
-        ShareError: the model is shared or on "meta", or a weight is no finite number.
+        ShareError: the model is shared, sharded or on "meta", or a weight is no finite number.
     """
     if not isinstance(weights, Mapping):
         raise ShareError(f'merge takes folders with their weights, such as {{"a": 0.5}}, got {type(weights).__name__}')
@@ -279,7 +277,7 @@ def _require_dense(saved: Saved, model: nn.Module) -> None:
 
     Raises:
         CheckpointError: it is not the model that was trained.
-        ShareError: it is on "meta".
+        ShareError: it is sharded or on "meta".
     """
     _require_values(model)
     saved.require_base(_prints(model, saved.base))
@@ -325,9 +323,11 @@ def _require_wide(saved: Saved, banks: BankSet) -> None:
 
 
 def _require_values(model: nn.Module) -> None:
-    """Checks that there are values to keep."""
-    state = model.state_dict(keep_vars=True)
-    if empty := [name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta]:
+    """Checks that a model has its values, and has them whole."""
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    if sharded := [name for name, value in state.items() if hasattr(value, "device_mesh")]:
+        raise ShareError(f"{sharded[0]} is sharded: save and load before fully_shard, or write a checkpoint of the run")
+    if empty := [name for name, value in state.items() if value.is_meta]:
         raise ShareError(
             f"{empty[0]} is on 'meta' and has no values: load the pretrained ones first, "
             "model.load_state_dict(safetensors.torch.load_file(file), assign=True) copies nothing"

@@ -287,6 +287,16 @@ def test_meta_has_no_values(tmp_path: Path) -> None:
         save(share(part, 0.5, keep=True, train="norm"), tmp_path)
 
 
+def test_a_sharded_model_is_named(tmp_path: Path) -> None:
+    save(share(fresh(Tied), 0.5, keep=True), tmp_path)
+    for model in (fresh(Tied), share(fresh(Tied), 0.5, keep=True)):
+        setattr(model.norm.weight, "device_mesh", None)  # noqa: B010 - as a DTensor has it
+        for action in (save, load):
+            if action is load or banks_of(model):
+                with pytest.raises(ShareError, match=r"norm\.weight is sharded: save and load before fully_shard"):
+                    action(model, tmp_path)
+
+
 def test_a_switch_of_a_frozen_model_leaves_it_frozen(tmp_path: Path) -> None:
     model = shaken(share(fresh(Tied), 0.5, keep=True, train="norm"))
     save(model, tmp_path)
