@@ -1,14 +1,15 @@
 """Checks each optimizer at its first step: it must not train a part of a shared model without the banks that the part reads.
 
 torch calls a global hook before the steps of all optimizers. It is registered with the first shared layer. An optimizer is checked
-once, and again after `add_param_group`, `load_state_dict` or another `share`; every other step costs one look-up.
+once, and again after `add_param_group`, `load_state_dict`, another `share`, and a change of flags or learning rates. Every other
+step compares a few of these, which takes some microseconds.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,22 +17,28 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from dist_ssn.errors import ShareError
+from dist_ssn.sharing.bank import Bank
+from dist_ssn.sharing.beside import Weight, weights_of_process
 from dist_ssn.sharing.columns import load_flat_state
 from dist_ssn.sharing.matrix_optimizers import refuse_orthogonal
 from dist_ssn.sharing.part_warnings import (
-    warn_of_a_frozen_bank,
-    warn_of_a_frozen_owner,
-    warn_of_frozen_that_change,
-    warn_of_half_frozen,
-    warn_of_learning_rates,
-    warn_of_left_out,
-    warn_of_two_optimizers,
+    note_two_optimizers,
+    of_a_bias_that_trains_again,
+    of_a_frozen_bank,
+    of_a_frozen_owner,
+    of_an_empty_group,
+    of_frozen_parts,
+    of_frozen_that_change,
+    of_learning_rates,
+    of_left_out,
 )
 from dist_ssn.sharing.parts import listed, reads, slots_of
 from dist_ssn.sharing.start_values import note_step
-from dist_ssn.sharing.trained_by import checked, held_by, holds, is_a, layers, roots
+from dist_ssn.sharing.trained_by import Seen, checked, held_by, holds, is_a, layers, roots
 from dist_ssn.sharing.trainer_check import warn_of_trainer
 
+_MOST_CHECKS = 32
+"""Number of checks of one optimizer, so that a program that freezes other parts at each step does not wait for them."""
 _counts = {"hooks": 0, "models": 0}
 
 
@@ -67,60 +74,105 @@ def register_model(model: nn.Module) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Checks an optimizer once; later steps cost one look-up."""
+    """Checks an optimizer at its first step, and again after a change that this step finds."""
     if torch.compiler.is_compiling():
         return
     note_step()
-    groups = optimizer.param_groups  # `load_state_dict` puts another list there
     seen = checked.get(optimizer)
-    if seen is None or seen[0] is not groups or seen[1:] != (len(groups), _counts["models"]):
+    if seen is None or _is_due(seen, optimizer.param_groups):
         check_optimizer(optimizer)
-        banks = {source for layer in list(layers) for source, _ in slots_of(layer).values()}
-        refuse_orthogonal(optimizer, banks)
-        load_flat_state(optimizer, banks)
-        checked[optimizer] = groups, len(groups), _counts["models"]
-        warn_of_trainer(optimizer)
+    if seen is not None and seen.waiting:
+        _tell(seen.waiting, seen.told)
+        seen.waiting.clear()
+
+
+def _is_due(seen: Seen, groups: list[Any]) -> bool:
+    """True if the optimizer has other groups (`load_state_dict` makes a list), or a flag or learning rate is another one."""
+    if seen.groups is not groups or seen.size != len(groups) or seen.models != _counts["models"]:
+        return True
+    return seen.has_changed() and seen.checks < _MOST_CHECKS
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Checks that an optimizer which holds a part's own parameters holds its banks, too, or that another optimizer does.
-
-    All objects of the process are searched only if a bank that trains is in another optimizer or in none.
+    """Checks an optimizer, and takes note of what was seen. After an error, the next step checks again.
 
     Args:
         optimizer: any optimizer.
 
     Raises:
-        ShareError: nobody trains the banks, or FSDP2 averages a layer's own parameters and not its bank.
+        ShareError: it does not train the weights of a part as it trains the part's own parameters.
     """
+    now = Seen(optimizer, _counts["models"], checked.pop(optimizer, None))
+    weights = weights_of_process()
+    _check_parts(optimizer, weights, now.told)
+    banks = {weight.source for weight in weights}
+    refuse_orthogonal(optimizer, banks)
+    load_flat_state(optimizer, banks)
+    _watch(now, weights, held_by(optimizer))
+    checked[optimizer] = now
+    warn_of_trainer(optimizer)
+
+
+def _watch(seen: Seen, weights: list[Weight], held: dict[int, Tensor]) -> None:
+    """Lets later steps compare what this optimizer trains, and what is beside it."""
+    parameters: dict[int, Tensor] = {}
+    banks: dict[int, Any] = {}
+    for source, own in ((weight.source, weight.own) for weight in weights):
+        of_bank = {id(p): p for p in source.parameters()}
+        beside = {id(p): p for _, p in own}
+        if (of_bank | beside).keys() & held.keys():
+            parameters |= of_bank | beside
+            banks |= {id(source): source} if isinstance(source, Bank) else {}
+    seen.watch(list(parameters.values()), list(banks.values()))
+
+
+def _tell(sentences: Iterable[str], told: set[str]) -> None:
+    """Warns of what was not said before."""
+    for sentence in sentences:
+        if sentence not in told:
+            told.add(sentence)
+            warnings.warn(sentence, stacklevel=2)
+
+
+def _check_parts(optimizer: Optimizer, weights: list[Weight], told: set[str]) -> None:
+    """Checks that an optimizer which holds a part's own parameters holds its banks, too, or that another optimizer does."""
     held = held_by(optimizer)
     training = _training()
-    warn_of_a_frozen_owner(held)
-    warn_of_a_frozen_bank(held)
+    _tell(of_a_frozen_owner(held), told)
+    _tell(of_a_frozen_bank(weights, held), told)
     if not training:
         return
     _require_sharding(held)
-    warn_of_half_frozen(training, held)
-    warn_of_frozen_that_change(training, held)
-    warn_of_left_out(optimizer, training, held)
-    warn_of_two_optimizers(optimizer, training, held)
-    warn_of_learning_rates(optimizer, training)
+    _tell(of_a_bias_that_trains_again(held), told)
+    _tell(of_frozen_parts(training, held), told)
+    _tell(of_frozen_that_change(training, held), told)
+    _tell(of_left_out(optimizer, weights, training, held), told)
+    _tell(of_learning_rates(optimizer, weights, training), told)
+    note_two_optimizers(optimizer, training, held)
+    untrained = _untrained(optimizer, training, held)
+    _require_banks(optimizer, held, untrained)
+    _tell(of_an_empty_group(optimizer, held, training, untrained), told)
+
+
+def _untrained(optimizer: Optimizer, training: dict[Any, set[int]], held: dict[int, Tensor]) -> dict[Any, set[int]]:
+    """The part of `training` that is in no optimizer.
+
+    All objects of the process are searched only if a bank that trains is in another optimizer or in none.
+    """
     missing = {source for source in training if not holds(held, source)}
-    if not missing:
-        return
-    objects = gc.get_objects()
-    for thing in objects:
+    for thing in gc.get_objects() if missing else ():
         if is_a(thing, Optimizer) and thing is not optimizer:
             others = held_by(thing)
             missing = {source for source in missing if not holds(others, source)}
-    if not missing:
-        return
-    untrained = {source: training[source] for source in missing}
+    return {source: training[source] for source in missing}
+
+
+def _require_banks(optimizer: Optimizer, held: dict[int, Tensor], untrained: dict[Any, set[int]]) -> None:
+    """Raises an error if the optimizer holds all own parameters of a part, and nobody trains its banks."""
+    objects = gc.get_objects() if untrained else ()
     modules = [thing for thing in objects if is_a(thing, nn.Module) and "_modules" in thing.__dict__]
     found = [(part, own, names) for part in modules for own, names in _lacks(part, held, untrained)]
     if not found:
-        if not all(param_group["params"] for param_group in optimizer.param_groups):
-            _warn_of_an_empty_group(optimizer, held, untrained)
         return
     part, own, names = max(found, key=lambda lack: len(lack[2]))
     raise ShareError(
@@ -166,15 +218,3 @@ def _require_sharding(held: dict[int, Tensor]) -> None:
                     f"fully_shard has wrapped the layer of {source.weight_name(index)} and not its bank, whose gradient nobody "
                     "averages: wrap the whole model, too, fully_shard(model, reshard_after_forward=False)"
                 )
-
-
-def _warn_of_an_empty_group(optimizer: Optimizer, held: dict[int, Tensor], missing: dict[Any, set[int]]) -> None:
-    """Warns of a group without parameters, as `part.parameters()` gives it where a part has no bias and no norm."""
-    for root in list(roots):
-        lacks = [source.weight_name(index) for source, index in reads(root) if index in missing.get(source, ())]
-        if lacks and any(id(p) in held for p in root.parameters()):
-            warnings.warn(
-                f"a parameter group of {type(optimizer).__name__} is empty, and no optimizer holds the bank that generates "
-                f"{listed(lacks)}: the parameters of a part are dist_ssn.parameters_of(part)",
-                stacklevel=2,
-            )
