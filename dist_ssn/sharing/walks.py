@@ -54,6 +54,8 @@ _INSTALLED = tuple(
         *(os.path.dirname(package) + os.sep for package in (torch.__file__, dist_ssn.errors.__file__)),
     }
 )
+_OF_LIGHTNING = {"freeze": False, "make_trainable": True}
+"""Functions of Lightning's `BaseFinetuning` that set `requires_grad` in each module by itself, and to what."""
 _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose parameters somebody has listed, and was told
 
 
@@ -201,6 +203,8 @@ def check_listed(layer: nn.Module) -> None:
     depth = 3  # of the frame in which the use was called, for the warning
     while frame is not None and frame.f_code is nn.Module.named_modules.__code__:
         frame, depth = frame.f_back, depth + 1
+    if frame is not None and frame.f_code is nn.Module.modules.__code__:
+        _follow_lightning(layer, frame.f_back)
     if frame is None or frame.f_code is not MODULE_MEMBERS:
         return
     walk, frame = frame, frame.f_back
@@ -233,6 +237,16 @@ def check_listed(layer: nn.Module) -> None:
             f"{told} the bank outside of it that generates {lacking}: use dist_ssn.parameters_of(part){remedy}",
             stacklevel=depth + 1,
         )
+
+
+def _follow_lightning(layer: nn.Module, frame: Any) -> None:
+    """Freezes or trains a layer's weights where Lightning does so with its parameters, of which it may have none."""
+    while frame is not None and frame.f_code.co_name in ("<listcomp>", "flatten_modules"):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name not in _OF_LIGHTNING:
+        return
+    if frame.f_code.co_filename.endswith(os.path.join("callbacks", "finetuning.py")):
+        set_trained(layer, _OF_LIGHTNING[frame.f_code.co_name])
 
 
 @functools.cache

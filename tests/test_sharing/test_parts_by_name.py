@@ -330,3 +330,28 @@ def _zero(rank: int, world_size: int) -> list[str]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_optimizer_inside_another_one_is_no_second_one() -> None:
     assert run_ranks(_zero, 2) == [[], []]
+
+
+# ------------------------------------------------------------------------------------------- Lightning
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_freezes_a_part_without_parameters() -> None:
+    finetuning = pytest.importorskip("lightning.pytorch.callbacks").BaseFinetuning
+    model: Any = nn.Module()
+    model.embed, model.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+    share(model, 0.3, mapping="single")
+    bank = model.dist_ssn.all
+    for part in (model.embed, [model.embed]):
+        finetuning.freeze(part)
+        assert [bank.weight_name(index) for index in bank.frozen] == ["embed.weight"]
+        with pytest.warns(UserWarning, match=r"has frozen embed\.weight, but other weights train their bank"):
+            SGD(trainable(model), 0.1).step()
+        finetuning.make_trainable(part)
+        assert not bank.frozen
+    finetuning.freeze(model)
+    assert not trainable(model)
+    finetuning.make_trainable(model)
+    assert all(p.requires_grad for p in model.parameters()) and not bank.frozen
+    list(finetuning.filter_params(model))
+    assert not bank.frozen
