@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_ssn.sharing.initial_values import initial_values
+from dist_ssn.sharing.trained_by import layers
+
 _OTHER = 1.5
 """Factor from which on a standard deviation is another one. No bank has been trained when it is compared."""
-
+_ALIKE = 5.0
+"""Cosine with the initial values, in its standard deviations for values of another draw, from which on they are no other draw."""
 
 _steps = {"taken": 0}
 
@@ -42,12 +46,33 @@ def check_start(bank: Any) -> None:
         return
     wanted = float(bank.scales[0])
     std = float(torch.linalg.vector_norm(bank.bank.detach())) / math.sqrt(bank.bank.numel())
-    if not wanted / _OTHER <= std <= wanted * _OTHER:
+    if not wanted / _OTHER <= std <= wanted * _OTHER and not _is_trained(bank):
         warnings.warn(
             f"the bank of {bank.weight_name(0)} has a standard deviation of {std:.3g}, and share() gave it {wanted:.3g}: a loop "
-            "over parameters that draws initial values belongs before share(); dist_ssn.initialize(model) gives banks theirs again",
+            "over parameters that draws initial values belongs before share(), and dist_ssn.initialize(model) gives banks theirs "
+            "again; trained values are loaded by load_state_dict(…), which has the scales of weights, too",
             stacklevel=3,
         )
+
+
+def _is_trained(bank: Any) -> bool:
+    """True if a bank was not drawn: it is like `share`'s initial values, or a copy of another bank of this process."""
+    values = bank.bank.detach()
+    start = torch.from_numpy(initial_values(bank.group, bank.seed, 1.0)["bank"]).to(values.device, values.dtype)
+    likeness = float(torch.nn.functional.cosine_similarity(values.flatten(), start.flatten(), dim=0))
+    if likeness > _ALIKE / math.sqrt(values.numel()):
+        return True
+    slots = (layer.__dict__.get("_dist_ssn_slots", {}) for layer in list(layers))
+    others = {source for own in slots for source, _ in own.values() if source is not bank}
+    return any(_has(other, values) for other in others)
+
+
+def _has(other: Any, values: torch.Tensor) -> bool:
+    """True if another source of weights has the same values."""
+    theirs = other._parameters.get("bank")
+    if theirs is None or theirs.shape != values.shape or theirs.device != values.device:
+        return False
+    return torch.equal(theirs.detach(), values)
 
 
 def check_starts(model: nn.Module) -> None:
