@@ -13,6 +13,7 @@ from torch import nn
 
 from dist_ssn.sharing.bank import Bank
 from dist_ssn.sharing.parts import slots_of
+from dist_ssn.sharing.places import layer_at
 from dist_ssn.sharing.trained_by import is_a, layers, roots
 
 Own = tuple[tuple[str, nn.Parameter], ...]
@@ -90,16 +91,3 @@ def _is_root(module: nn.Module, bank: Bank) -> bool:
     path, _, name = bank.weight_name(0).rpartition(".")
     layer = layer_at(module, path)
     return layer is not None and slots_of(layer).get(name, (None,))[0] is bank
-
-
-def layer_at(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path; None if there is none.
-
-    Args:
-        module: where the path begins.
-        path: names between dots, or nothing.
-    """
-    found: nn.Module | None = module
-    for name in filter(None, path.split(".")):
-        found = found._modules.get(name) if found is not None else None
-    return found

@@ -23,6 +23,7 @@ from torch import nn
 import dist_ssn.errors
 from dist_ssn.errors import ShareError
 from dist_ssn.sharing.parts import listed, outside, set_trained, slots_of
+from dist_ssn.sharing.places import warn_of_places
 from dist_ssn.torch_private import MODULE_APPLY, MODULE_MEMBERS
 
 COPIED = "dist_ssn"
@@ -61,10 +62,15 @@ _listed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose paramet
 
 def _contains(key: Any, start: nn.Module, source: Any) -> bool:
     """True if `source` is a module inside `start`; `key` is an object that only this walk has."""
+    if not _is_known(key, start):
+        _state.known = (key, id(start), {id(module) for module in start.modules()})
+    return id(source) in _state.known[2]
+
+
+def _is_known(key: Any, start: nn.Module) -> bool:
+    """True if a shared layer of this walk was seen before."""
     known = getattr(_state, "known", None)
-    if known is None or known[0] is not key or known[1] != id(start):
-        known = _state.known = (key, id(start), {id(module) for module in start.modules()})
-    return id(source) in known[2]
+    return known is not None and known[0] is key and known[1] == id(start)
 
 
 def _lacking(layer: nn.Module, key: Any, start: nn.Module | None) -> list[str]:
@@ -103,7 +109,10 @@ def check_saved(layer: nn.Module, destination: Any) -> None:
         ShareError: the walk did not begin around the layer's bank.
     """
     start = _start(nn.Module.state_dict.__code__, "destination", destination)
-    if names := _lacking(layer, getattr(destination, "_metadata", destination), start):
+    key = getattr(destination, "_metadata", destination)
+    if start is not None and not _is_known(key, start):
+        warn_of_places(start)
+    if names := _lacking(layer, key, start):
         raise ShareError(
             f"the state dict of this {type(start).__name__} would lack its weights ({listed(names)}), which a bank outside of it "
             f"generates: save the whole model's state dict or materialize(part)'s, or {_REMEDY}"
