@@ -25,7 +25,7 @@ class Weight(NamedTuple):
     source: Any
     index: int
     own: Own
-    """Names in their modules and parameters: the layer's own, or else those of the smallest block around it that has any."""
+    """Names in their modules and parameters: the layer's own, or else biases and norms of the smallest block that has any."""
 
     @property
     def name(self) -> str:
@@ -69,10 +69,10 @@ def _with_blocks(module: nn.Module, around: tuple[nn.Module, ...]) -> Iterator[t
 
 
 def _own(block: nn.Module, banks: set[int], known: dict[int, Own]) -> Own:
-    """The parameters inside a block that are not a bank's."""
+    """The biases and norms inside a block. Matrices are of other layers, or of adapters that train without the weights."""
     if id(block) not in known:
         known[id(block)] = tuple(
-            (name.rpartition(".")[2], p) for name, p in block.named_parameters() if id(p) not in banks
+            (name.rpartition(".")[2], p) for name, p in block.named_parameters() if p.ndim < 2 and id(p) not in banks
         )
     return known[id(block)]
 
