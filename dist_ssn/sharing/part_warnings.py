@@ -176,11 +176,12 @@ def _inside(optimizer: Optimizer) -> list[Any]:
 def of_learning_rates(optimizer: Optimizer, weights: list[Weight], training: dict[Any, set[int]]) -> Iterator[str]:
     """The parameters beside the weights of one bank have several learning rates, and the bank has one."""
     rates = {id(p): _rate(group) for group in optimizer.param_groups for p in group["params"]}
-    for source in training:
+    for source, indices in training.items():
         bank = next((rates[id(p)] for p in source.parameters() if id(p) in rates), None)
         if bank is None:
             continue
-        mine = [(weight.name, _rates_of(weight, rates)) for weight in weights if weight.source is source]
+        here = {(source, index) for index in indices}
+        mine = [(weight.name, _rates_of(weight, rates)) for weight in weights if weight[:2] in here]
         kinds: dict[str, set[float]] = {}
         for _, own in mine:
             for name, rate in own.items():
@@ -198,7 +199,9 @@ def of_learning_rates(optimizer: Optimizer, weights: list[Weight], training: dic
 
 
 def _rate(group: dict[str, Any]) -> float:
-    return float(group.get("lr", 0.0))
+    """The learning rate of a group; 0 for one that is on a GPU, which a step may not wait for."""
+    lr = group.get("lr", 0.0)
+    return 0.0 if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
 
 
 def _rates_of(weight: Weight, rates: dict[int, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel
 
-from dist_ssn import parameter_groups, share
+from dist_ssn import freeze, parameter_groups, share, unfreeze
 from dist_ssn.sharing import part_check
 from dist_ssn.sharing.trained_by import Seen, checked
 from testing.ranks import run_ranks
@@ -198,14 +198,27 @@ LATE: dict[str, tuple[Rule, str]] = {
 @pytest.mark.parametrize("late", LATE)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_part_that_is_frozen_later_is_told(kind: str, late: str) -> None:
-    freeze, sentence = LATE[late]
+    rule, sentence = LATE[late]
     model = shared(kind)
     optimizer = SGD(model.parameters(), 0.1)
     assert not step(model, optimizer)
-    freeze(model)
+    rule(model)
     (said,) = step(model, optimizer)
     assert sentence in said
     assert not step(model, optimizer)
+
+
+def test_a_part_that_is_frozen_by_freeze_is_told_by_it_alone() -> None:
+    model = shared()
+    groups = [{"params": of(model, "backbone")}, {"params": of(model, "backbone", False)}]
+    optimizer = SGD(groups, 0.1)
+    assert not step(model, optimizer)
+    with pytest.warns(UserWarning, match="the frozen weights backbone"):
+        freeze(model, "backbone")
+    optimizer.param_groups[0]["lr"] = 0.0
+    assert not step(model, optimizer)
+    unfreeze(model)
+    assert step(model, optimizer)[0].startswith("the bank that generates backbone.")
 
 
 def test_the_first_layer_of_a_sequential_is_frozen_later() -> None:
