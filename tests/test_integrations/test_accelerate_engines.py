@@ -120,6 +120,7 @@ def fsdp2(rank: int, world_size: int, port: int, folder: str) -> list[tuple[list
 
 
 @pytest.mark.distributed
+@pytest.mark.skipif(accelerate.__version__.startswith("1.10."), reason="its load_state fails for a dense model, too")
 @pytest.mark.filterwarnings("ignore:.*OMP_NUM_THREADS")
 def test_fsdp2_with_its_block_wise_wrapping(tmp_path: Path) -> None:
     """Banks of the whole model, and of each block; with activation checkpointing; a saved state resumes."""

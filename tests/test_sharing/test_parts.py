@@ -511,6 +511,19 @@ def test_freeze_works_on_dense_models_and_names_a_pattern_without_a_match() -> N
         freeze(shared(), "decoder")
 
 
+def test_unfreezing_all_of_a_kept_model_trains_what_trained_before() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "task[0]": nn.Linear(32, 4), "norm": nn.LayerNorm(32)})
+    share(model, 0.3, keep=True, train="task[0]", include="a")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained > {"task[0].weight", "task[0].bias"} and not trained & {"a.bias", "norm.weight"}
+    freeze(model, "a", "task[0]")
+    assert not model["task[0]"].weight.requires_grad  # a name is no glob
+    unfreeze(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    unfreeze(model, "norm")
+    assert model["norm"].weight.requires_grad
+
+
 def test_freezing_the_first_layer_of_a_sequential_freezes_no_other() -> None:
     """The first layer holds the banks of all, since a container calls all of its children."""
     for freeze_first, said in (
