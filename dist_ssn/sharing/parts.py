@@ -127,7 +127,7 @@ def unfreeze(model: nn.Module, *patterns: str) -> nn.Module:
 
     Args:
         model: see `freeze`.
-        patterns: see `freeze`.
+        patterns: see `freeze`. Without any: everything but what `share(keep=True)` keeps beside the banks.
 
     Returns:
         The model itself.
