@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,14 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dist_ssn.sharing.bank import banks_of
+from dist_ssn.sync.fingerprints import bit_sum, halves
 from dist_ssn.sync.reports import Workers
 
 
 class Buffers:
     """Averages the floating-point buffers over all workers, in 32 bits.
 
-    What is averaged is their change, so that a buffer that nobody changed keeps its bits. A worker whose buffers are not finite is
-    left out, and gets the others' mean.
+    What is averaged is their change, so that a buffer that nobody changed keeps its bits. An element that was not finite has no
+    change: its mean is that of the values that are finite now. A worker's buffer that has become not finite is left out, with a
+    warning, and gets the others' mean; one that is so on all workers alike stays.
 
     Args:
         model: its buffers are equal on all workers now.
@@ -53,7 +57,8 @@ class Buffers:
             if buffer.shape != self.base[name].shape:
                 return (
                     f"the buffer {name} had the shape {tuple(self.base[name].shape)} when local updates began and has "
-                    f"{tuple(buffer.shape)} now: workers cannot average it"
+                    f"{tuple(buffer.shape)} now: give it its last shape before LocalUpdates is made (by a forward of the longest "
+                    "input), or keep it in an attribute that is no buffer"
                 )
         return None
 
@@ -85,34 +90,96 @@ class Buffers:
         current = self._current()
         for name, value in values.items():
             if name in current:
-                current[name].copy_(value)
+                with torch.inference_mode(current[name].is_inference()):
+                    current[name].copy_(value)
 
     def mean(self, workers: Workers) -> dict[str, Tensor]:
         """The mean over all workers, by name; one all-reduce, none if there is nothing to average."""
         current = self._current()
         if not current or (workers.count == 1 and workers.island is None):
             return {name: buffer.detach().clone() for name, buffer in current.items()}
-        # inf - inf is not a number, so unchanged elements are left out before the difference is used.
-        changes = [
-            torch.where(buffer == self.base[name], 0, buffer - self.base[name]).float()
-            for name, buffer in current.items()
-        ]
-        flat = torch.cat([change.reshape(-1) for change in changes])
-        counted = flat.isfinite().all()
-        flat = torch.cat([torch.where(counted, flat, 0), counted.reshape(1).float()])
+        parts = [_part(buffer, self.base[name]) for name, buffer in current.items()]
+        all_count = torch.stack([part.counts for part in parts]).all()
+        flat = torch.cat([*(part.values for part in parts), all_count.reshape(1).float()])
         if workers.island is not None:
             dist.all_reduce(flat, group=workers.island)
         if workers.count > 1:
             dist.all_reduce(flat, group=workers.group)
-        means = (flat[:-1] / flat[-1].clamp(min=1)).split([change.numel() for change in changes])
-        found = {}
-        for name, part in zip(current, means, strict=True):
-            base = self.base[name]
-            part = part.view_as(base).to(base.dtype)
-            found[name] = torch.where(part == 0, base, base + part)
-        return found
+        processes = workers.count * (1 if workers.island is None else dist.get_world_size(workers.island))
+        shares = [1.0] * len(parts)
+        if flat[-1] < processes:
+            shares = _shares(current, parts, workers)
+        totals = flat[:-1].split([part.values.numel() for part in parts])
+        return {
+            name: buffer.detach().clone() if share is None else _mean(total, self.base[name], processes * share)
+            for (name, buffer), total, share in zip(current.items(), totals, shares, strict=True)
+        }
 
     def average(self, workers: Workers) -> None:
         """Sets all buffers to their mean."""
         self.base = self.mean(workers)
         self.put(self.base)
+
+
+class _Part(NamedTuple):
+    """What one process adds to the mean of a buffer of S elements, K of which have no finite base.
+
+    Args:
+        counts: bool; the buffer is finite, where its base is.
+        values: float32 [S + K], zeros if it does not count: the changes, or the values themselves where the base is not finite; and
+            1 for each of the K that is finite now.
+    """
+
+    counts: Tensor
+    values: Tensor
+
+
+def _part(buffer: Tensor, base: Tensor) -> _Part:
+    buffer, base = buffer.reshape(-1), base.reshape(-1)
+    begun = base.isfinite()
+    same = (buffer == base) | (buffer.isnan() & base.isnan())
+    change = torch.where(same, 0, buffer - torch.where(begun, base, 0)).float()  # inf - inf is not a number
+    finite = change.isfinite()
+    counts = (finite | ~begun).all()
+    arrived = (counts & buffer.isfinite())[~begun]
+    return _Part(counts, torch.cat([torch.where(counts & finite, change, 0), arrived]))
+
+
+def _mean(total: Tensor, base: Tensor, counted: float) -> Tensor:
+    """The mean of a buffer; an element that no process has finite keeps its base.
+
+    Args:
+        total: sum of the processes' values; see `_Part`.
+        base: of the buffer.
+        counted: number of processes that count.
+    """
+    old, begun = base.reshape(-1), base.isfinite().reshape(-1)
+    changes, arrived = total.split([old.numel(), total.numel() - old.numel()])
+    change = (changes / max(counted, 1)).to(base.dtype)
+    found = torch.where(change == 0, old, old + change)
+    values = (changes[~begun] / arrived.clamp(min=1)).to(base.dtype)
+    found[~begun] = torch.where(arrived > 0, values, old[~begun])
+    return found.view_as(base)
+
+
+def _shares(buffers: Mapping[str, Tensor], parts: Sequence[_Part], workers: Workers) -> list[float | None]:
+    """The share of the processes that count, for each buffer; warns of those that do not.
+
+    Returns:
+        None for a buffer that is not finite anywhere and has the same bits on all workers.
+    """
+    mine = [(float(p.counts), *halves(bit_sum([b]))) for b, p in zip(buffers.values(), parts, strict=True)]
+    rows = torch.tensor(workers.gather([value for of_buffer in mine for value in of_buffer]), dtype=torch.float64)
+    shares: list[float | None] = []
+    for name, of_name in zip(buffers, rows.view(workers.count, -1, 3).unbind(1), strict=True):
+        share = float(of_name[:, 0].mean())
+        if share == 0 and (of_name == of_name[0]).all():
+            shares.append(None)
+            continue
+        shares.append(share)
+        if ranks := [str(rank) for rank, row in zip(workers.ranks, of_name, strict=True) if row[0] < 1]:
+            end = "gets the others' mean" if share else "goes back to its last mean"
+            warnings.warn(
+                f"the buffer {name} on rank {', '.join(ranks)} is not finite: it is left out, and {end}", stacklevel=2
+            )
+    return shares

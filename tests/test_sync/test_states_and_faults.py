@@ -466,7 +466,7 @@ def _check_buffers(first: Any, second: Any) -> None:
     for found in (first, second):
         assert torch.equal(found[2], torch.tensor([0.0, -torch.inf, 0.1]))  # rank 0's, bit for bit
         assert not found[3].any()
-        assert found[4] == 6 * 8 + 4 * (4 + 4 + 3 + 1)
+        assert found[4] == 6 * 8 + 4 * (4 + 4 + 3 + 1 + 1)  # and a count of the element that is not finite
 
 
 # ---------------------------------------------------------------- one process
