@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from dist_ssn.errors import UserError, unknown_choice
+from dist_ssn.errors import UserError, describe, unknown_choice
 
 Factory = Callable[[Sequence[Tensor]], Optimizer]
 """Makes an outer optimizer over the anchor's flat tensors."""
@@ -77,7 +78,8 @@ def outer_optimizer(
         momentum: of "nesterov"; None for its default.
 
     Raises:
-        UserError: the function has made something else than an optimizer over these tensors.
+        UserError: the function has failed, or made something else than an optimizer over these tensors, or one that needs a
+            closure.
     """
     if isinstance(outer, str):
         return OUTER[outer](anchor, rate, momentum)
@@ -85,10 +87,23 @@ def outer_optimizer(
         settings: dict[str, Any] = {key: value for key, value in outer.param_groups[0].items() if key in outer.defaults}
         made = type(outer)(anchor, **settings)  # pyright: ignore[reportArgumentType]
     else:
-        made = outer(anchor)
+        made = _made_by(outer, anchor)
     held = [p for group in made.param_groups for p in group["params"]] if isinstance(made, Optimizer) else []
     if not isinstance(made, Optimizer) or {id(p) for p in held} != {id(p) for p in anchor}:
         raise UserError(
             f"outer made {type(made).__name__}, and must make a torch optimizer over the list of tensors that it is given"
         )
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"outer made {type(made).__name__}, whose step needs a closure: the anchor has a gradient and no loss, so give an "
+            "optimizer that takes steps without one"
+        )
     return made
+
+
+def _made_by(factory: Factory, anchor: Sequence[Tensor]) -> Optimizer:
+    try:
+        return factory(anchor)
+    except Exception as error:
+        raise UserError(f"the function that LocalUpdates got as outer failed: {describe(error)}") from error
