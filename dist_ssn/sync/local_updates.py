@@ -29,10 +29,18 @@ from dist_ssn.sync.outer import Factory, check_outer, outer_optimizer
 from dist_ssn.sync.outliers import left_out
 from dist_ssn.sync.reports import Report, exchange_reports, require_agreement, require_same
 from dist_ssn.sync.sent import Round, Sent
-from dist_ssn.sync.settings import check_settings, device_of, forget_what_is_not_finite, held, innermost, taking_part
-from dist_ssn.sync.start import send_from_first, workers_of
+from dist_ssn.sync.settings import (
+    check_kinds,
+    check_settings,
+    device_of,
+    forget_what_is_not_finite,
+    held,
+    innermost,
+    taking_part,
+)
+from dist_ssn.sync.start import came_too_late, forms_of, send_from_first, workers_of
 from dist_ssn.sync.state import FORMAT, changed, check_state, on_device, outer_settings, plan_of, shapes_of
-from dist_ssn.sync.trained import refuse_wrapper, trained_parameters, unwrapped
+from dist_ssn.sync.trained import check_model, refuse_wrapper, require_own_steps, trained_parameters, unwrapped
 from dist_ssn.sync.transport import Transport
 
 
@@ -49,8 +57,9 @@ class LocalUpdates:
                 optimizer.zero_grad()
         torch.save(model.state_dict(), "model.pt")       # leaving the block has synchronized
 
-    At the start, all workers get the first one's parameters and buffers. A step that ends no round sends nothing, and does nothing
-    but count. Leaving the block, except by an exception, synchronizes; without the block, call `synchronize` and `close`.
+    Call `torch.distributed.init_process_group` first. At the start, all workers get the first one's parameters and buffers. A step
+    that ends no round sends nothing, and does nothing but count. Leaving the block, except by an exception, synchronizes; without
+    the block, call `synchronize` and `close`.
 
     Args:
         model: shared or dense, on its device. DDP or FSDP2 only over an island, see `group`.
@@ -102,14 +111,17 @@ class LocalUpdates:
         """Steps since the last exchange."""
         self.every, self.warmup, self.delay, self.outlier = every, warmup, delay, outlier
         self._sent: Sent | None = None
+        check_kinds(model, optimizer)
         self._workers = workers_of(group, device_of(model))
         failure, facts = None, []
         try:
+            check_model(model)
             self.model, island, self._sharded = unwrapped(model, group)
             self._workers = workers_of(group, device_of(model), island, self._sharded)
             check_settings(every, warmup, delay, outlier)
             check_outer(outer, outer_rate, outer_momentum)
             self.optimizer = innermost(optimizer)
+            require_own_steps(self.optimizer, group)
             trained = trained_parameters(self.model, self.optimizer)
             self._taking_part = taking_part(self.optimizer)
             self._anchor = Anchor(trained)
@@ -121,14 +133,15 @@ class LocalUpdates:
             facts = [
                 (every, warmup, delay, outlier, self.exchange.codec.name, self.exchange.route, self.outer),
                 [(t.name, t.values.shape, t.values.dtype, t.plain) for t in trained],
+                forms_of(self.model),
                 plan_of(self.model),
                 kept_fingerprints(self.model),
             ]
-        except UserError as error:
+        except Exception as error:  # of this process; `require_same` raises it
             failure = error
         with torch.no_grad(), purpose("initialization"):
             require_same(facts, self._workers, failure)
-            send_from_first(self.model, self._anchor.trained, self._workers)
+            send_from_first(self.model, self._workers)
             self._anchor.fill()
         self._start = self._anchor.start()
         """The values from which this worker went on after the last round."""
@@ -193,6 +206,8 @@ class LocalUpdates:
         Returns:
             True if a worker had changed something.
         """
+        if too_late := came_too_late(self._workers):
+            raise UserError(too_late)
         problem = self._problem()
         change = self._anchor.change(self._start)
         norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))

@@ -121,11 +121,17 @@ def require_agreement(reports: Sequence[Report], workers: Workers, problem: str 
         )
 
 
-FACTS = ("the settings of local updates", "the trained parameters", "the plans", "the kept values")
+FACTS = (
+    "the settings of local updates",
+    "the trained parameters",
+    "the names, shapes or dtypes of parameters and buffers",
+    "the plans",
+    "the kept values",
+)
 """Facts that must be the same on all workers."""
 
 
-def require_same(facts: Sequence[object], workers: Workers, failure: UserError | None) -> None:
+def require_same(facts: Sequence[object], workers: Workers, failure: Exception | None) -> None:
     """Checks that all workers begin with the same `FACTS`, by 32 bits of each.
 
     Args:
@@ -134,7 +140,8 @@ def require_same(facts: Sequence[object], workers: Workers, failure: UserError |
         failure: the error of this process, so that no other waits for it.
 
     Raises:
-        UserError: this process's own error; or a worker has failed; or the facts differ, and the message names the ranks.
+        UserError: another worker has failed; or the facts differ, and the message names the ranks.
+        Exception: this process has failed.
     """
     sums = [zlib.crc32(str(fact).encode()) for fact in facts] if failure is None else [0] * len(FACTS)
     rows = workers.gather([failure is not None, *sums])

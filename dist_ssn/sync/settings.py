@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,17 @@ from dist_ssn.errors import UserError
 
 held: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 """Optimizers that a LocalUpdates watches."""
+
+
+def check_kinds(model: object, optimizer: object) -> None:
+    """Checks that a model and an optimizer are what they must be.
+
+    Raises:
+        UserError: they are something else, or are given in the other order.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+        found = f"{type(model).__name__} and {type(optimizer).__name__}"
+        raise UserError(f"LocalUpdates needs a model and a torch optimizer of it, in this order, got {found}")
 
 
 def check_settings(every: object, warmup: object, delay: object, outlier: object) -> None:
@@ -33,19 +43,23 @@ def check_settings(every: object, warmup: object, delay: object, outlier: object
         raise UserError(f"outlier must be a multiple of the median norm above 1, or None, got {outlier!r}")
 
 
-def innermost(optimizer: Any) -> Optimizer:
+def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer whose steps are counted: inside of wrappers such as Accelerate's.
 
     Raises:
-        UserError: it is no torch optimizer, or another LocalUpdates watches it.
+        UserError: another LocalUpdates watches it, or averages of its parameters are no averages of its model.
     """
-    while isinstance(optimizer, Optimizer) and isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    if not isinstance(optimizer, Optimizer):
-        raise UserError(f"LocalUpdates needs a torch optimizer, got {type(optimizer).__name__}")
+    kind = type(optimizer)
+    if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
+        raise UserError(
+            f"{kind.__name__} keeps the weights of its evaluation mode in its own state, as schedule-free optimizers do, and local "
+            "updates average parameters only: use another optimizer with a schedule"
+        )
     if optimizer in held:
         raise UserError(
-            f"another LocalUpdates averages after the steps of this {type(optimizer).__name__} already: leave its block, or call "
+            f"another LocalUpdates averages after the steps of this {kind.__name__} already: leave its block, or call "
             "its close(), first"
         )
     return optimizer
@@ -56,10 +70,10 @@ def taking_part(optimizer: Optimizer) -> list[tuple[int, bool]]:
     return [(id(p), p.requires_grad) for group in optimizer.param_groups for p in group["params"]]
 
 
-def device_of(model: object) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """The device of a model's first parameter; the CPU if there is none."""
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if first is None else first.device
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None or first.is_meta else first.device
 
 
 def forget_what_is_not_finite(optimizer: Optimizer) -> None:

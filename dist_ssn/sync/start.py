@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dist_ssn.errors import UserError
 from dist_ssn.sharing.bases import sent_at_the_start
 from dist_ssn.sync.reports import Workers
-from dist_ssn.sync.trained import Trained
+from dist_ssn.sync.trained import values_of
 from dist_ssn.sync.transport import Transport
 
 
@@ -27,14 +26,22 @@ def workers_of(
     With a transport, only the changes travel through it; all else goes through the default process group.
 
     Raises:
-        UserError: this process is not in the group, or there is a group and no torch.distributed.
+        UserError: this process is not in the group, or there is no torch.distributed, and a group or a launcher of several.
     """
     if not (dist.is_available() and dist.is_initialized()):
         if group is not None:
             raise UserError(
                 "LocalUpdates got a group, but torch.distributed is not initialized: init_process_group comes first, also over MPI"
             )
+        if (size := os.environ.get("WORLD_SIZE", "1")).isdigit() and int(size) > 1:
+            raise UserError(
+                f"the launcher has started {size} processes (WORLD_SIZE), and torch.distributed is not initialized, so that "
+                "nothing would be averaged: call torch.distributed.init_process_group before LocalUpdates is made"
+            )
         return Workers((0,), 0, None, None, device)
+    rank = dist.get_rank()
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise UserError(_not_in(rank))
     if group is not None and not isinstance(group, dist.ProcessGroup) and not hasattr(group, "ranks"):  # of a Transport
         raise UserError(f"group must be a torch.distributed process group or None, got {type(group).__name__}")
     if group is not None and not isinstance(group, dist.ProcessGroup):
@@ -44,24 +51,41 @@ def workers_of(
                 f"{dist.get_rank()} of {dist.get_world_size()}: both must have the same processes in the same order"
             )
         group = None
-    rank = dist.get_rank()
     if group is not None and dist.get_rank(group) < 0:
-        raise UserError(
-            f"rank {rank} is not in the group that LocalUpdates got: give each process a group that it belongs to"
-        )
+        raise UserError(_not_in(rank))
     leader = None if island is None or sharded else dist.get_process_group_ranks(island)[0]
     return Workers(tuple(dist.get_process_group_ranks(group)), rank, group, island, device, leader)
 
 
-def send_from_first(model: nn.Module, trained: Sequence[Trained], workers: Workers) -> None:
+def _not_in(rank: int) -> str:
+    return f"rank {rank} is not in the group that LocalUpdates got: give each process a group that it belongs to"
+
+
+def came_too_late(workers: Workers) -> str | None:
+    """A sentence if torch.distributed was initialized after this process had begun alone."""
+    if workers.count > 1 or workers.group is not None or not (dist.is_available() and dist.is_initialized()):
+        return None
+    if dist.get_world_size() == 1:
+        return None
+    return (
+        f"torch.distributed has {dist.get_world_size()} processes, and was initialized after LocalUpdates was made, so that "
+        "nothing would be averaged: call init_process_group first"
+    )
+
+
+def forms_of(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
+    """Name, shape and dtype of a model's parameters and buffers, in the order in which the first worker sends them."""
+    whole = (*model.named_parameters(), *model.named_buffers())
+    return [(name, tensor.shape, tensor.dtype) for name, tensor in whole]
+
+
+def send_from_first(model: nn.Module, workers: Workers) -> None:
     """Sets all parameters and buffers to those of the first worker, by one broadcast per dtype; a second one in an island.
 
     Values that `share(keep=True)` keeps are not sent; they are equal already (`reports.require_same`).
     """
-    whole = [t.detach() for t in sent_at_the_start(model) if not isinstance(t, DTensor)]
-    of_shards = [t.values for t in trained if isinstance(t.parameter, DTensor)]
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in (*whole, *of_shards):
+    for tensor in map(values_of, sent_at_the_start(model)):  # of a sharded one its shard, to the same shard elsewhere
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for same in by_dtype.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in same])

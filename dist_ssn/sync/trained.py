@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dist_ssn.errors import UserError
@@ -35,8 +36,37 @@ class Trained:
     @property
     def values(self) -> Tensor:
         """This process's values, which share the parameter's memory: the shard of a sharded parameter."""
-        parameter = self.parameter.detach()
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return values_of(self.parameter)
+
+
+def values_of(parameter: Tensor) -> Tensor:
+    """This process's values of a parameter, which share its memory."""
+    parameter = parameter.detach()
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def check_model(model: nn.Module) -> None:
+    """Checks that all of a model's parameters and buffers have values that can be sent.
+
+    Raises:
+        UserError: one has no shape, no memory or another layout, and is named.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise UserError(f"{name} has no shape yet: run a forward before LocalUpdates and the optimizer are made")
+        if tensor.is_meta:
+            raise UserError(f"{name} is on the meta device: give the model memory and values before local updates")
+        if not _is_dense(tensor):
+            raise UserError(
+                f"{name} is sparse, quantized or expanded, and local updates send dense tensors only: keep a dense copy "
+                "(to_dense(), dequantize(), clone()), or keep it in an attribute that is no buffer"
+            )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return False
+    return not any(step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[Trained]:
@@ -59,7 +89,7 @@ def trained_parameters(model: nn.Module, optimizer: Optimizer) -> list[Trained]:
         for key, p in ((id(p), p) for p in model.parameters())
         if key in held and p.requires_grad
     ]
-    if not found:
+    if not any(t.parameter.numel() for t in found):
         raise UserError("the optimizer trains no parameter of the model, so there is nothing to synchronize")
     for trained in found:
         if not trained.parameter.is_floating_point():
@@ -135,15 +165,37 @@ def _mesh_group(model: nn.Module) -> Any:
 
 def _require_apart(inside: dist.ProcessGroup, group: Any, what: str) -> None:
     """Checks that no process of an island but this one is among those that the changes are averaged over."""
-    island = set(dist.get_process_group_ranks(inside))
-    of_group = group if isinstance(group, dist.ProcessGroup) else None  # a transport has all processes
-    common = (island & set(dist.get_process_group_ranks(of_group))) - {dist.get_rank()}
-    if common:
+    if common := _both_in(inside, group):
         raise UserError(
-            f"{what} averages over rank {', '.join(map(str, sorted(common)))} on every step, and local updates would average "
+            f"{what} averages over rank {', '.join(map(str, common))} on every step, and local updates would average "
             "over it again: give the model itself (DDP's .module) and drop the wrapper, or make islands: wrap it over the "
             "processes of the island, and give LocalUpdates a `group` across the islands"
         )
+
+
+def require_own_steps(optimizer: Optimizer, group: Any) -> None:
+    """Refuses an optimizer whose steps send parameters to the other workers.
+
+    Args:
+        optimizer: the innermost one.
+        group: the processes that the changes are averaged over; None for all.
+
+    Raises:
+        UserError: it does.
+    """
+    inside = getattr(optimizer, "process_group", None)
+    if isinstance(inside, dist.ProcessGroup) and (common := _both_in(inside, group)):
+        raise UserError(
+            f"the steps of {type(optimizer).__name__} send parameters to rank {', '.join(map(str, common))}, so that no worker "
+            "trains apart: give each worker the plain optimizer, or shard it over an island"
+        )
+
+
+def _both_in(inside: dist.ProcessGroup, group: Any) -> list[int]:
+    """Ranks of other processes in `inside` that the changes are averaged over, too."""
+    of_group = group if isinstance(group, dist.ProcessGroup) else None  # a transport has all processes
+    both = set(dist.get_process_group_ranks(inside)) & set(dist.get_process_group_ranks(of_group))
+    return sorted(both - {dist.get_rank()})
 
 
 def refuse_wrapper(wrapper: nn.Module | None) -> Callable[..., None]:

@@ -34,6 +34,7 @@ def _islands(rank: int, n: int) -> dict[str, Any]:
     for name in ("ddp", "fsdp"):
         for delay in (0, 1):
             model = Tied()
+            model.frozen.data += rank // 2  # the start makes them equal
             if name == "ddp":
                 wrapped: nn.Module = DistributedDataParallel(model, process_group=within)
             else:

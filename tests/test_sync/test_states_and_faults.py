@@ -572,7 +572,7 @@ def test_models_and_optimizers_that_cannot_be() -> None:
     assert "the optimizer holds 4 of 4 parameters that are not the model's" in raised(
         lambda: LocalUpdates(other, optimizer)
     )
-    assert "needs a torch optimizer, got LambdaLR" in raised(
+    assert "needs a model and a torch optimizer of it, in this order, got Tied and LambdaLR" in raised(
         lambda: LocalUpdates(model, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0))  # type: ignore[arg-type]
     )
     frozen = nn.Linear(2, 2).requires_grad_(False)
