@@ -11,9 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dist_ssn.sync.fingerprints import bit_sum
 from dist_ssn.sync.trained import Trained
-
-_INTEGERS = {4: torch.int32, 8: torch.int64}
 
 
 class Anchor:
@@ -79,9 +78,6 @@ class Anchor:
             for flat, places in zip(self.flats, self._places, strict=True)
         ]
 
-    def fingerprint(self) -> tuple[float, float]:
-        """The sum of the anchor's bits modulo 2⁶⁴, in two halves; a change of a single element changes it."""
-        total = 0
-        for flat in self.flats:
-            total = 31 * total + int(flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
-        return float(total % 2**32), float(total % 2**64 // 2**32)
+    def fingerprint(self) -> int:
+        """Of all bits of the anchor; see `bit_sum`."""
+        return bit_sum(self.flats)

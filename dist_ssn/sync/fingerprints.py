@@ -26,7 +26,7 @@ def digest(anchor: int, others: Mapping[str, int]) -> int:
 
     Args:
         anchor: sum of its bits.
-        others: name → sum of bits.
+        others: name → a number below 2⁶⁴ that stands for its values.
     """
     total = anchor
     for name, value in others.items():

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dist_ssn.comm.meter import purpose
@@ -21,13 +21,23 @@ from dist_ssn.errors import UserError
 from dist_ssn.sharing.bases import kept_fingerprints
 from dist_ssn.sync.anchor import Anchor
 from dist_ssn.sync.buffers import Buffers
-from dist_ssn.sync.changes import Changes, note_end
+from dist_ssn.sync.changes import Changes
 from dist_ssn.sync.codecs import Codec
 from dist_ssn.sync.exchange import Exchange
+from dist_ssn.sync.fingerprints import digest, halves
+from dist_ssn.sync.hooks import watch_forwards, watch_loads, watch_steps
 from dist_ssn.sync.islands import LeaderExchange
 from dist_ssn.sync.outer import Factory, check_outer, outer_optimizer
 from dist_ssn.sync.outliers import left_out
-from dist_ssn.sync.reports import Report, exchange_reports, require_agreement, require_same
+from dist_ssn.sync.reports import (
+    ANCHORED,
+    ROUND,
+    SYNCHRONIZE,
+    Report,
+    exchange_reports,
+    require_agreement,
+    require_same,
+)
 from dist_ssn.sync.sent import Round, Sent
 from dist_ssn.sync.settings import (
     check_kinds,
@@ -40,8 +50,21 @@ from dist_ssn.sync.settings import (
 )
 from dist_ssn.sync.start import came_too_late, forms_of, send_from_first, workers_of
 from dist_ssn.sync.state import FORMAT, changed, check_state, on_device, outer_settings, plan_of, shapes_of
-from dist_ssn.sync.trained import check_model, refuse_wrapper, require_own_steps, trained_parameters, unwrapped
+from dist_ssn.sync.trained import check_model, require_own_steps, trained_parameters, unwrapped
 from dist_ssn.sync.transport import Transport
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _as_values(method: _Method) -> _Method:
+    """Runs a method without gradients, and outside of an inference mode that it is called in: its tensors are changed later."""
+
+    @functools.wraps(method)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*arguments, **options)
+
+    return wrapped  # pyright: ignore[reportReturnType]
 
 
 class LocalUpdates:
@@ -113,7 +136,7 @@ class LocalUpdates:
         self._sent: Sent | None = None
         check_kinds(model, optimizer)
         self._workers = workers_of(group, device_of(model))
-        failure, facts = None, []
+        failure, facts, kept = None, [], {}
         try:
             check_model(model)
             self.model, island, self._sharded = unwrapped(model, group)
@@ -130,12 +153,13 @@ class LocalUpdates:
             """Exchange of changes; `packed_bytes` of it are what this process hands to collectives in a round."""
             self.outer = outer_optimizer(outer, self._anchor.flats, outer_rate, outer_momentum)
             """The outer optimizer. Its learning rate may be changed between rounds, in the same way on all workers."""
+            kept = kept_fingerprints(self.model)
             facts = [
                 (every, warmup, delay, outlier, self.exchange.codec.name, self.exchange.route, self.outer),
                 [(t.name, t.values.shape, t.values.dtype, t.plain) for t in trained],
                 forms_of(self.model),
                 plan_of(self.model),
-                kept_fingerprints(self.model),
+                kept,
             ]
         except Exception as error:  # of this process; `require_same` raises it
             failure = error
@@ -146,20 +170,46 @@ class LocalUpdates:
         self._start = self._anchor.start()
         """The values from which this worker went on after the last round."""
         self._buffers = Buffers(self.model)
-        self._changes = Changes(self.model, self.optimizer)
-        """Changes of the model that no round would average."""
+        self._changes = Changes(self.model, self._anchor.trained, every, kept)
+        """Changes of the model that are no steps of the optimizer."""
+        self._is_new = True
+        """True as long as values that are set are those that all go on from."""
         self._is_anchored = self._is_closed = False
-        guard = refuse_wrapper(model if isinstance(model, DistributedDataParallel) else None)
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
-            self.model.register_forward_pre_hook(guard),
+            watch_forwards(self.model, model, self._begin),
+            *watch_loads(self.model, self._anchor.trained, self._before_load),
+            watch_steps(self._changes),
         ]
         held.add(self.optimizer)
 
+    def _begin(self) -> None:
+        """Takes the values before the first forward for those that all go on from; the next report compares them.
+
+        Values that change from then on, such as those of an embedding with a `max_norm`, count as training.
+        """
+        if self._is_new:
+            self._is_new = False
+            self._fill()
+            self._changes.forget_loads()
+
+    @_as_values
+    def _fill(self) -> None:
+        """All go on from the current values."""
+        self._anchor.fill()
+        self._start = self._anchor.start()
+
     def _before_step(self, *_: object) -> None:
         self._require_own_values("a step of the optimizer")
-        self._changes.before_step(self._start, self._anchor.trained)
+        if self._changes.has_loads:
+            self._begin()  # a forward of a part of the model, or a compiled one, is not seen
+        self._is_new = False
+        self._changes.before_step()
+
+    def _before_load(self, *_: object) -> None:
+        if not self._is_anchored:  # the end of anchored() puts back all values
+            self._changes.before_load()
 
     def _require_own_values(self, action: str) -> None:
         """Raises `UserError` inside of `anchored`."""
@@ -169,12 +219,13 @@ class LocalUpdates:
     def _after_step(self, *_: object) -> None:
         self.step += 1
         self._apart += 1
+        self._changes.after_step()
         warm = self.step <= self.warmup
         if warm or (self.step - self.warmup) % self.every == 0:
-            with torch.no_grad(), purpose("synchronization"):  # not around all: an ordinary step only counts
+            with purpose("synchronization"):  # not around all: an ordinary step only counts
                 self._meet(plain=warm, late=self.delay > 0 and not warm)
 
-    @torch.no_grad()
+    @_as_values
     def synchronize(self) -> bool:
         """Averages whatever the workers have changed since the last round, and the buffers, so that all hold the same model.
 
@@ -195,6 +246,7 @@ class LocalUpdates:
             self._buffers.average(self._workers)
         return moved or on_its_way
 
+    @_as_values
     def _meet(self, *, asked: bool = False, plain: bool = False, late: bool = False) -> bool:
         """One exchange.
 
@@ -206,15 +258,11 @@ class LocalUpdates:
         Returns:
             True if a worker had changed something.
         """
-        if too_late := came_too_late(self._workers):
-            raise UserError(too_late)
-        problem = self._problem()
+        self._begin()
+        self._changes.settle_loads()
         change = self._anchor.change(self._start)
         norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-        mine = Report(self.step, asked, problem is not None, norm, self._anchor.fingerprint())
-        reports = exchange_reports(mine, self._workers)
-        require_agreement(reports, self._workers, problem)
-        norms = tuple(report.norm for report in reports)
+        norms = tuple(report.norm for report in self._report(SYNCHRONIZE if asked else ROUND, norm))
         if self._sent is not None:
             self._apply(self._sent)
             self._sent = None
@@ -232,6 +280,22 @@ class LocalUpdates:
         self._start = [t.values.clone() for t in self._anchor.trained] if late else self._anchor.start()
         return any(norms)
 
+    def _report(self, call: int, norm: float) -> list[Report]:
+        """The reports of all workers, which are at the same place and hold the same values.
+
+        Args:
+            call: what this worker does; see `Report`.
+            norm: of its change.
+        """
+        if too_late := came_too_late(self._workers):
+            raise UserError(too_late)
+        problem, anchor = self._problem(), self._anchor.fingerprint()
+        others = self._changes.others(read_all=call != ROUND)
+        mine = Report(self.step, call, problem is not None, norm, halves(digest(anchor, others)))
+        reports = exchange_reports(mine, self._workers)
+        require_agreement(reports, self._workers, problem, anchor, others)
+        return reports
+
     def _problem(self) -> str | None:
         """The reason why this worker cannot take part in an exchange; None if it can."""
         if taking_part(self.optimizer) != self._taking_part:
@@ -239,7 +303,7 @@ class LocalUpdates:
                 "the optimizer's parameters, or which of them are trained, changed after local updates began: make a new "
                 "LocalUpdates after parameters are added, frozen or unfrozen"
             )
-        return self._changes.problem() or self._buffers.problem()
+        return self._changes.problem(self._apart) or self._buffers.problem()
 
     def _leave_out(self, norms: tuple[float, ...], change: Tensor) -> tuple[int, ...]:
         """The places of the workers that this exchange leaves out; a worker that is among them sends zeros."""
@@ -276,7 +340,7 @@ class LocalUpdates:
             self.outer.step()
             self.outer.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
+    @_as_values
     def state_dict(self) -> dict[str, Any]:
         """This worker's state: anchor, outer state, feedback, position, and its progress in a round that is not over.
 
@@ -309,7 +373,7 @@ class LocalUpdates:
             "sent": {} if self._sent is None else self._sent.state(),
         }
 
-    @torch.no_grad()
+    @_as_values
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues from a `state_dict`; it sets the model's trained parameters, too.
 
@@ -322,7 +386,8 @@ class LocalUpdates:
         """
         self._require_own_values("load_state_dict()")
         check_state(state, self.model, self._anchor, type(self.outer).__name__)
-        self._changes.forget()
+        self._is_new = False
+        self._changes.forget_loads()
         mine = (self._workers.count, self._workers.place) == (state["workers"], state["place"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one of ours says the same, below
@@ -362,50 +427,65 @@ class LocalUpdates:
     def _settings(self) -> dict[str, Any]:
         return {"every": self.every, "warmup": self.warmup, "delay": self.delay}
 
-    @torch.no_grad()
+    @_as_values
     def restart(self, step: int) -> None:
         """Begins a first round at the model's current parameters and buffers, which all workers must hold alike.
 
         Args:
             step: number of steps that were made.
         """
-        self.step, self._sent = step, None
-        self._anchor.fill()
-        self._start = self._anchor.start()
+        self.step, self._apart, self._sent = step, 0, None
+        self._fill()
         self._buffers = Buffers(self.model)
-        self._changes = Changes(self.model, self.optimizer)
+        self._changes.begin()
+        self._is_new = True
 
     @contextmanager
     def anchored(self) -> Iterator[None]:
         """Inside the block, the model has the anchor's parameters and the mean of the workers' buffers: all hold the same model.
 
-        It is for evaluations in a round: training goes on as if it had not been there, and only buffers are sent. All workers
-        enter it together. A step of the optimizer, `synchronize`, `state_dict` and `load_state_dict` inside raise `UserError`.
+        It is for evaluations in a round: training goes on as if it had not been there. A report and the buffers are sent; nothing
+        without floating-point buffers. All workers enter it together. A step of the optimizer, `synchronize`, `state_dict` and
+        `load_state_dict` inside raise `UserError`.
+
+        Raises:
+            UserError: a worker does something else, or cannot take part. All workers raise it.
         """
         self._require_own_values("anchored()")
-        with torch.no_grad(), purpose("metrics"):
-            own = [t.values.clone() for t in self._anchor.trained], self._buffers.own()
-            mean = self._buffers.mean(self._workers)
-            self._anchor.hand_out()
-            self._buffers.put(mean)
+        with purpose("metrics"):
+            put_back = self._enter_anchor()
         self._is_anchored = True
         try:
             yield
         finally:
             self._is_anchored = False
-            with torch.no_grad():
-                for t, values in zip(self._anchor.trained, own[0], strict=True):
-                    t.values.copy_(values)
-                self._buffers.put({**self._buffers.base, **own[1]})
+            put_back()
+
+    @_as_values
+    def _enter_anchor(self) -> Callable[[], None]:
+        """Gives the model the anchor; the function that is returned puts back what it had."""
+        self._begin()
+        if self._buffers.base:
+            self._report(ANCHORED, 0.0)
+        own, buffers = [t.values.clone() for t in self._anchor.trained], self._buffers.own()
+        mean = self._buffers.mean(self._workers)
+        self._anchor.hand_out()
+        self._buffers.put(mean)
+
+        @_as_values
+        def put_back() -> None:
+            for t, values in zip(self._anchor.trained, own, strict=True):
+                t.values.copy_(values)
+            self._buffers.put({**self._buffers.base, **buffers})
+
+        return put_back
 
     def close(self) -> None:
         """Ends local updates without another exchange; the optimizer's steps are ordinary again. A second call does nothing."""
         self._is_closed = True
         for hook in self._hooks:
             hook.remove()
-        if self.optimizer in held:
-            held.discard(self.optimizer)
-            note_end(self.optimizer)
+        held.discard(self.optimizer)
 
     def __del__(self) -> None:
         # A constructor that raised has set neither.

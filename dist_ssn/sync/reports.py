@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from dist_ssn.errors import UserError
+from dist_ssn.sync.fingerprints import halves
 
 REPORT_BYTES = 8 * 6
 """Bytes of a report on the network: six numbers of float64."""
+CALLS = ("ends a round", "calls synchronize()", "enters anchored()")
+"""What a worker does when it sends a report."""
+ROUND, SYNCHRONIZE, ANCHORED = range(len(CALLS))
 
 
 @dataclass(frozen=True)
@@ -23,14 +27,14 @@ class Report:
 
     Args:
         step: number of its steps.
-        asked: True for a call of `synchronize`, False for the end of a round.
+        call: what it does, as a place in `CALLS`.
         problem: it cannot take part.
         norm: of its change.
-        fingerprint: of its anchor: the halves of a number below 2⁶⁴, which float64 holds.
+        fingerprint: of its anchor and of the parameters that nobody averages: the halves of a number below 2⁶⁴.
     """
 
     step: int
-    asked: bool
+    call: int
     problem: bool
     norm: float
     fingerprint: tuple[float, float]
@@ -81,23 +85,27 @@ class Workers:
 
 def exchange_reports(mine: Report, workers: Workers) -> list[Report]:
     """The reports of all workers, by place; six numbers per worker travel."""
-    rows = workers.gather([mine.step, mine.asked, mine.problem, mine.norm * mine.norm, *mine.fingerprint])
+    rows = workers.gather([mine.step, mine.call, mine.problem, mine.norm * mine.norm, *mine.fingerprint])
     return [
-        Report(int(step), bool(asked), problem > 0, math.sqrt(square), (low, high))
-        for step, asked, problem, square, low, high in rows
+        Report(int(step), int(call), problem > 0, math.sqrt(square), (low, high))
+        for step, call, problem, square, low, high in rows
     ]
 
 
-def require_agreement(reports: Sequence[Report], workers: Workers, problem: str | None) -> None:
-    """Checks that all workers can take part, are at the same step, and hold the same anchor. All raise the same kind of error.
+def require_agreement(
+    reports: Sequence[Report], workers: Workers, problem: str | None, anchor: int, others: Mapping[str, int]
+) -> None:
+    """Checks that all workers can take part, are at the same step, and hold the same values. All raise the same kind of error.
 
     Args:
-        reports: of all workers.
+        reports: of all workers. In `anchored` their steps may differ.
         workers: the workers.
         problem: the reason why this process cannot take part; None if it can.
+        anchor: fingerprint of this process's anchor alone.
+        others: name → a number that stands for the values of a parameter that nobody averages.
 
     Raises:
-        UserError: a worker cannot take part; their steps differ; or their anchors do, and the message names the ranks.
+        UserError: a worker cannot take part; their steps differ; or their values do, and the message names the ranks.
     """
     if problem is not None:
         raise UserError(problem)
@@ -105,20 +113,39 @@ def require_agreement(reports: Sequence[Report], workers: Workers, problem: str 
         raise UserError(
             f"{_names(unable)} cannot take part in the synchronization, for a reason that its own message gives"
         )
-    if len({(report.step, report.asked) for report in reports}) > 1:
+    if len({(report.call, report.call != ANCHORED and report.step) for report in reports}) > 1:
         found = [
-            f"rank {rank} {'calls synchronize()' if report.asked else 'ends a round'} after step {report.step}"
+            f"rank {rank} {CALLS[report.call]} after step {report.step}"
             for rank, report in zip(workers.ranks, reports, strict=True)
         ]
         raise UserError(
             f"the workers are not at the same place: {', '.join(found)}; all must take the same number of optimizer steps (data of "
-            "unequal length, or a GradScaler that skips a step on one rank, break this) and call synchronize() at the same steps"
+            "unequal length, a GradScaler that skips a step on one rank, or a state loaded on one rank only break this) and call "
+            "synchronize() and anchored() together"
         )
     if odd := _odd([report.fingerprint for report in reports], workers):
+        step = f"after step {reports[0].step}"
+        anchors = workers.gather(halves(anchor))  # only in this case, so that a report stays as short as it is
+        if odd_anchors := _odd([tuple(row) for row in anchors], workers):
+            raise UserError(
+                f"{step} the anchor on {_names(odd_anchors)} differs from that on the others: another state was loaded there, "
+                "values were set there before the first forward, or a machine computes wrongly; go on from the last checkpoint"
+            )
         raise UserError(
-            f"after step {reports[0].step} the anchor on {_names(odd)} differs from that on the others: another state was loaded "
-            "there, or a machine computes wrongly; go on from the last checkpoint"
+            f"{step} {_different(others, workers)} on {_names(odd)} differs from that on the others, and no LocalUpdates "
+            "averages it: give each optimizer a LocalUpdates of its own; make values that follow the model, such as a teacher's, "
+            "buffers, which are averaged, or keep them outside of the model that LocalUpdates gets"
         )
+
+
+def _different(sums: Mapping[str, int], workers: Workers) -> str:
+    """The first name whose sum differs between the workers."""
+    names = workers.gather([zlib.crc32(" ".join(sums).encode())])
+    if names.count(names[0]) < len(names):
+        return "a parameter that not all workers have"
+    rows = workers.gather([half for value in sums.values() for half in halves(value)])
+    different = (name for at, name in enumerate(sums) if len({tuple(row[2 * at : 2 * at + 2]) for row in rows}) > 1)
+    return next(different, "a parameter")
 
 
 FACTS = (

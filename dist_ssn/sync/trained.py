@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 
 from dist_ssn.errors import UserError
 from dist_ssn.sharing.bank import banks_of
-from dist_ssn.torch_private import active_ddp, inside_compiled
+from dist_ssn.torch_private import inside_compiled
 
 
 @dataclass(frozen=True)
@@ -196,21 +195,3 @@ def _both_in(inside: dist.ProcessGroup, group: Any) -> list[int]:
     of_group = group if isinstance(group, dist.ProcessGroup) else None  # a transport has all processes
     both = set(dist.get_process_group_ranks(inside)) & set(dist.get_process_group_ranks(of_group))
     return sorted(both - {dist.get_rank()})
-
-
-def refuse_wrapper(wrapper: nn.Module | None) -> Callable[..., None]:
-    """A forward hook of the model: it refuses a DistributedDataParallel that LocalUpdates does not know.
-
-    Args:
-        wrapper: the one that it knows.
-    """
-
-    def before_forward(*_: object) -> None:
-        active = active_ddp()
-        if active is not None and active is not wrapper and not torch.compiler.is_compiling():
-            raise UserError(
-                "this forward runs in a DistributedDataParallel, which averages gradients on every step, and LocalUpdates got the "
-                "model inside of it: call the model itself, or, for islands, give LocalUpdates the wrapper"
-            )
-
-    return before_forward

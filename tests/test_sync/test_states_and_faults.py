@@ -424,8 +424,8 @@ def test_faults_are_named_on_all_ranks() -> None:
             assert torch.equal(change, first[fault][1])
         assert found["apart"] == (
             "the workers are not at the same place: rank 0 ends a round after step 2, rank 1 calls synchronize() after step 1; all "
-            "must take the same number of optimizer steps (data of unequal length, or a GradScaler that skips a step on one rank, "
-            "break this) and call synchronize() at the same steps"
+            "must take the same number of optimizer steps (data of unequal length, a GradScaler that skips a step on one rank, or "
+            "a state loaded on one rank only break this) and call synchronize() and anchored() together"
         )
         assert [message.partition(" after its")[0] for message in found["forgotten"]] == [
             "LocalUpdates ended 1 step",
@@ -441,8 +441,8 @@ def test_faults_are_named_on_all_ranks() -> None:
         others = found["changed"][1:]
         assert "was closed" in others[0] and "give each optimizer a LocalUpdates of its own" in others[1]
         assert all(late in message for message in others[2:]) and len(others) == 5
-    assert "between the making of LocalUpdates and the first step" in first["changed"][0]
-    assert second["changed"][0].startswith("rank 0 cannot take part")
+        assert "the anchor on rank 1 differs" in found["changed"][0]
+        assert "values were set there before the first forward" in found["changed"][0]
     assert "changed after local updates began" in second["thawed"]
     assert first["thawed"].startswith("rank 1 cannot take part in the synchronization")
     assert second["differ"][2] == "every must be a whole number of steps, at least 1, got 0"
