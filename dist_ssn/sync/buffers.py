@@ -137,8 +137,7 @@ class _Part(NamedTuple):
 def _part(buffer: Tensor, base: Tensor) -> _Part:
     buffer, base = buffer.reshape(-1), base.reshape(-1)
     begun = base.isfinite()
-    same = (buffer == base) | (buffer.isnan() & base.isnan())
-    change = torch.where(same, 0, buffer - torch.where(begun, base, 0)).float()  # inf - inf is not a number
+    change = torch.where(buffer == base, 0, buffer - torch.where(begun, base, 0)).float()
     finite = change.isfinite()
     counts = (finite | ~begun).all()
     arrived = (counts & buffer.isfinite())[~begun]

@@ -217,7 +217,7 @@ def _grown(rank: int, n: int) -> str:
 
 
 class Sharp(torch.optim.Optimizer):
-    """Sharpness-aware steps, whose own `step` calls that of an optimizer inside; a caller may take the halves alone."""
+    """Steps that call those of an optimizer inside, as sharpness-aware ones do; a caller may take these alone."""
 
     def __init__(self, parameters: Any, rate: float) -> None:
         super().__init__(parameters, {})
@@ -227,7 +227,8 @@ class Sharp(torch.optim.Optimizer):
         self.base.step()
 
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self.second_step()
+        for _ in range(6):
+            self.second_step()
 
 
 class Around(torch.optim.Optimizer):
@@ -316,17 +317,21 @@ def _loaded_rightly(rank: int, n: int) -> dict[str, bool]:
         model.load_state_dict(other.state_dict())
         model.load_state_dict(own)
         step(model, optimizer, rank, 3)
+        steps(model, optimizer, rank, 2)
         with local.anchored():
             model.load_state_dict(other.state_dict())
-        steps(model, optimizer, rank, 4)
+        steps(model, optimizer, rank, 2)
         model.load_state_dict(other.state_dict())
         local.restart(local.step)
         found["rolled back"] = not local.synchronize() and torch.equal(values(model), values(other))
-    with LocalUpdates(model, optimizer, every=4, outer="average"):
-        model.load_state_dict(other.state_dict())
+    with LocalUpdates(model, optimizer, every=1, outer="average", outer_rate=0.5):
+        model.load_state_dict(net().state_dict())
+        optimizer.zero_grad()
         model[0](torch.ones(1, 4)).sum().backward()  # a forward that LocalUpdates does not see
         optimizer.step()
-    found["before a part's forward"] = not torch.equal(values(model), values(other))
+    found["before a part's forward"] = torch.allclose(  # half of a step with a gradient of 1, from what was loaded
+        model.get_parameter("0.bias"), net().get_parameter("0.bias") - 0.05
+    )
     return found
 
 
