@@ -82,15 +82,16 @@ class Bank(BankArithmetic):
 
     def at_hand(self, index: int) -> Tensor | None:
         """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
-        per_step = self.per_step
-        if per_step is None or index not in per_step.indices:
+        per_step, bank = self.per_step, self._parameters.get("bank")
+        if per_step is None or bank is None or index not in per_step.indices:
             return None
         if not per_step.forwards and (not per_step.made or graph_task_id() == -1):
             return None  # neither in a forward of the model nor where its backward recomputes one
-        graph, lower = torch.is_grad_enabled() and not self.stopped, autocast_dtype(self)
-        weights = per_step.current(lower, graph, self._tensors)
+        graph = torch.is_grad_enabled() and not self.stopped
+        lower = autocast_dtype(self) if torch.is_autocast_enabled(bank.device.type) else None
+        weights = per_step.current(lower, graph, self._parameters, self._buffers)
         if weights is None:
-            alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(self.bank, "ds_id")
+            alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(bank, "ds_id")
             if alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
                 return None
             weights = self(_ALL)

@@ -44,8 +44,10 @@ class SharedLayer:
         if is_tracing():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         slots: dict[str, tuple[WeightSource, int]] = self.__dict__["_dist_ssn_slots"]
-        at_hand = all(source.at_hand(index) is not None for source, index in slots.values())
-        with AtHand() if at_hand else Scope(self):  # type: ignore[arg-type]
+        layer: nn.Module = self  # type: ignore[assignment]
+        weights = {name: source.at_hand(index) for name, (source, index) in slots.items()}
+        has_all = all(weight is not None for weight in weights.values())
+        with AtHand(layer, weights) if has_all else Scope(layer):  # type: ignore[arg-type]
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -258,11 +260,13 @@ def _weight_property(name: str, may_write: bool) -> property:
         source, index = layer.__dict__["_dist_ssn_slots"][name]
         if layer._parameters.get(name) is not None:  # put there by functional_call, for example
             raise ShareError(no_write(source.weight_name(index)))
+        scope = current_scope()
+        if not may_write and type(scope) is AtHand and scope.layer is layer:
+            return scope.weights[name]
         try:
             if is_tracing():
                 return source(index)
             weight = source.at_hand(index)
-            scope = current_scope()
             if scope is None:
                 if weight is not None and weight.dtype != source.dtype:
                     weight = None  # lowered for its layer, and somebody else reads it

@@ -14,7 +14,7 @@ bank's weights and gradients are computed in float32, and rounded once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -189,7 +189,11 @@ class PerStep:
             self.forwards = max(0, self.forwards - 1)
 
     def current(
-        self, lower: torch.dtype | None, graph: bool, tensors: Callable[[], Mapping[str, Tensor | None]]
+        self,
+        lower: torch.dtype | None,
+        graph: bool,
+        parameters: Mapping[str, Tensor | None],
+        fixed: Mapping[str, Tensor | None] | None = None,
     ) -> dict[int, Tensor] | None:
         """The weights of the bank's present values, by slot; None if they are not made yet.
 
@@ -198,12 +202,13 @@ class PerStep:
         Args:
             lower: dtype of autocast.
             graph: whether the weights must depend on the parameters in the graph.
-            tensors: gives the bank's parameters and scales, by name.
+            parameters: of the bank, by name.
+            fixed: its scales, by name.
         """
         made = self.made.get(lower)
         if made is None or (graph and not made.has_graph):
             return None
-        return made.weights if made.values.are(tensors()) else None
+        return made.weights if made.values.are(parameters, fixed) else None
 
     def make(
         self,
@@ -225,7 +230,7 @@ class PerStep:
             bases: kept weights.
         """
         with self._lock:
-            made = self.current(lower, graph, lambda: values.tensors)
+            made = self.current(lower, graph, values.tensors)
             return self._fill(values, name, lower, graph, frozen, bases) if made is None else made
 
     def _fill(

@@ -78,10 +78,18 @@ class Scope:
 
 
 class AtHand:
-    """The forward of a layer whose weights have been generated: autograd saves them as ordinary tensors."""
+    """The forward of a layer whose weights have been generated: autograd saves them as ordinary tensors.
+
+    Args:
+        layer: whose forward it is.
+        weights: of the layer, by name.
+    """
+
+    def __init__(self, layer: nn.Module, weights: dict[str, Tensor]):
+        self.layer, self.weights = layer, weights
 
     def read(self, source: WeightSource, index: int) -> Tensor:
-        """The weight `index` of a source, which has it already."""
+        """The weight `index` of a source of another layer."""
         return source(index)
 
     def __enter__(self) -> None:

@@ -38,10 +38,16 @@ class Values(NamedTuple):
         versions = {name: p._version for name, p in memory.items()}
         return Values({**parameters, **(fixed or {})}, memory, versions)
 
-    def are(self, parameters: Mapping[str, Tensor | None]) -> bool:
-        """True if `parameters` are the same tensors, with the same values."""
-        same = all(tensor is parameters[name] for name, tensor in self.tensors.items())
-        return same and self._unchanged() and all(p.is_set_to(self.tensors[name]) for name, p in self.memory.items())  # type: ignore[arg-type]
+    def are(self, parameters: Mapping[str, Tensor | None], fixed: Mapping[str, Tensor | None] | None = None) -> bool:
+        """True if these are the same tensors, with the same values; arguments as of `of`. Layers ask at every read."""
+        fixed = fixed or {}
+        for name, tensor in self.tensors.items():
+            if tensor is not (fixed[name] if name in fixed else parameters[name]):
+                return False
+        for name, memory in self.memory.items():
+            if memory._version != self.versions[name] or not memory.is_set_to(self.tensors[name]):  # type: ignore[arg-type]
+                return False
+        return True
 
     def checked(self, weight: str) -> Mapping[str, Tensor | None]:
         """The tensors, in the memory that they had.
