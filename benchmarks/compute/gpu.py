@@ -279,7 +279,7 @@ def _zeros(given: Given) -> tuple[Tensor, Tensor | None]:
 def _exact(made: list[blocks.Block], given: Given, gradient: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """The weights, and the gradients of bank and gains, in float64 on the processor."""
     gains = None if given.gains is None else given.gains.cpu().double()
-    exact = Given.of(given.bank.cpu().double(), given.all_scales.cpu(), gains)
+    exact = Given.of(given.bank.cpu().double(), given.scales.cpu(), gains)
     slots = [placed for block in made for placed in block.slots]
     plain = blocks.make_blocks(slots, made[0].seed, exact.bank.numel(), (), torch.device("cpu"))
     weights, numel = torch.empty(len(gradient), dtype=torch.float64), [block.numel for block in plain]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Collection, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -65,18 +66,38 @@ class Given(NamedTuple):
 
     bank: Tensor
     """[B]."""
-    all_scales: Tensor
+    scales: Tensor
     """[1 + slots], as in `BankValues`."""
-    scales: tuple[Tensor, ...]
-    """The scale of each slot."""
     gains: Tensor | None
     """All gains of the bank."""
+    views: dict[Block, Views]
+    """Views of scales and gains, which are the same from step to step; the caller keeps them."""
 
     @staticmethod
-    def of(bank: Tensor, scales: Tensor, gains: Tensor | None) -> Given:
+    def of(bank: Tensor, scales: Tensor, gains: Tensor | None, views: dict[Block, Views] | None = None) -> Given:
         """The tensors of a bank [B] or [B, 1]; 16-bit values in float32."""
         dtype = torch.promote_types(bank.dtype, torch.float32)
-        return Given(bank.to(dtype).view(-1), scales, scales[1:].unbind(), None if gains is None else gains.to(dtype))
+        gains = None if gains is None else gains.to(dtype)
+        return Given(bank.to(dtype).view(-1), scales, gains, {} if views is None else views)
+
+
+class Views(NamedTuple):
+    """Views of a bank's scales and gains, for the parts of a block."""
+
+    of: tuple[Tensor, Tensor | None]
+    """The scales and gains."""
+    scales: list[Tensor]
+    """Of all parts."""
+    rows: list[Tensor]
+    """Row gains [R, 1] of the parts with gains."""
+    columns: list[Tensor]
+    """Column gains [C] of the parts with gains."""
+
+    def suit(self, given: Given) -> bool:
+        """True if the tensors are in the memory of the views."""
+        scales, gains = self.of
+        same = gains is given.gains if gains is None or given.gains is None else gains.is_set_to(given.gains)
+        return same and scales.is_set_to(given.scales)
 
 
 class Block:
@@ -103,6 +124,8 @@ class Block:
             self.parts.append(_Part(placed, start, sign_start(seed, placed.slot.name, 0)))
             start += placed.slot.numel
         self.with_gains = [part for part in self.parts if part.slot.row_gains]
+        self._rows_are_chunks = [part.rows_are_chunks for part in self.with_gains]
+        self._signs: tuple[Tensor, list[Tensor]] | None = None
         self.stretch = SignedStretch(slots[0].slot.start, self.numel, self.chunk, bank)
         self.kernels: Any = None
         if kernels is not None and max(placed.slot.numel for placed in slots) < 2**31:
@@ -118,41 +141,54 @@ class Block:
 
     def signs(self, like: Tensor) -> Tensor:
         """The sign of each chunk [q, 1]."""
-        table = self.table(like)
-        return torch.cat([table[part.sign : part.sign + part.chunks] for part in self.parts]).unsqueeze(1)
+        table, found = self.table(like), self._signs
+        if found is None or found[0] is not table:
+            found = self._signs = table, [table[part.sign : part.sign + part.chunks] for part in self.parts]
+        return torch.cat(found[1]).unsqueeze(1)
 
-    def factor(self, signs: Tensor, given: Given) -> Tensor:
+    def views(self, given: Given) -> Views:
+        """Views of scales and gains, of this step or of an earlier one."""
+        found = given.views.get(self)
+        if found is None or not found.suit(given):
+            scales, gains = given.scales.detach(), None if given.gains is None else given.gains.detach()
+            rows = [] if gains is None else [part.row_gains(gains) for part in self.with_gains]
+            columns = [] if gains is None else [part.column_gains(gains) for part in self.with_gains]
+            own = [scales[1 + part.index] for part in self.parts]
+            found = given.views[self] = Views((scales, gains), own, rows, columns)
+        return found
+
+    def factor(self, signs: Tensor, views: Views) -> Tensor:
         """Factor of each chunk [q, 1]: sign, scale, and the row gain where a row is a whole number of chunks.
 
         Args:
             signs: see `signs`.
-            given: what the weights are made of.
+            views: see `views`.
         """
         factor = signs.clone()
-        views = [part.per_row(factor) for part in self.parts]
-        multiply_each(views, [given.scales[part.index] for part in self.parts])
-        if (gains := given.gains) is not None and (rows := [p for p in self.with_gains if p.rows_are_chunks]):
-            multiply_each([part.per_row(factor) for part in rows], [part.row_gains(gains) for part in rows])
+        multiply_each([part.per_row(factor) for part in self.parts], views.scales)
+        if views.rows and any(self._rows_are_chunks):
+            parts = compress(self.with_gains, self._rows_are_chunks)
+            multiply_each([part.per_row(factor) for part in parts], [*compress(views.rows, self._rows_are_chunks)])
         return factor
 
-    def apply_gains(self, values: Tensor, gains: Tensor | None) -> None:
+    def apply_gains(self, values: Tensor, views: Views) -> None:
         """Multiplies `values` [n] by the column gains, and by the row gains that are not in the factor, in place."""
-        if gains is None or not self.with_gains:
+        if not views.rows:
             return
-        multiply_each(
-            [part.matrix(values) for part in self.with_gains], [part.column_gains(gains) for part in self.with_gains]
-        )
-        if rows := [part for part in self.with_gains if not part.rows_are_chunks]:
-            multiply_each([part.matrix(values) for part in rows], [part.row_gains(gains) for part in rows])
+        matrices = [part.matrix(values) for part in self.with_gains]
+        multiply_each(matrices, views.columns)
+        if not all(self._rows_are_chunks):
+            others = [not whole for whole in self._rows_are_chunks]
+            multiply_each([*compress(matrices, others)], [*compress(views.rows, others)])
 
     def generate(self, given: Given, out: Tensor) -> None:
         """Writes the block's weights to `out` [n]; a lower dtype than the bank's is rounded to once, at the end."""
         if self.kernels is not None:
-            self.kernels.generate(given.bank, self.table(given.bank), given.all_scales[1:], given.gains, out)
+            self.kernels.generate(given.bank, self.table(given.bank), given.scales[1:], given.gains, out)
             return
-        values = out if out.dtype == given.bank.dtype else given.bank.new_empty(self.numel)
-        self.stretch.multiply(given.bank, self.factor(self.signs(given.bank), given), values)
-        self.apply_gains(values, given.gains)
+        values, views = out if out.dtype == given.bank.dtype else given.bank.new_empty(self.numel), self.views(given)
+        self.stretch.multiply(given.bank, self.factor(self.signs(given.bank), views), values)
+        self.apply_gains(values, views)
         if values is not out:
             out.copy_(values)
 
@@ -167,22 +203,22 @@ class Block:
         """
         bank, gains = given.bank, given.gains
         if self.kernels is not None:
-            scales = given.all_scales[1:]
+            scales = given.scales[1:]
             self.kernels.pull_back(gradient, bank, self.table(bank), scales, gains, bank_sum, gains_sum)
             return
-        gradient, signs = gradient.to(bank.dtype), self.signs(bank)
-        if gains is not None and gains_sum is not None and self.with_gains:
+        gradient, signs, views = gradient.to(bank.dtype), self.signs(bank), self.views(given)
+        if gains_sum is not None and views.rows:
             product = torch.empty_like(gradient)
             self.stretch.multiply(bank, signs, product)
             product.mul_(gradient)
-            for part in self.with_gains:
-                matrix, scale = part.matrix(product), given.scales[part.index]
-                part.row_gains(gains_sum).view(-1).addmv_(matrix, part.column_gains(gains) * scale)
-                part.column_gains(gains_sum).addmv_(matrix.T, part.row_gains(gains).view(-1) * scale)
+            for part, rows, columns in zip(self.with_gains, views.rows, views.columns, strict=True):
+                matrix, scale = part.matrix(product), given.scales[1 + part.index]
+                part.row_gains(gains_sum).view(-1).addmv_(matrix, columns * scale)
+                part.column_gains(gains_sum).addmv_(matrix.T, rows.view(-1) * scale)
         if bank_sum is None:
             return
-        self.apply_gains(gradient, gains)
-        self.stretch.give(gradient, self.factor(signs, given), bank_sum)
+        self.apply_gains(gradient, views)
+        self.stretch.give(gradient, self.factor(signs, views), bank_sum)
 
 
 class _Part:

@@ -32,7 +32,7 @@ from dist_ssn.torch_private import outside_of_modes
 
 _SIGN_ROOM = 65_536
 """Number of positions at which a weight may begin to read the common table of signs."""
-_MANY = 8
+_MANY = 64
 """Number of whole readings of a bank up to which they are put together from pieces; beyond it all are one operation."""
 
 

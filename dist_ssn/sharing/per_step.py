@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dist_ssn.sharing.bases import Bases
-from dist_ssn.sharing.blocks import Block, Given, Placed, make_blocks
+from dist_ssn.sharing.blocks import Block, Given, Placed, Views, make_blocks
 from dist_ssn.sharing.second_derivative import differentiable_once
 from dist_ssn.sharing.weight_source import Values
 from dist_ssn.torch_private import add_to_each, storage_users
@@ -58,6 +58,7 @@ class Sheet:
                 for block, values in zip(blocks, self.parts, strict=True)
                 for part in block.parts
             ]
+        self._views: dict[Block, Views] = {}
         self._idle = [storage_users(buffer) for buffer in self.buffers.values()]
 
     def suits(self, bank: Tensor) -> bool:
@@ -79,7 +80,7 @@ class Sheet:
             bases: kept weights, which the generated differences are added to.
             lower: dtype of the blocks that autocast lowers.
         """
-        given = _given(tensors)
+        given = self._given(tensors)
         for block, part in zip(self.blocks, self.parts, strict=True):
             block.generate(given, part)
         if bases is None:
@@ -87,6 +88,12 @@ class Sheet:
         add_to_each(self.weights, [bases.tensors[index] for index in self.indices])
         dtypes = [block.dtype(bases.dtype, lower) for block in self.blocks for _ in block.slots]
         return tuple(weight.detach().to(dtype) for weight, dtype in zip(self.weights, dtypes, strict=True))
+
+    def _given(self, tensors: Mapping[str, Tensor | None]) -> Given:
+        """The tensors of the bank, by name, as a block takes them."""
+        bank, scales = tensors["bank"], tensors["scales"]
+        assert bank is not None and scales is not None
+        return Given.of(bank, scales, tensors["gains"], self._views)
 
     def pull_back(
         self,
@@ -101,7 +108,7 @@ class Sheet:
             tensors: the bank's, by name.
             needs: whether the bank and the gains need a gradient.
         """
-        given = _given(tensors)
+        given = self._given(tensors)
         bank, gains = given.bank, given.gains
         bank_sum = torch.zeros_like(bank) if needs[0] else None
         gains_sum = torch.zeros_like(gains) if needs[1] and gains is not None else None
@@ -119,13 +126,6 @@ class Sheet:
             block.pull_back(torch.cat(flat), given, bank_sum, gains_sum)
         bank_sum, gains_sum = (None if total is None else total.to(self.dtype) for total in (bank_sum, gains_sum))
         return None if bank_sum is None else bank_sum.unsqueeze(1), gains_sum
-
-
-def _given(tensors: Mapping[str, Tensor | None]) -> Given:
-    """The tensors of a bank, by name, as a block takes them."""
-    bank, scales = tensors["bank"], tensors["scales"]
-    assert bank is not None and scales is not None
-    return Given.of(bank, scales, tensors["gains"])
 
 
 class _Made(NamedTuple):

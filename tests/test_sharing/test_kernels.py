@@ -62,7 +62,7 @@ class Case:
         """Weights, and gradients of bank and gains, on the processor; the weights' gradient comes in their dtype."""
         device = DEVICE if cut[0].kernels is not None else "cpu"
         scales, gains = self.scales.to(device), None if self.gains is None else self.gains.to(device, dtype)
-        given = Given(self.bank.to(device, dtype), scales, scales[1:].unbind(), gains)
+        given = Given.of(self.bank.to(device, dtype), scales, gains)
         weights = self.gradient.to(device, out or dtype, copy=True)
         sums = [None if tensor is None else torch.zeros_like(tensor) for tensor in (given.bank, given.gains)]
         for block, part in zip(cut, weights.split([block.numel for block in cut]), strict=True):
