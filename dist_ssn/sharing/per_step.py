@@ -229,43 +229,38 @@ class PerStep:
             frozen: indices of the slots that send no gradient.
             bases: kept weights.
         """
-        with self._lock:
-            made = self.current(lower, graph, values.tensors)
-            return self._fill(values, name, lower, graph, frozen, bases) if made is None else made
-
-    def _fill(
-        self,
-        values: Values,
-        name: str,
-        lower: torch.dtype | None,
-        graph: bool,
-        frozen: Collection[int],
-        bases: Bases | None,
-    ) -> dict[int, Tensor]:
-        """Generates the weights in buffers that nobody reads; arguments as of `make`."""
         bank, gains = values.tensors["bank"], values.tensors["gains"]
         assert bank is not None
-        self.made.pop(lower, None)
+        with self._lock:
+            if (weights := self.current(lower, graph, values.tensors)) is not None:
+                return weights  # another thread has made them
+            self.made.pop(lower, None)
+            sheet = self._free_sheet(bank, lower, bases)
+            if graph:
+                filled = _AllAtOnce.apply(sheet, values, bases, lower, name, bank, gains)
+            else:
+                filled = sheet.fill(values.tensors, bases, lower)
+            made = {
+                index: weight.detach() if index in frozen else weight
+                for index, weight in zip(sheet.indices, filled, strict=True)  # type: ignore[arg-type]
+            }
+            self.made[lower] = _Made(made, graph, values)
+            return made
+
+    def _free_sheet(self, bank: Tensor, lower: torch.dtype | None, bases: Bases | None) -> Sheet:
+        """Buffers that nobody reads: those of the last forward, or new ones; arguments as of `make`."""
         sheet = self.sheets.get(lower)
-        if sheet is None or not sheet.suits(bank) or sheet.in_use():
-            place = (bank.device, lower is not None)
-            if place not in self._blocks:
-                lowered = () if lower is None else self.lowered  # weights of two precisions are in different blocks
-                self._blocks[place] = make_blocks(self.slots, self.seed, self.bank, lowered, bank.device)
-            kind = (bank.dtype, lower)
-            if bases is not None:  # a difference is added, and only then rounded
-                kind = (torch.promote_types(bank.dtype, torch.float32), None)
-            sheet = self.sheets[lower] = Sheet(self._blocks[place], bank.detach(), *kind)
-        if graph:
-            weights = _AllAtOnce.apply(sheet, values, bases, lower, name, bank, gains)
-        else:
-            weights = sheet.fill(values.tensors, bases, lower)
-        made = {
-            index: weight.detach() if index in frozen else weight
-            for index, weight in zip(sheet.indices, weights, strict=True)  # type: ignore[arg-type]
-        }
-        self.made[lower] = _Made(made, graph, values)
-        return made
+        if sheet is not None and sheet.suits(bank) and not sheet.in_use():
+            return sheet
+        place = (bank.device, lower is not None)
+        if place not in self._blocks:
+            lowered = () if lower is None else self.lowered  # weights of two precisions are in different blocks
+            self._blocks[place] = make_blocks(self.slots, self.seed, self.bank, lowered, bank.device)
+        kind = (bank.dtype, lower)
+        if bases is not None:  # a difference is added, and only then rounded
+            kind = (torch.promote_types(bank.dtype, torch.float32), None)
+        sheet = self.sheets[lower] = Sheet(self._blocks[place], bank.detach(), *kind)
+        return sheet
 
 
 class _AllAtOnce(torch.autograd.Function):

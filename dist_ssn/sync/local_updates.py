@@ -488,7 +488,7 @@ class LocalUpdates:
         held.discard(self.optimizer)
 
     def __del__(self) -> None:
-        # A constructor that raised has set neither.
+        # After a constructor that raised there is no _is_closed.
         if (
             not getattr(self, "_is_closed", True)
             and self._workers.count > 1
