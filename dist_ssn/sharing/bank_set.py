@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -111,6 +112,19 @@ class BankSet(nn.Module):
             raise PlanError(
                 f"the state dict belongs to another plan: {difference}; build the model with share(model, plan=…)"
             )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, *lists: list[str]
+    ) -> None:
+        """Loads the plan; warns of whole banks without one, as who keeps "what has the same shape" of a state dict has them."""
+        key = f"{prefix}_extra_state"
+        if key not in state_dict and any(f"{prefix}{group.name}.scales" in state_dict for group in self.plan.groups):
+            warnings.warn(
+                f"this state dict has banks but not their plan, {key}: where the plan differs from the model's, the weights are "
+                "noise. Load the whole state dict, or first compare plan_of(state_dict) with shared_plan(model)",
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
 
 def bank_sets(model: nn.Module) -> list[BankSet]:

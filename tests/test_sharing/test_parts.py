@@ -638,6 +638,22 @@ def test_the_mean_of_state_dicts_loads() -> None:
         target.load_state_dict(total)
 
 
+def test_banks_whose_plan_was_dropped_are_told() -> None:
+    """Who loads "what has the same shape" drops the plan where its text is longer; parameters alone have no plan, and pass."""
+    saved, target = shared(seed=1).state_dict(), shared(seed=12_345)
+    own = target.state_dict()
+    same_shape = {name: value for name, value in saved.items() if value.shape == own[name].shape}
+    assert "dist_ssn.all.bank" in same_shape and "dist_ssn._extra_state" not in same_shape
+    with pytest.warns(UserWarning, match=r"banks but not their plan, dist_ssn\._extra_state"):
+        target.load_state_dict(same_shape, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.load_state_dict(dict(target.named_parameters()), strict=False)
+        target.load_state_dict({}, strict=False)
+        with pytest.raises(PlanError, match="another plan"):
+            target.load_state_dict(saved, strict=False)
+
+
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.8's own checkpoints use it
 def test_loading_in_place_checks_the_plan_at_the_next_read(group: None) -> None:
     """`dcp.load` fills the tensors of `state_dict()`, and calls nothing of the model."""
