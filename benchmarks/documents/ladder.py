@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.ladder.cells import AVERAGE, NAMES, identity
+from benchmarks.ladder.cells import AVERAGE, NAMES, TASKS, identity
+from benchmarks.ladder.longer import known
 from benchmarks.ladder.rungs import DENSE, Rung, above_dense, lines_by_cell, loss_of, rungs
 from benchmarks.ladder.suites import DILOCO, FRONTIERS, LONG, NESTEROV, SHORT
 from benchmarks.markdown import grid, mean, short
@@ -159,6 +160,47 @@ def gains() -> str:
     return grid(("", "model", "every", "codec", *(f"gains: {CODECS.get(small, '16 bits')}" for small in GAINS)), rows)
 
 
+def longer() -> str:
+    """The shortest run of each rung whose mean loss is not above dense's, or the longest that was tried; by bytes."""
+    found: dict[tuple[str, str, float | None, int, str], dict[int, list[Line]]] = {}
+    for line in {identity(line): line for line in known()}.values():
+        rung = (line["task"], line["kind"], line["budget"], line["every"], line["codec"])
+        found.setdefault(rung, {}).setdefault(line["steps"], []).append(line)
+    rows: list[tuple[int, float, list[str]]] = []
+    for (task, kind, budget, every, codec), by_steps in found.items():
+        dense = rungs(task)[DENSE]
+        above = {steps: above_dense(runs, dense) for steps, runs in by_steps.items()}
+        steps = min((steps for steps in above if above[steps] <= 0), default=max(above))
+        runs = sorted(by_steps[steps], key=lambda run: run["seed"])
+        texts = [
+            NAMES[task],
+            model_name(kind, budget),
+            str(every),
+            CODECS[codec],
+            f"{steps:,}",
+            f"{steps / TASKS[task]['steps']:.1f}",
+        ]
+        texts += [f"{runs[0]['bytes'] / 1e6:.3g}"]
+        texts += [f"{dense[0][key] / runs[0][key]:,.0f}" for key in ("bytes", "ring_bytes")]
+        texts += [
+            mean([run["validation_loss"] for run in runs]),
+            f"{above[steps]:+.1%}",
+            "yes" if above[steps] <= 0 else "no",
+        ]
+        rows.append((list(NAMES).index(task), runs[0]["bytes"], texts))
+    headings = (
+        "model",
+        "every",
+        "codec",
+        "steps",
+        "times the steps",
+        "MB handed over",
+        "times fewer",
+        "fewer by bytes sent",
+    )
+    return grid(("", *headings, "loss", "from dense", "there"), [texts for *_, texts in sorted(rows)])
+
+
 def _over_run(values: Sequence[float]) -> str:
     """Text "mean (first quarter → last quarter)"."""
     quarter = max(1, len(values) // 4)
@@ -170,6 +212,7 @@ def _tables() -> dict[str, Callable[[], str]]:
     found: dict[str, Callable[[], str]] = {
         "ladder-agreement": agreements,
         "ladder-gains": gains,
+        "ladder-longer": longer,
         "ladder-gpt-128": partial(frontier, "gpt-128"),
     }
     for task in FRONTIERS:

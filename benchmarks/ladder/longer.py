@@ -18,49 +18,54 @@ from benchmarks.ladder.suites import LONG, NESTEROV, SHORT, Line
 from benchmarks.result_files import ResultFile, lines_of
 
 BANK, SMALL, DENSE = ("bank", 0.25), ("small", 0.25), ("dense", None)
-Setting = tuple[tuple[str, float | None], float, int, tuple[float, float], tuple[int, ...]]
-"""Kind and budget, learning rate, period, outer setting, and the lengths that are tried, as multiples of the task's steps."""
+Setting = tuple[tuple[str, float | None], float, int, str, tuple[float, float], tuple[int, ...]]
+"""Kind and budget, learning rate, period, codec, outer setting, and the lengths to try, as multiples of the task's steps."""
 SETTINGS: dict[str, list[Setting]] = {
     "lstm": [
-        (BANK, 2.4e-2, LONG, AVERAGE, (2,)),
-        (SMALL, 0.192, LONG, AVERAGE, (2, 4)),
-        (SMALL, 0.192, SHORT, AVERAGE, (2, 4)),
+        (BANK, 2.4e-2, LONG, "int4", AVERAGE, (2,)),
+        (BANK, 2.4e-2, SHORT, "sparse", AVERAGE, (2, 4)),
+        (SMALL, 0.192, LONG, "int4", AVERAGE, (2, 4)),
+        (SMALL, 0.192, SHORT, "sparse", AVERAGE, (2, 4)),
     ],
     "wrn": [
-        (BANK, 0.2, SHORT, NESTEROV, (2, 4)),
-        (DENSE, 0.4, SHORT, NESTEROV, (2, 4)),
-        (SMALL, 0.2, SHORT, AVERAGE, (2, 4)),
-        (BANK, 0.1, LONG, NESTEROV, (2, 4, 8)),
-        (DENSE, 0.2, LONG, NESTEROV, (2, 4, 8)),
-        (SMALL, 0.2, LONG, AVERAGE, (2, 4, 8)),
+        (BANK, 0.2, SHORT, "int4", NESTEROV, (2, 4)),
+        (DENSE, 0.4, SHORT, "int4", NESTEROV, (2, 4)),
+        (SMALL, 0.2, SHORT, "int4", AVERAGE, (2, 4)),
+        (BANK, 0.1, LONG, "int4", NESTEROV, (2, 4, 8)),
+        (DENSE, 0.2, LONG, "int4", NESTEROV, (2, 4, 8)),
+        (SMALL, 0.2, LONG, "int4", AVERAGE, (2, 4, 8)),
+        (BANK, 0.2, SHORT, "sparse", AVERAGE, (2, 4)),
+        (DENSE, 0.4, SHORT, "sparse", NESTEROV, (2, 4)),
     ],
     "gpt": [
-        (BANK, 6e-3, SHORT, NESTEROV, (2, 4)),
-        (BANK, 6e-3, LONG, NESTEROV, (4,)),
-        (DENSE, 6e-3, SHORT, NESTEROV, (2,)),
-        (SMALL, 6e-3, SHORT, NESTEROV, (4,)),
+        (BANK, 6e-3, SHORT, "int4", NESTEROV, (2, 4)),
+        (BANK, 6e-3, SHORT, "sparse", NESTEROV, (4,)),
+        (DENSE, 6e-3, SHORT, "int4", NESTEROV, (2,)),
+        (SMALL, 6e-3, SHORT, "int4", NESTEROV, (4,)),
     ],
 }
 SEEDS = {"lstm": (0, 1), "wrn": (0, 1), "gpt": (0,)}
 
 
 def known() -> list[Line]:
-    """All runs of more steps than the task's own that are measured."""
-    lines = [*lines_of("ladder_target"), *lines_of("longer")]
-    return [line for line in lines if "validation_loss" in line and line["steps"] > TASKS[line["task"]]["steps"]]
+    """All measured runs with a period, in the codecs of `dist_ssn.sync`, of any length but the lines of the ladder itself."""
+    lines = [
+        line for name in ("gains", "ladder_target", "longer") for line in lines_of(name) if "validation_loss" in line
+    ]
+    return [line for line in lines if line["every"] > 1 and (line["codec"] == "none" or line["small"] == "int4")]
 
 
 def cells(lines: Iterable[Line] = ()) -> Iterator[Cell]:
-    """What is not measured yet, all in 4 bits."""
+    """What is not measured yet, with gains in 4 bits."""
     yield from without(_wanted(), [*known(), *lines])
 
 
 def _wanted() -> Iterator[Cell]:
     for task, settings in SETTINGS.items():
         for seed in SEEDS[task]:
-            for model, lr, every, outer, lengths in settings:
+            for model, lr, every, codec, outer, lengths in settings:
                 for steps in (length * TASKS[task]["steps"] for length in lengths):
-                    yield cell(task, *model, lr, every, "int4", outer, seed, "int4", steps)
+                    yield cell(task, *model, lr, every, codec, outer, seed, "int4", steps)
 
 
 def main() -> None:
