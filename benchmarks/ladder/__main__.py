@@ -71,12 +71,23 @@ def measure(results: ResultFile, suite: Suite, only: Sequence[str], jobs: int, u
                 print(f"  {line['validation_loss']:.4f}  {line['seconds']:.0f} s  {name}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}; or {TABLE}")
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="cells whose identity has one of these")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cells after this time")
+    return parser
+
+
+def one_suite(name: str, suite: Suite, description: str | None) -> None:
+    """The command line of a suite whose lines have a folder of their own, results/<name>/."""
+    arguments = _parser(description).parse_args()
+    measure(ResultFile(name), suite, arguments.only, arguments.jobs, time.monotonic() + 60 * arguments.minutes)
+
+
+def main() -> None:
+    parser = _parser(__doc__)
+    parser.add_argument("suites", nargs="*", help=f"what to measure: {', '.join(SUITES)}; or {TABLE}")
     arguments = parser.parse_args()
     results, began = ResultFile("ladder"), time.monotonic()
     for suite in chosen(parser, arguments.suites, [*SUITES, TABLE]):

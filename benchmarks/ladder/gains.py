@@ -7,14 +7,11 @@ In 16 bits they are 39 % of a 25 % bank's message in 4 bits, and 92 % of its spa
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Iterable, Iterator
 
-from benchmarks.ladder.__main__ import measure
+from benchmarks.ladder.__main__ import one_suite
 from benchmarks.ladder.cells import AVERAGE, Cell, cell
 from benchmarks.ladder.suites import NESTEROV, SHORT, Line
-from benchmarks.result_files import ResultFile
 
 SMALL = {"int4": ("bf16", "int8", "int4"), "sparse": ("bf16", "int8", "int4", "sparse")}
 """Codec → codecs of gains that are tried with it."""
@@ -37,15 +34,5 @@ def cells(_: Iterable[Line] = ()) -> Iterator[Cell]:
                 yield cell("lstm", kind, budget, lr, 1, "int4", seed=seed, small=small)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="cells whose identity has one of these")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cells after this time")
-    arguments = parser.parse_args()
-    until = time.monotonic() + 60 * arguments.minutes
-    measure(ResultFile("gains"), cells, arguments.only, arguments.jobs, until)
-
-
 if __name__ == "__main__":
-    main()
+    one_suite("gains", cells, __doc__)

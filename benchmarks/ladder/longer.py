@@ -8,14 +8,12 @@ Settings are those that the ladder found best for the task's own steps; each len
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Iterable, Iterator
 
-from benchmarks.ladder.__main__ import measure
+from benchmarks.ladder.__main__ import one_suite
 from benchmarks.ladder.cells import AVERAGE, TASKS, Cell, cell, without
 from benchmarks.ladder.suites import LONG, NESTEROV, SHORT, Line
-from benchmarks.result_files import ResultFile, lines_of
+from benchmarks.result_files import lines_of
 
 BANK, SMALL, DENSE = ("bank", 0.25), ("small", 0.25), ("dense", None)
 Setting = tuple[tuple[str, float | None], float, int, str, tuple[float, float], tuple[int, ...]]
@@ -68,15 +66,5 @@ def _wanted() -> Iterator[Cell]:
                     yield cell(task, *model, lr, every, codec, outer, seed, "int4", steps)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], metavar="TEXT", help="cells whose identity has one of these")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at once, one thread each")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cells after this time")
-    arguments = parser.parse_args()
-    until = time.monotonic() + 60 * arguments.minutes
-    measure(ResultFile("longer"), cells, arguments.only, arguments.jobs, until)
-
-
 if __name__ == "__main__":
-    main()
+    one_suite("longer", cells, __doc__)
