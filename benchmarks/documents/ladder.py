@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.ladder.cells import AVERAGE, NAMES, TASKS, identity
 from benchmarks.ladder.longer import known
-from benchmarks.ladder.rungs import DENSE, Rung, above_dense, lines_by_cell, loss_of, rungs
+from benchmarks.ladder.rungs import DENSE, Rung, above_dense, lines_by_cell, loss_of, rungs, shortest
 from benchmarks.ladder.suites import DILOCO, FRONTIERS, LONG, NESTEROV, SHORT
 from benchmarks.markdown import grid, mean, short
 from benchmarks.result_files import lines_of
@@ -170,7 +170,7 @@ def longer() -> str:
     for (task, kind, budget, every, codec), by_steps in found.items():
         dense = rungs(task)[DENSE]
         above = {steps: above_dense(runs, dense) for steps, runs in by_steps.items()}
-        steps = min((steps for steps in above if above[steps] <= 0), default=max(above))
+        steps = shortest(above)
         runs = sorted(by_steps[steps], key=lambda run: run["seed"])
         texts = [
             NAMES[task],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from benchmarks.ladder.cells import identity
@@ -29,6 +29,15 @@ def above_dense(runs: Iterable[Line], dense: Iterable[Line]) -> float:
     losses = {run["seed"]: run["validation_loss"] for run in dense}
     pairs = [(run["validation_loss"], losses[run["seed"]]) for run in runs if run["seed"] in losses]
     return sum(mine for mine, _ in pairs) / sum(theirs for _, theirs in pairs) - 1
+
+
+def shortest(above: Mapping[int, float]) -> int:
+    """Steps of the shortest run that is not above dense; of the longest that was tried, if none is.
+
+    Args:
+        above: steps → mean loss above dense's, as a fraction.
+    """
+    return min((steps for steps in above if above[steps] <= 0), default=max(above))
 
 
 def rungs(task: str) -> dict[Rung, list[Line]]:

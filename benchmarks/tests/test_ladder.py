@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.ladder import cells, simulate
 from benchmarks.ladder.cells import AVERAGE, cell, identity, recipe_of, without
+from benchmarks.ladder.rungs import shortest
 from benchmarks.ladder.suites import NESTEROV, frontier
 from dist_ssn.engines import World
 from dist_ssn.sync.local_updates import LocalUpdates
@@ -106,6 +107,11 @@ def test_a_grid_of_learning_rates_grows_until_its_best_is_inside() -> None:
     tried = [one for one in frontier("gpt", []) if one["kind"] == "dense" and one["every"] == 1][:3]
     lines = [{**one, "validation_loss": one["lr"]} for one in tried]
     assert without(frontier("gpt", lines), lines)[0]["lr"] == min(one["lr"] for one in tried) / 2
+
+
+def test_the_shortest_run_to_denses_loss_counts() -> None:
+    assert shortest({2000: -0.02, 500: 0.1, 1000: 0.0}) == 1000
+    assert shortest({500: 0.1, 1000: 0.05}) == 1000
 
 
 def test_bytes_are_those_of_the_codec() -> None:
