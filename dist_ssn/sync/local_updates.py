@@ -130,6 +130,8 @@ class LocalUpdates:
         """Number of the optimizer's steps."""
         self.last: Round | None = None
         """The last exchange whose mean has arrived; None before the first."""
+        self.on_arrival: Callable[[Round], object] | None = None
+        """Is called with each exchange whose mean has arrived: with a delay, two may arrive after one step."""
         self._apart = 0
         """Steps since the last exchange."""
         self.every, self.warmup, self.delay, self.outlier = every, warmup, delay, outlier
@@ -331,6 +333,8 @@ class LocalUpdates:
             not self._sharded and (sent.is_whole or self.exchange.codec.is_exact) and not self.exchange.codec.is_rough
         )
         self.last = Round(sent.step, sent.norms, sent.left_out, sent.agreement() if is_said else None)
+        if self.on_arrival is not None:
+            self.on_arrival(self.last)
         for flat, gradient in zip(self._anchor.flats, self._anchor.gradients(mean), strict=True):
             if plain:
                 flat.sub_(gradient)

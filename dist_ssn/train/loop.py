@@ -234,11 +234,9 @@ class _Run:
         while counters.step < recipe.steps and not self._out_of_patience():
             with self.clock.step():
                 loss = self._step(counters.step)
-                self.rounds.after_step()
                 if counters.step + 1 == recipe.steps:
                     self.engine.synchronize()  # the last round may be a short one
             counters.step += 1
-            self.rounds.after_step()
             self.heartbeat.step = counters.step
             if counters.step == first + 1:
                 self.saver.stop.begun = True

@@ -97,6 +97,9 @@ def test_runs_go_on_exactly_in_a_round_and_equal_synchronous_ones(tmp_path: Path
     patient = ranks[0]["patient"]  # its first evaluation is the best, and it ends in a round
     assert_equal(patient, ranks[1]["patient"])
     assert [point["step"] for point in patient["row"]["history"]] == [1, 2]
+    rounds = {name: [row["step"] for row in ranks[0][name][0]["summary"]["rounds"]] for name in SYNCS}
+    assert rounds == {"late": [1, 4, 7, 10, 12], "bits": [5, 10, 12]}  # the last two means arrive after the same step
+    assert [row["step"] for row in patient["summary"]["rounds"]] == [2]
 
 
 def _until_it_makes_room(rank: int, n: int, made: Recipe) -> str:

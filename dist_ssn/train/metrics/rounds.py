@@ -18,15 +18,10 @@ class Rounds:
     """
 
     def __init__(self, local: LocalUpdates | None) -> None:
-        self._local = local
         self._all: list[Round] = []
         self._logged = 0
-
-    def after_step(self) -> None:
-        """Keeps the round that has just ended, if one has."""
-        last = None if self._local is None else self._local.last
-        if last is not None and (not self._all or last is not self._all[-1]):
-            self._all.append(last)
+        if local is not None:
+            local.on_arrival = self._all.append
 
     def since_log(self) -> dict[str, float]:
         """Mean norm and agreement of the rounds since the last call; empty if there were none."""
