@@ -151,6 +151,12 @@ class Exchange:
         for lane, part in zip(self._lanes, self._split(values), strict=True):
             lane.add_unsent(part)
 
+    def forget(self) -> None:
+        """Drops what was not sent yet, for values that start anew; waits for an exchange that is on its way."""
+        self._finish()
+        for lane in self._lanes:
+            lane.of_values.kept = lane.of_mean.kept = None
+
     def state_dict(self) -> dict[str, Any]:
         """The values that this rank has not sent yet; each rank has its own."""
         self._finish()

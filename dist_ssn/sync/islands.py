@@ -130,6 +130,10 @@ class LeaderExchange:
             dist.broadcast(mean, src=self._leader, group=self._island)
         return mean
 
+    def forget(self) -> None:
+        """See `Exchange`."""
+        self._exchange.forget()
+
     def state_dict(self) -> dict[str, Any]:
         """See `Exchange`."""
         return self._exchange.state_dict()

@@ -435,6 +435,8 @@ class LocalUpdates:
     def restart(self, step: int) -> None:
         """Begins a first round at the model's current parameters and buffers, which all workers must hold alike.
 
+        The outer optimizer and what a codec has kept start anew, as they belong to the former values.
+
         Args:
             step: number of steps that were made.
         """

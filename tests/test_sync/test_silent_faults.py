@@ -324,6 +324,17 @@ def _loaded_rightly(rank: int, n: int) -> dict[str, bool]:
         model.load_state_dict(other.state_dict())
         local.restart(local.step)
         found["rolled back"] = not local.synchronize() and torch.equal(values(model), values(other))
+    ends = []
+    for former in (0, 4):  # steps that a restart leaves behind: momentum, what a codec has kept, and a mean on its way
+        model = net()
+        optimizer, start = sgd(model), copy.deepcopy(model.state_dict())
+        with LocalUpdates(model, optimizer, every=2, codec="int4", delay=1) as local:
+            steps(model, optimizer, rank, former)
+            model.load_state_dict(start)
+            local.restart(0)
+            steps(model, optimizer, rank, 5)
+        ends.append(values(model))
+    found["restarted"] = torch.equal(*ends)
     with LocalUpdates(model, optimizer, every=1, outer="average", outer_rate=0.5):
         model.load_state_dict(net().state_dict())
         optimizer.zero_grad()
