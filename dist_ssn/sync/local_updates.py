@@ -262,9 +262,10 @@ class LocalUpdates:
         """
         self._begin()
         self._changes.settle_loads()
-        change = self._anchor.change(self._start)
-        norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
-        norms = tuple(report.norm for report in self._report(SYNCHRONIZE if asked else ROUND, norm))
+        change = None if (problem := self._problem()) else self._anchor.change(self._start)
+        norm = 0.0 if change is None else float(torch.linalg.vector_norm(change, dtype=torch.float64))
+        norms = tuple(report.norm for report in self._report(SYNCHRONIZE if asked else ROUND, norm, problem))
+        assert change is not None  # a problem has been raised
         if self._sent is not None:
             self._apply(self._sent)
             self._sent = None
@@ -282,16 +283,17 @@ class LocalUpdates:
         self._start = [t.values.clone() for t in self._anchor.trained] if late else self._anchor.start()
         return any(norms)
 
-    def _report(self, call: int, norm: float) -> list[Report]:
+    def _report(self, call: int, norm: float, problem: str | None) -> list[Report]:
         """The reports of all workers, which are at the same place and hold the same values.
 
         Args:
             call: what this worker does; see `Report`.
             norm: of its change.
+            problem: the reason why it cannot take part; None if it can.
         """
         if too_late := came_too_late(self._workers):
             raise UserError(too_late)
-        problem, anchor = self._problem(), self._anchor.fingerprint()
+        anchor = self._anchor.fingerprint()
         others = self._changes.others(read_all=call != ROUND)
         mine = Report(self.step, call, problem is not None, norm, halves(digest(anchor, others)))
         reports = exchange_reports(mine, self._workers)
@@ -302,8 +304,8 @@ class LocalUpdates:
         """The reason why this worker cannot take part in an exchange; None if it can."""
         if taking_part(self.optimizer) != self._taking_part:
             return (
-                "the optimizer's parameters, or which of them are trained, changed after local updates began: make a new "
-                "LocalUpdates after parameters are added, frozen or unfrozen"
+                "the optimizer's parameters, their shapes or dtypes, or which of them are trained, changed after local updates "
+                "began: make a new LocalUpdates after parameters are added, frozen, unfrozen, resized or of another dtype"
             )
         return self._changes.problem(self._apart) or self._buffers.problem()
 
@@ -472,7 +474,7 @@ class LocalUpdates:
         """Gives the model the anchor; the function that is returned puts back what it had."""
         self._begin()
         if self._buffers.base:
-            self._report(ANCHORED, 0.0)
+            self._report(ANCHORED, 0.0, self._problem())
         own, buffers = [t.values.clone() for t in self._anchor.trained], self._buffers.own()
         mean = self._buffers.mean(self._workers)
         self._anchor.hand_out()

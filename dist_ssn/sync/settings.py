@@ -65,9 +65,9 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def taking_part(optimizer: Optimizer) -> list[tuple[int, bool]]:
-    """The optimizer's parameters, by id, and whether they are trained."""
-    return [(id(p), p.requires_grad) for group in optimizer.param_groups for p in group["params"]]
+def taking_part(optimizer: Optimizer) -> list[tuple[int, bool, torch.Size, torch.dtype]]:
+    """The optimizer's parameters, by id, whether they are trained, and their form."""
+    return [(id(p), p.requires_grad, p.shape, p.dtype) for group in optimizer.param_groups for p in group["params"]]
 
 
 def device_of(model: nn.Module) -> torch.device:

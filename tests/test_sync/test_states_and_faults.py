@@ -289,14 +289,26 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def _thawed(rank: int, n: int) -> str:
-    model, optimizer, local = _pair(rank, n, every=2)
-    if rank == n - 1:
-        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-    try:
-        return raised(lambda: steps(model, optimizer, rank, n, 1, 2))
-    finally:
+def _thawed(rank: int, n: int) -> list[str]:
+    """The last worker's optimizer gets a parameter; its model gets another dtype, and a parameter another shape."""
+
+    def resized(model: nn.Module) -> None:
+        model.norm.bias.data = torch.zeros(1)  # pyright: ignore
+
+    changes: tuple[Callable[[Any, Any], Any], ...] = (
+        lambda model, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]}),
+        lambda model, optimizer: model.half(),
+        lambda model, optimizer: resized(model),
+    )
+    found = []
+    for change in changes:
+        model, optimizer, local = _pair(rank, n, every=2)
+        steps(model, optimizer, rank, n, 1, 1)
+        if rank == n - 1:
+            change(model, optimizer)
+        found.append(raised(local.synchronize))
         local.close()
+    return found
 
 
 def _all_lost(rank: int, n: int) -> str:
@@ -443,8 +455,8 @@ def test_faults_are_named_on_all_ranks() -> None:
         assert all(late in message for message in others[2:]) and len(others) == 5
         assert "the anchor on rank 1 differs" in found["changed"][0]
         assert "values were set there before the first forward" in found["changed"][0]
-    assert "changed after local updates began" in second["thawed"]
-    assert first["thawed"].startswith("rank 1 cannot take part in the synchronization")
+    assert all("changed after local updates began" in message for message in second["thawed"])
+    assert all(message.startswith("rank 1 cannot take part in the synchroni") for message in first["thawed"])
     assert second["differ"][2] == "every must be a whole number of steps, at least 1, got 0"
     assert first["differ"][2].startswith("rank 1 cannot begin local updates")
     # A change by the first worker's two steps alone, within float32.
