@@ -391,7 +391,7 @@ class LocalUpdates:
             UserError: inside of `anchored`.
         """
         self._require_own_values("load_state_dict()")
-        check_state(state, self.model, self._anchor, type(self.outer).__name__)
+        check_state(state, self.model, self._anchor, self._buffers.base, self.outer)
         self._is_new = False
         self._changes.forget_loads()
         mine = (self._workers.count, self._workers.place) == (state["workers"], state["place"])

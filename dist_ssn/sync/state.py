@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ KEYS = {
     "buffers": dict,
     "own_buffers": dict,
     "sent": dict,
+    "settings": dict,
 }
 """Entries of a state, with their types."""
 OWN = ("workers", "place", "feedback", "parameters", "start", "own_buffers")
@@ -57,8 +58,12 @@ def on_device(value: Any, device: torch.device) -> Any:
     return [on_device(part, device) for part in value] if isinstance(value, list) else value
 
 
-def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, outer_class: str) -> None:
-    """Checks that a state belongs to this model, plan and outer optimizer.
+def check_state(
+    state: Mapping[str, Any], model: nn.Module, anchor: Anchor, buffers: Mapping[str, Tensor], outer: Optimizer
+) -> None:
+    """Checks that a state belongs to this model, plan and outer optimizer, before anything of it is loaded.
+
+    `buffers` are those that are averaged, by name.
 
     Raises:
         CheckpointError: it does not, or it is not a state of local updates.
@@ -69,7 +74,8 @@ def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, oute
             f"this is no state of LocalUpdates that this version reads (format {found}, needed is {FORMAT})"
         )
     for key, kind in KEYS.items():
-        if not isinstance(state.get(key), kind) or isinstance(state[key], bool):
+        found = state.get(key, {} if key == "settings" else None)  # earlier states have none
+        if not isinstance(found, kind) or isinstance(found, bool):
             raise CheckpointError(f"the state of LocalUpdates is damaged: {key} must be of type {kind.__name__}")
     if state["plan"] != plan_of(model):
         raise CheckpointError(
@@ -85,14 +91,42 @@ def check_state(state: Mapping[str, Any], model: nn.Module, anchor: Anchor, oute
             )
     if list(mine) != list(saved):
         raise CheckpointError("the state of LocalUpdates is of another model: its parameters have another order")
-    sizes = [flat.numel() for flat in anchor.flats]
-    if [flat.numel() if isinstance(flat, Tensor) else -1 for flat in state["anchor"]] != sizes:
-        raise CheckpointError(f"the state of LocalUpdates is damaged: its anchor must have {sizes} elements")
-    if state["outer_class"] != outer_class:
+    if state["outer_class"] != (kind := type(outer).__name__):
         raise CheckpointError(
-            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {outer_class}: "
-            "give the same outer"
+            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {kind}: give "
+            "the same outer"
         )
+    for name, buffer in buffers.items():
+        for key in ("buffers", "own_buffers"):
+            if (shape := getattr(state[key].get(name, buffer), "shape", None)) != buffer.shape:
+                raise CheckpointError(
+                    f"the state of LocalUpdates is of another model: the buffer {name} has the shape {_shown(shape)} there and "
+                    f"{_shown(buffer.shape)} here"
+                )
+    _check_parts(state, anchor, outer)
+
+
+def _check_parts(state: Mapping[str, Any], anchor: Anchor, outer: Optimizer) -> None:
+    """Checks the tensors of a state of this model, and what is beside them."""
+    flats, trained = [flat.numel() for flat in anchor.flats], [t.values.numel() for t in anchor.trained]
+    for key, sizes in (("anchor", flats), ("parameters", trained), ("start", trained)):
+        if _sizes(state[key]) != sizes and (key == "anchor" or state[key]):
+            raise CheckpointError(f"the state of LocalUpdates is damaged: its {key} must have {sizes} elements")
+    sent, saved = state["sent"], state["outer"]
+    groups, entries = saved.get("param_groups"), saved.get("state")
+    if not isinstance(groups, list) or not isinstance(entries, dict) or len(groups) != len(outer.param_groups):
+        raise CheckpointError("the state of LocalUpdates is damaged: outer must be the state_dict() of an optimizer")
+    kinds = {"mean": Tensor, "norms": list, "left_out": list, "step": int}
+    if sent and (
+        not all(isinstance(sent.get(key), kind) for key, kind in kinds.items()) or len(sent["mean"]) != anchor.size
+    ):
+        raise CheckpointError(
+            f"the state of LocalUpdates is damaged: sent must have a mean of {anchor.size} values, norms, left_out and step"
+        )
+
+
+def _sizes(tensors: list[Any]) -> list[int]:
+    return [tensor.numel() if isinstance(tensor, Tensor) else -1 for tensor in tensors]
 
 
 def changed(others: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -117,5 +151,5 @@ def _was_flat(name: str, shape: list[int] | None, other: Any) -> bool:
     return shape is not None and name.rpartition(".")[2] in COLUMNS and isinstance(other, list) and [*other, 1] == shape
 
 
-def _shown(shape: list[int] | None) -> str:
+def _shown(shape: Sequence[int] | None) -> str:
     return "no place" if shape is None else str(tuple(shape))

@@ -164,6 +164,7 @@ def test_going_on_from_a_state_equals_undisturbed_training() -> None:
 
 def test_a_state_of_something_else_is_refused_whole() -> None:
     model = Tied()
+    model.register_buffer("cache", torch.zeros(2))
     with LocalUpdates(model, sgd(model), every=4) as local:
         state, before = local.state_dict(), flat(model)
         for change, sentence in (
@@ -180,6 +181,15 @@ def test_a_state_of_something_else_is_refused_whole() -> None:
             ({"shapes": {}}, "of another model: first.weight has the shape no place there and (4, 4) here"),
             ({"shapes": dict(reversed(state["shapes"].items()))}, "its parameters have another order"),
             ({"anchor": [torch.zeros(3)]}, "is damaged: its anchor must have [28] elements"),
+            ({"parameters": [torch.zeros(16)]}, "is damaged: its parameters must have [16, 4, 4, 4] elements"),
+            ({"start": [torch.zeros(16)] * 4}, "is damaged: its start must have [16, 4, 4, 4] elements"),
+            ({"outer": {}}, "is damaged: outer must be the state_dict() of an optimizer"),
+            ({"sent": {"mean": torch.zeros(3)}}, "is damaged: sent must have a mean of 28 values, norms, left_out"),
+            ({"settings": None}, "is damaged: settings must be of type dict"),
+            (
+                {"own_buffers": {"cache": torch.zeros(9)}},
+                "of another model: the buffer cache has the shape (9,) there and (2,) here",
+            ),
             (
                 {"outer_class": "Adam"},
                 "was saved with the outer optimizer Adam, and this one is SGD: give the same outer",
