@@ -60,7 +60,8 @@ class Anchor:
         """start - current parameters, as float32 [S]."""
         change = torch.empty(self.size, device=self.flats[0].device)
         for begun, t, stretch in zip(start, self.trained, self._stretches, strict=True):
-            change[stretch].view(begun.shape).copy_(begun - t.values)
+            whole = begun.to(torch.promote_types(begun.dtype, torch.float32))  # 16 bits would round the difference
+            change[stretch].view(begun.shape).copy_(whole - t.values)
         return change
 
     def hand_out(self, progress: Tensor | None = None) -> None:

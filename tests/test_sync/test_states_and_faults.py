@@ -533,6 +533,20 @@ def test_an_exception_does_not_synchronize() -> None:
     LocalUpdates(model, optimizer).close()  # the optimizer is free again
 
 
+def test_a_round_of_one_worker_keeps_its_16_bits() -> None:
+    """A difference of two 16-bit numbers may need more than 16 bits."""
+    model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    optimizer = sgd(model)
+    with LocalUpdates(model, optimizer, every=1, outer="average"):
+        with torch.no_grad():
+            model.weight.fill_(0.00393676757812)
+        model.weight.grad = torch.zeros_like(model.weight)
+        optimizer.step()
+        assert model.weight.item() == torch.tensor(0.00393676757812, dtype=torch.bfloat16).item()
+
+
 def test_small_outer_steps_of_16_bits_add_up() -> None:
     model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
     with torch.no_grad():
