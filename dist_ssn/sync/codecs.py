@@ -82,7 +82,7 @@ def find_codec(codec: str | Codec) -> Codec:
     """
     if isinstance(codec, Codec):
         return codec
-    if codec not in CODECS:
+    if not isinstance(codec, str) or codec not in CODECS:
         raise UserError(unknown_choice("codec", str(codec), CODECS))
     return CODECS[codec]
 

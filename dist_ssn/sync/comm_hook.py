@@ -36,11 +36,15 @@ class CommHookState:
         route: one of `routes.ROUTES`.
 
     Raises:
-        UserError: there is no such codec or route.
+        UserError: there is no such codec, route or group.
     """
 
     def __init__(self, codec: str, group: dist.ProcessGroup | None = None, route: str = "auto") -> None:
         self.codec, self.route = find_codec(codec), route
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise UserError(
+                f"group must be a torch.distributed process group that this process is in, or None, got {type(group).__name__}"
+            )
         self._given, self._group = group, group
         self._of_group: dict[int, Tensor] = {}  # parameters whose gradients are averaged over it, by id
         check_route(route, self.codec)
@@ -185,7 +189,7 @@ def comm_hook(
         (state, hook). `state.state_dict()` and `state.load_state_dict()` are for checkpoints, on each rank.
 
     Raises:
-        UserError: there is no such codec or route.
+        UserError: there is no such codec, route or group.
     """
     return CommHookState(codec, group, route), CommHookState.reduce
 

@@ -442,6 +442,8 @@ class LocalUpdates:
         Args:
             step: number of steps that were made.
         """
+        self.exchange.forget()
+        self.outer.state.clear()
         self.step, self._apart, self._sent = step, 0, None
         self._fill()
         self._buffers = Buffers(self.model)

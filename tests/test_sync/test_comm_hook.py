@@ -408,3 +408,10 @@ def test_an_unknown_codec_is_said_before_anything_starts() -> None:
         dist_ssn.comm_hook("int9")
     with pytest.raises(UserError, match="unknown route 'ring'"):
         dist_ssn.comm_hook("int8", route="ring")
+    codecs: list[Any] = [["int8"], {"int8": 1}]
+    for codec in codecs:
+        with pytest.raises(UserError, match="unknown codec"):
+            dist_ssn.comm_hook(codec)
+    group: Any = "gloo"
+    with pytest.raises(UserError, match=r"group must be a torch\.distributed process group .* got str"):
+        dist_ssn.comm_hook("int8", group=group)

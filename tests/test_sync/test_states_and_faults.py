@@ -576,6 +576,7 @@ FakeDeepSpeed.__module__ = "deepspeed.runtime.engine"
         ({"delay": 2}, "delay must be 0 (apply a round's mean at its end) or 1 (at the end of the next round), got 2"),
         ({"outlier": 1}, "outlier must be a multiple of the median norm above 1, or None, got 1"),
         ({"codec": "int5"}, "unknown codec 'int5'"),
+        ({"codec": ["int4"]}, "unknown codec \"['int4']\""),
         (
             {"outer": "nestrov"},
             "unknown outer optimizer 'nestrov': known are average, nesterov; did you mean 'nesterov'?",
