@@ -179,6 +179,11 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta:
         return timedelta(minutes=30)
 
 
+def number_of_groups() -> int:
+    """Number of process groups that this process is in; 0 where torch hides it."""
+    return len(getattr(_found("torch.distributed.distributed_c10d._world"), "pg_names", ()))
+
+
 def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
     """Multiplies each tensor by its factor, in place: in one call where torch has it, without the interpreter in between."""
     if hasattr(torch, "_foreach_mul_"):

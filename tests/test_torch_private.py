@@ -40,6 +40,7 @@ def test_this_torch_has_them_all() -> None:
     assert len(torch_private.CONVOLUTION) == len(torch_private.NORM) == 1
     assert torch_private.outside_of_modes().__class__.__name__ != "nullcontext"
     assert hasattr(DistributedDataParallel, "_active_ddp_module")
+    assert isinstance(torch_private._found("torch.distributed.distributed_c10d._world").pg_names, dict)
     assert importlib.util.find_spec(torch_private.FSDP_COLLECTIVES)
     for method in torch_private.DDP_METHODS:
         assert hasattr(DistributedDataParallel, method), method

@@ -132,13 +132,17 @@ class Exchange:
             UserError: as `average`.
         """
         self._check(change)
-        if self._worker is None:
-            self._worker = Worker(), self._transport.twin()
-        worker, transport = self._worker
+        worker, transport = self.prepare()
         copy = change.detach().clone()
         last = "all_reduce" if self.route == "all-reduce" else "all_gather"
         self._pending = Pending(worker.submit(lambda: self._run(copy, transport)), last, self.purpose)
         return self._pending
+
+    def prepare(self) -> tuple[Worker, Transport]:
+        """Makes the thread and the process group of `start`, once; the first call of `start` does so otherwise."""
+        if self._worker is None:
+            self._worker = Worker(), self._transport.twin()
+        return self._worker
 
     def unsent(self) -> Tensor:
         """Values that this rank has not sent yet, float32 [size]. Summed over the ranks, n times the means so far lack them."""

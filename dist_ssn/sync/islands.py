@@ -122,6 +122,7 @@ class LeaderExchange:
 
     def start(self, change: Tensor) -> Spread:
         """See `Exchange`."""
+        self._exchange.prepare()  # on all: torch names later groups by the number of those that a process is in
         pending = self._exchange.start(change) if self._leads else None
         return Spread(lambda: self._spread(torch.empty_like(change) if pending is None else pending.wait()))
 

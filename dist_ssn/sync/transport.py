@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from dist_ssn.comm.in_flight import waiting
 from dist_ssn.comm.meter import beside, book, purpose
 from dist_ssn.errors import UserError
-from dist_ssn.torch_private import all_gather_single, timeout_of
+from dist_ssn.torch_private import all_gather_single, number_of_groups, timeout_of
 
 
 class Transport(Protocol):
@@ -118,14 +119,21 @@ class GroupTransport:
         # Trap: without a timeout of its own a new group has torch's default, half an hour.
         timeout = timeout_of(self.group or dist.group.WORLD)  # pyright: ignore[reportArgumentType]
         with purpose("initialization"):
-            group: Any = (
-                dist.new_group(timeout=timeout)
-                if whole
-                else dist.new_group(
-                    dist.get_process_group_ranks(self.group), timeout=timeout, use_local_synchronization=True
-                )
-            )
+            group: Any = dist.new_group(timeout=timeout) if whole else self._group_of_members(timeout)
         return GroupTransport(group, background=True)
+
+    def _group_of_members(self, timeout: timedelta) -> Any:
+        """A new process group, for which only its members call.
+
+        Trap: torch names it by its members and by the number of groups that the caller is in already. Members with different
+        numbers would wait for each other until the time-out, so those with fewer groups first make groups of their own.
+        """
+        numbers = [0] * self.ranks
+        dist.all_gather_object(numbers, number_of_groups(), group=self.group)
+        for _ in range(max(numbers) - number_of_groups()):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        ranks = dist.get_process_group_ranks(self.group)
+        return dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
 
     def _wait(self, collective: Callable[..., Any], *arguments: Any) -> None:
         if self._background:  # the meter takes a wait inside of a collective for exposed time

@@ -159,7 +159,8 @@ def _wrong_use(rank: int, n: int) -> dict[str, str]:
 
 
 def _islands(rank: int, n: int) -> None:
-    """Two pairs of ranks, each with exchanges of its own."""
+    """Two pairs of ranks, each with exchanges of its own; rank 0 is in one more group than the others."""
+    dist.new_group([0])
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     own, other = pairs if rank < 2 else reversed(pairs)
     exchange = Exchange(SIZE, "int8", group=own)

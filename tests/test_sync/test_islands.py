@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_ssn import CommMeter, LocalUpdates
 from dist_ssn.errors import UserError
+from dist_ssn.torch_private import number_of_groups
 from testing.ranks import run_ranks
 from tests.test_sync.test_local_updates import Tied, adam, batch, by_hand_nesterov, loss_of, written_out
 
@@ -50,6 +51,7 @@ def _islands(rank: int, n: int) -> dict[str, Any]:
                     local.synchronize()
             found[name, str(delay)] = _whole(model)
             found[name, str(delay), "bytes"] = meter.totals("synchronization").logical_bytes
+    found["groups"] = number_of_groups()
     found["refused"] = _refused(within, across)
     return found
 
@@ -81,6 +83,7 @@ def test_two_islands_of_two_equal_two_workers_of_double_batch() -> None:
     ):  # of an island whose processes hold the same, one exchanges and tells the other
         assert found["ddp", "0", "bytes"] == reports + (2 * change if rank % 2 == 0 else change)
     assert sum(found["fsdp", "0", "bytes"] for found in ranks) == 4 * reports + 2 * change
+    assert len({found["groups"] for found in ranks}) == 1  # torch names later groups by it
     for rank, found in enumerate(ranks):
         other = rank + 1 if rank % 2 == 0 else rank - 1
         assert found["refused"][0].startswith(f"FSDP2 averages over rank {other} on every step")
