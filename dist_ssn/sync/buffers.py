@@ -62,11 +62,6 @@ class Buffers:
                 )
         return None
 
-    def restart(self, base: Mapping[str, Tensor]) -> None:
-        """Sets buffers to the values of an earlier average."""
-        self.put(base)
-        self.base |= {name: value.to(self.base[name], copy=True) for name, value in base.items() if name in self.base}
-
     def own(self) -> dict[str, Tensor]:
         """Copies of the buffers that have changed since the last average, by name."""
         return {

@@ -398,7 +398,7 @@ class LocalUpdates:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one of ours says the same, below
             self.exchange.load_state_dict(on_device(state["feedback"], self._workers.device))
-        self.step = state["step"]
+        self.step, self._apart = state["step"], 0
         for flat, saved in zip(self._anchor.flats, state["anchor"], strict=True):
             flat.copy_(saved)
         if others := changed(state.get("settings", {}), self._settings()):
@@ -428,6 +428,8 @@ class LocalUpdates:
         own = state["parameters"] or self._start
         for t, saved in zip(self._anchor.trained, own, strict=True):
             t.values.copy_(saved.view_as(t.values))
+        if state["parameters"]:
+            self._apart = max(1, (self.step - self.warmup) % self.every)
         self._buffers.put(state["own_buffers"])
 
     def _settings(self) -> dict[str, Any]:

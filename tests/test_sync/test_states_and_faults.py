@@ -242,11 +242,16 @@ def _apart(rank: int, n: int) -> str:
 
 
 def _forgotten(rank: int, n: int) -> list[str]:
-    """Warnings of three that are never closed: in a round, with a mean on its way, and at a round's end."""
+    """Warnings of those that are never closed: in a round, with a mean on its way, at a round's end; and with such states."""
     found = []
-    for last, delay in ((3, 0), (2, 1), (2, 0)):
+    states: list[Any] = []
+    for last, delay in ((3, 0), (2, 1), (2, 0), (0, 0), (1, 0)):
         model, optimizer, local = _pair(rank, n, every=2, delay=delay)
         steps(model, optimizer, rank, n, 1, last)
+        if last < 2:  # the first state is in a round, the last one at its end
+            local.load_state_dict(states[0 if last == 0 else -1])
+        else:
+            states.append(local.state_dict())
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             del model, optimizer, local
@@ -452,6 +457,7 @@ def test_faults_are_named_on_all_ranks() -> None:
         assert [message.partition(" after its")[0] for message in found["forgotten"]] == [
             "LocalUpdates ended 1 step",
             "LocalUpdates ended 0 steps",
+            "LocalUpdates ended 1 step",
         ]
         assert found["flipped"].startswith("after step 2 the anchor on rank 1 differs from that on the others")
         assert found["all lost"].startswith("after step 2 no worker's change is finite")
