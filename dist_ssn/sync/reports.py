@@ -129,7 +129,8 @@ def require_agreement(
         if odd_anchors := _odd([tuple(row) for row in anchors], workers):
             raise UserError(
                 f"{step} the anchor on {_names(odd_anchors)} differs from that on the others: another state was loaded there, "
-                "values were set there before the first forward, or a machine computes wrongly; go on from the last checkpoint"
+                "values were set there before the first forward, the outer optimizer was changed there, or a machine computes "
+                "wrongly; go on from the last checkpoint"
             )
         raise UserError(
             f"{step} {_different(others, workers)} on {_names(odd)} differs from that on the others, and no LocalUpdates "
