@@ -29,6 +29,7 @@ from dist_ssn.engines.world.heartbeat import Heartbeat
 from dist_ssn.errors import Preempted, UserError
 from dist_ssn.files import write_whole
 from dist_ssn.sharing.bank_set import shared_plan
+from dist_ssn.sync.local_updates import LocalUpdates
 from dist_ssn.tracking import Console, Trackers, build_tracker, check_wandb, jsonable, set_aside
 from dist_ssn.tracking.wandb_settings import Draw
 from dist_ssn.train import run_lock
@@ -142,6 +143,7 @@ class _Run:
         self.losses = Losses(world.device, apart=recipe.sync.every is not None)
         self.teacher: Teacher | None = None
         self.pruner: Pruner | None = None
+        self.local: LocalUpdates | None = None
         self.resumed_step: int | None = None
         self.prediction = prediction_of(recipe)
         self.next_show = 0.0
@@ -169,7 +171,8 @@ class _Run:
             **{name: getattr(recipe.engine, name) for name in ENGINE_OPTIONS[recipe.engine.name]},
             **_sync_options(recipe),
         )
-        self.rounds = Rounds(self.engine.local)
+        self.local = self.engine.local
+        self.rounds = Rounds(self.local)
         resumes = self.saver.resumes()
         if resumes:
             self.resumed_step, self.notes = self.saver.resume(self.engine, shared_plan(self.model), self.account)
@@ -329,7 +332,7 @@ class _Run:
             values |= self._evaluate()
         values["ring_bytes"] = self.account.ring_bytes()
         values["exposed_seconds"] = self.account.exposed_seconds()
-        if self.engine.local is not None:
+        if self.local is not None:
             values |= {**self.rounds.since_log(), "waiting": self.account.waiting()}
         if evaluate:
             kept = ("seconds", "ring_bytes", *(key for key in values if key.startswith("validation_")))
@@ -404,17 +407,19 @@ class _Run:
 
     def _of_rounds(self) -> dict[str, Any]:
         """Figures of local updates for the run's row; empty without them."""
-        if self.engine.local is None or not self.clock.times:
+        if self.local is None or not self.clock.times:
             return {}
         return {**self.rounds.figures(), "waiting": self.account.waiting(), "ms_per_step": 1000 * self.clock.mean()}
 
     def close(self, row: dict[str, Any] | None) -> None:
-        """Ends tracking. After a failure (`row` is None), the other ranks wait until rank 0 has done so.
+        """Ends tracking and local updates. After a failure (`row` is None), the other ranks wait until rank 0 has done so.
 
         A launcher kills all processes as soon as one has ended with an error, possibly before rank 0 has printed the reason.
         """
         self.tracker.close(row)
         run_lock.unlock(self.folder)
+        if self.local is not None:
+            self.local.close()
         if row is None and self.world.world_size > 1 and isinstance(sys.exc_info()[1], UserError | Preempted):
             waiting = dist.barrier(async_op=True)
             # Every rank raises the same error; if one has died nonetheless, the others end without it.
