@@ -53,6 +53,7 @@ class CommHookState:
         self._numbers: dict[int, int] = {}  # of parameters, by id
         self._parameters: list[Tensor] = []  # by number; they are held, so that ids stay theirs
         self._exchanges: dict[Key, Exchange] = {}
+        self._compared: set[Key] = set()  # before a load, which only some ranks may do
         self._moved: dict[int, Tensor] = {}  # what was not sent of parameters whose bucket is no more
         self._loaded: list[tuple[Key, dict[str, Any]]] = []  # not in use yet
         self._sizes_loaded: dict[int, int] = {}  # by number, until a backward has compared them
@@ -103,6 +104,7 @@ class CommHookState:
         """
         self._loaded = buckets_of(state, self.codec)
         self._sizes_loaded = {number: size for key, _ in self._loaded for number, size in key}
+        self._compared |= {key for key, exchange in self._exchanges.items() if exchange.is_compared}
         self._exchanges.clear()
         self._moved.clear()
 
@@ -167,7 +169,9 @@ class CommHookState:
             if size < SLICE:
                 plain.append(slice(at, at + size))
             at += size
-        return Exchange(at, self.codec, group=self._transport, route=self.route, plain=plain, purpose="gradients")
+        made = Exchange(at, self.codec, group=self._transport, route=self.route, plain=plain, purpose="gradients")
+        made.is_compared |= key in self._compared
+        return made
 
 
 def comm_hook(

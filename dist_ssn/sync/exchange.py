@@ -72,6 +72,7 @@ class Exchange:
         packed_bytes: bytes that one rank hands to collectives in an exchange.
         sent_bytes: bytes that one rank must send in an exchange, on average.
         logical_bytes: bytes of the vector in float32.
+        is_compared: the ranks have compared their exchanges, as the first one does.
 
     Raises:
         UserError: an unknown codec or route, or stretches that overlap or leave the vector.
@@ -101,7 +102,7 @@ class Exchange:
         self.logical_bytes = 4 * size
         self._lanes = [Lane(kind, routes.cuts(values, self.ranks), self.rank) for kind, values in lanes]
         self._piece_bytes = routes.piece_bytes(lanes, self.ranks)
-        self._compared = self.ranks == 1
+        self.is_compared = self.ranks == 1
         self._worker: tuple[Worker, Transport] | None = None
         self._pending: Pending | None = None
 
@@ -235,7 +236,7 @@ class Exchange:
     def _run(self, change: Tensor, transport: Transport) -> Tensor:
         if self.ranks == 1:
             return change.clone()
-        if not self._compared:
+        if not self.is_compared:
             self._compare(transport, change.device)
         if self.route == "all-reduce":
             return transport.all_reduce(change.clone(), self.purpose).div_(self.ranks)
@@ -302,7 +303,7 @@ class Exchange:
         for rank, text in enumerate(texts):
             if text != texts[0]:
                 raise UserError(f"the ranks' exchanges differ: rank 0 has {texts[0]}, and rank {rank} has {text}")
-        self._compared = True
+        self.is_compared = True
 
 
 def check_feedback(state: object) -> None:
