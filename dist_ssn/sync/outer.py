@@ -84,8 +84,15 @@ def outer_optimizer(
     if isinstance(outer, str):
         return OUTER[outer](anchor, rate, momentum)
     if isinstance(outer, Optimizer):
-        settings: dict[str, Any] = {key: value for key, value in outer.param_groups[0].items() if key in outer.defaults}
-        made = type(outer)(anchor, **settings)  # pyright: ignore[reportArgumentType]
+        kind: Any = type(outer)
+        taken = inspect.signature(kind).parameters  # AdamW's defaults have more
+        takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values())
+        settings = {
+            key: value
+            for key, value in outer.param_groups[0].items()
+            if key in outer.defaults and (takes_all or key in taken)
+        }
+        made = _made_by(lambda tensors: kind(tensors, **settings), anchor)
     else:
         made = _made_by(outer, anchor)
     held = [p for group in made.param_groups for p in group["params"]] if isinstance(made, Optimizer) else []
@@ -106,4 +113,6 @@ def _made_by(factory: Factory, anchor: Sequence[Tensor]) -> Optimizer:
     try:
         return factory(anchor)
     except Exception as error:
-        raise UserError(f"the function that LocalUpdates got as outer failed: {describe(error)}") from error
+        raise UserError(
+            f"what LocalUpdates got as outer makes no optimizer of the anchor: {describe(error)}"
+        ) from error

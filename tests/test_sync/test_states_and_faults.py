@@ -607,6 +607,24 @@ def test_settings_that_cannot_be(options: dict[str, Any], sentence: str) -> None
     assert sentence in raised(lambda: LocalUpdates(model, sgd(model), **options))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("SGD", {"lr": 0.3, "momentum": 0.5, "nesterov": True}),
+        ("Adam", {"lr": 0.2, "betas": (0.5, 0.9), "decoupled_weight_decay": True}),
+        ("AdamW", {"lr": 0.2, "weight_decay": 0.1, "amsgrad": True}),  # whose defaults have one that it does not take
+        ("RMSprop", {"lr": 0.2, "centered": True}),
+    ],
+)
+def test_an_outer_optimizer_is_made_again_with_its_settings(name: str, settings: dict[str, Any]) -> None:
+    def settings_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+
+    given, model = getattr(torch.optim, name)([torch.zeros(1)], **settings), Tied()
+    with LocalUpdates(model, sgd(model), outer=given) as local:
+        assert type(local.outer) is type(given) and settings_of(local.outer) == settings_of(given)
+
+
 def test_models_and_optimizers_that_cannot_be() -> None:
     model, other = Tied(), nn.Linear(2, 2)
     optimizer = sgd(model)
