@@ -16,6 +16,11 @@ from dist_ssn.sync.fingerprints import bit_sum, halves
 from dist_ssn.sync.reports import Workers
 
 
+def is_averaged(buffer: Tensor) -> bool:
+    """True for a floating-point buffer but those of 8 bits, which are packed weights and have no arithmetic."""
+    return buffer.is_floating_point() and buffer.element_size() > 1
+
+
 class Buffers:
     """Averages the floating-point buffers over all workers, in 32 bits.
 
@@ -33,10 +38,10 @@ class Buffers:
         """Values after the last average, by name."""
 
     def _current(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self._own_buffers().items() if buffer.is_floating_point()}
+        return {name: buffer for name, buffer in self._own_buffers().items() if is_averaged(buffer)}
 
     def _counters(self) -> dict[str, Tensor]:
-        return {name: buffer for name, buffer in self._own_buffers().items() if not buffer.is_floating_point()}
+        return {name: buffer for name, buffer in self._own_buffers().items() if not is_averaged(buffer)}
 
     def _own_buffers(self) -> dict[str, Tensor]:
         """This process's buffers but the banks' fixed ones, which never change."""

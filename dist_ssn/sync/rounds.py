@@ -17,6 +17,7 @@ from dist_ssn.model.specs import Specs
 from dist_ssn.plan import Plan
 from dist_ssn.sharing.bank import banks_of
 from dist_ssn.sync import routes
+from dist_ssn.sync.buffers import is_averaged
 from dist_ssn.sync.codecs import find_codec
 from dist_ssn.sync.reports import REPORT_BYTES
 from dist_ssn.sync.trained import plain_ones
@@ -72,7 +73,7 @@ def vector_of(model: nn.Module) -> Vector:
     return Vector(
         values=sum(p.numel() for p in trained),
         plain=sum(p.numel() for p in trained if id(p) in plain),
-        buffers=sum(buffer.numel() for buffer in others if buffer.is_floating_point()),
+        buffers=sum(buffer.numel() for buffer in others if is_averaged(buffer)),
         buffer_bytes=sum(buffer.nbytes for buffer in others),
     )
 

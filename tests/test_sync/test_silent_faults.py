@@ -165,6 +165,7 @@ def _buffers(rank: int, n: int) -> dict[str, Any]:
         "seen": torch.full((3,), torch.inf),
         "reset": torch.zeros(2),
         "lost": torch.zeros(2),
+        "packed": torch.ones(2).to(torch.float8_e4m3fn),
         "all lost": torch.ones(2),
     }
     for name, start in starts.items():
@@ -185,7 +186,7 @@ def _buffers(rank: int, n: int) -> dict[str, Any]:
             with local.anchored():
                 found["anchored"] = now["1.running_var"].clone()
             local.synchronize()
-            found |= {name: now[name].clone() for name in (*starts, "1.running_var")}
+            found |= {name: now[name].float().clone() for name in (*starts, "1.running_var")}
     found["warnings"] = sorted({str(warning.message) for warning in caught})
     return found
 
@@ -196,6 +197,7 @@ def _check_buffers(found: dict[str, Any]) -> None:
     assert found["best"] == 1.0 and found["unset"].isnan()
     assert found["mask"].tolist() == [0.0, -torch.inf]
     assert found["seen"].tolist() == [7.0, 7.0, torch.inf]
+    assert found["packed"].tolist() == [1.0, 1.0]  # 8 bits
     assert found["reset"].tolist() == [torch.inf, torch.inf]  # on all workers alike
     assert found["lost"].tolist() == [4.0, 4.0] and found["all lost"].tolist() == [1.0, 1.0]
     assert found["warnings"] == [
@@ -573,5 +575,5 @@ def test_silent_faults_are_said_on_all_ranks(tmp_path: Path) -> None:
     assert first[1].startswith("rank 1 cannot take part in the synchronization")
     first, second = (found["_optimizers"] for found in ranks)
     assert first[3].startswith("rank 1 cannot begin local updates")
-    assert "the function that LocalUpdates got as outer failed: ZeroDivisionError" in second[3]
+    assert "what LocalUpdates got as outer makes no optimizer of the anchor: ZeroDivisionError" in second[3]
     assert second[4].startswith("rank 1 is not in the group that LocalUpdates got")
