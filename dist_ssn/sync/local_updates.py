@@ -42,6 +42,7 @@ from dist_ssn.sync.sent import Round, Sent
 from dist_ssn.sync.settings import (
     check_kinds,
     check_settings,
+    check_steps,
     device_of,
     forget_what_is_not_finite,
     held,
@@ -443,7 +444,11 @@ class LocalUpdates:
 
         Args:
             step: number of steps that were made.
+
+        Raises:
+            UserError: step is no whole number of at least 0.
         """
+        check_steps("step", step, 0)
         self.exchange.forget()
         self.outer.state.clear()
         self.step, self._apart, self._sent = step, 0, None

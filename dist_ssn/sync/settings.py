@@ -32,15 +32,24 @@ def check_settings(every: object, warmup: object, delay: object, outlier: object
     Raises:
         UserError: one is out of its bounds.
     """
-    for name, value, least in (("every", every, 1), ("warmup", warmup, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{name} must be a whole number of steps, at least {least}, got {value!r}")
+    check_steps("every", every, 1)
+    check_steps("warmup", warmup, 0)
     if isinstance(delay, bool) or delay not in (0, 1):
         raise UserError(
             f"delay must be 0 (apply a round's mean at its end) or 1 (at the end of the next round), got {delay!r}"
         )
     if outlier is not None and (isinstance(outlier, bool) or not isinstance(outlier, int | float) or not outlier > 1):
         raise UserError(f"outlier must be a multiple of the median norm above 1, or None, got {outlier!r}")
+
+
+def check_steps(name: str, value: object, least: int) -> None:
+    """Checks a number of steps.
+
+    Raises:
+        UserError: it is no whole number, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{name} must be a whole number of steps, at least {least}, got {value!r}")
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

@@ -76,6 +76,14 @@ def test_a_state_in_memory_is_a_copy_and_has_counters() -> None:
         local.load_state_dict(state)
 
 
+@pytest.mark.parametrize("step", [None, "3", 2.5, -1, True])
+def test_a_restart_needs_a_number_of_steps(step: Any) -> None:
+    """A round would never end after step 2.5."""
+    model = nn.Linear(4, 4)
+    with LocalUpdates(model, sgd(model), every=4) as local:
+        assert "step must be a whole number of steps, at least 0" in raised(lambda: local.restart(step))
+
+
 def test_other_settings_than_those_of_a_state_are_said() -> None:
     model = nn.Linear(4, 4)
     optimizer = sgd(model)
