@@ -20,7 +20,6 @@ from dist_ssn.comm.meter import purpose
 from dist_ssn.errors import UserError
 from dist_ssn.sharing.bases import kept_fingerprints
 from dist_ssn.sync.anchor import Anchor
-from dist_ssn.sync.buffers import Buffers
 from dist_ssn.sync.changes import Changes
 from dist_ssn.sync.codecs import Codec
 from dist_ssn.sync.exchange import Exchange
@@ -29,6 +28,7 @@ from dist_ssn.sync.hooks import watch_forwards, watch_loads, watch_steps
 from dist_ssn.sync.islands import LeaderExchange
 from dist_ssn.sync.outer import Factory, check_outer, outer_optimizer
 from dist_ssn.sync.outliers import left_out
+from dist_ssn.sync.replica import Replica
 from dist_ssn.sync.reports import (
     ANCHORED,
     ROUND,
@@ -150,11 +150,11 @@ class LocalUpdates:
             require_own_steps(self.optimizer, group)
             trained = trained_parameters(self.model, self.optimizer)
             self._taking_part = taking_part(self.optimizer)
-            self._anchor = Anchor(trained)
-            exchange = Exchange(self._anchor.size, codec, group=group, route=route, plain=self._anchor.plain)
+            anchor = Anchor(trained)
+            exchange = Exchange(anchor.size, codec, group=group, route=route, plain=anchor.plain)
             self.exchange = exchange if island is None or self._sharded else LeaderExchange(exchange, island)
             """Exchange of changes; `packed_bytes` of it are what this process hands to collectives in a round."""
-            self.outer = outer_optimizer(outer, self._anchor.flats, outer_rate, outer_momentum)
+            self.outer = outer_optimizer(outer, anchor.flats, outer_rate, outer_momentum)
             """The outer optimizer. Its learning rate may be changed between rounds, in the same way on all workers."""
             kept = kept_fingerprints(self.model)
             facts = [
@@ -169,11 +169,8 @@ class LocalUpdates:
         with torch.no_grad(), purpose("initialization"):
             require_same(facts, self._workers, failure)
             send_from_first(self.model, self._workers)
-            self._anchor.fill()
-        self._start = self._anchor.start()
-        """The values from which this worker went on after the last round."""
-        self._buffers = Buffers(self.model)
-        self._changes = Changes(self.model, self._anchor.trained, every, kept)
+            self._replica = Replica(self.model, anchor)
+        self._changes = Changes(self.model, anchor.trained, every, kept)
         """Changes of the model that are no steps of the optimizer."""
         self._is_new = True
         """True as long as values that are set are those that all go on from."""
@@ -182,7 +179,7 @@ class LocalUpdates:
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
             watch_forwards(self.model, model, self._begin),
-            *watch_loads(self.model, self._anchor.trained, self._before_load),
+            *watch_loads(self.model, anchor.trained, self._before_load),
             watch_steps(self._changes),
         ]
         held.add(self.optimizer)
@@ -194,14 +191,8 @@ class LocalUpdates:
         """
         if self._is_new:
             self._is_new = False
-            self._fill()
+            _as_values(self._replica.take)()
             self._changes.forget_loads()
-
-    @_as_values
-    def _fill(self) -> None:
-        """All go on from the current values."""
-        self._anchor.fill()
-        self._start = self._anchor.start()
 
     def _before_step(self, *_: object) -> None:
         self._require_own_values("a step of the optimizer")
@@ -246,7 +237,7 @@ class LocalUpdates:
         with purpose("synchronization"):
             on_its_way = self._sent is not None
             moved = self._meet(asked=True)
-            self._buffers.average(self._workers)
+            self._replica.buffers.average(self._workers)
         return moved or on_its_way
 
     @_as_values
@@ -263,7 +254,7 @@ class LocalUpdates:
         """
         self._begin()
         self._changes.settle_loads()
-        change = None if (problem := self._problem()) else self._anchor.change(self._start)
+        change = None if (problem := self._problem()) else self._replica.change()
         norm = 0.0 if change is None else float(torch.linalg.vector_norm(change, dtype=torch.float64))
         norms = tuple(report.norm for report in self._report(SYNCHRONIZE if asked else ROUND, norm, problem))
         assert change is not None  # a problem has been raised
@@ -279,9 +270,8 @@ class LocalUpdates:
                 self._sent = sent
             else:
                 self._apply(sent, plain)
-        self._anchor.hand_out(change if late else None)
+        self._replica.go_on(change if late else None)
         self._apart = 0
-        self._start = [t.values.clone() for t in self._anchor.trained] if late else self._anchor.start()
         return any(norms)
 
     def _report(self, call: int, norm: float, problem: str | None) -> list[Report]:
@@ -294,7 +284,7 @@ class LocalUpdates:
         """
         if too_late := came_too_late(self._workers):
             raise UserError(too_late)
-        anchor = self._anchor.fingerprint()
+        anchor = self._replica.anchor.fingerprint()
         others = self._changes.others(read_all=call != ROUND)
         mine = Report(self.step, call, problem is not None, norm, halves(digest(anchor, others)))
         reports = exchange_reports(mine, self._workers)
@@ -308,7 +298,7 @@ class LocalUpdates:
                 "the optimizer's parameters, their shapes or dtypes, or which of them are trained, changed after local updates "
                 "began: make a new LocalUpdates after parameters are added, frozen, unfrozen, resized or of another dtype"
             )
-        return self._changes.problem(self._apart) or self._buffers.problem()
+        return self._changes.problem(self._apart) or self._replica.buffers.problem()
 
     def _leave_out(self, norms: tuple[float, ...], change: Tensor) -> tuple[int, ...]:
         """The places of the workers that this exchange leaves out; a worker that is among them sends zeros."""
@@ -338,7 +328,8 @@ class LocalUpdates:
         self.last = Round(sent.step, sent.norms, sent.left_out, sent.agreement() if is_said else None)
         if self.on_arrival is not None:
             self.on_arrival(self.last)
-        for flat, gradient in zip(self._anchor.flats, self._anchor.gradients(mean), strict=True):
+        anchor = self._replica.anchor
+        for flat, gradient in zip(anchor.flats, anchor.gradients(mean), strict=True):
             if plain:
                 flat.sub_(gradient)
             else:
@@ -358,13 +349,10 @@ class LocalUpdates:
             UserError: inside of `anchored`.
         """
         self._require_own_values("state_dict()")
-        trained = self._anchor.trained
-        moved = not all(torch.equal(start, t.values) for start, t in zip(self._start, trained, strict=True))
-        own_start = bool(self._sent)  # else the anchor's values
         return {
             "format": FORMAT,
             "plan": plan_of(self.model),
-            "shapes": shapes_of(self._anchor),
+            "shapes": shapes_of(self._replica.anchor),
             "workers": self._workers.count,
             "place": self._workers.place,
             "step": self.step,
@@ -372,11 +360,7 @@ class LocalUpdates:
             "outer": copy.deepcopy(self.outer.state_dict()),
             "settings": self._settings(),
             "feedback": self.exchange.state_dict(),
-            "anchor": [flat.clone() for flat in self._anchor.flats],
-            "parameters": [t.values.clone() for t in trained] if moved else [],
-            "start": [start.clone() for start in self._start] if own_start else [],
-            "buffers": {name: buffer.clone() for name, buffer in self._buffers.base.items()},
-            "own_buffers": self._buffers.own() | self._buffers.counters(),
+            **self._replica.state_dict(own_start=self._sent is not None),
             "sent": {} if self._sent is None else self._sent.state(),
         }
 
@@ -392,7 +376,7 @@ class LocalUpdates:
             UserError: inside of `anchored`.
         """
         self._require_own_values("load_state_dict()")
-        check_state(state, self.model, self._anchor, self._buffers.base, self.outer)
+        check_state(state, self.model, self._replica, self.outer)
         self._is_new = False
         self._changes.forget_loads()
         mine = (self._workers.count, self._workers.place) == (state["workers"], state["place"])
@@ -400,21 +384,13 @@ class LocalUpdates:
             warnings.simplefilter("ignore")  # one of ours says the same, below
             self.exchange.load_state_dict(on_device(state["feedback"], self._workers.device))
         self.step, self._apart = state["step"], 0
-        for flat, saved in zip(self._anchor.flats, state["anchor"], strict=True):
-            flat.copy_(saved)
+        self._replica.load_common(state)
         if others := changed(state.get("settings", {}), self._settings()):
             warnings.warn(f"local updates go on with other settings than those of the state: {others}", stacklevel=2)
         if others := outer_settings(self.outer, state["outer"]):
             warnings.warn(f"the outer optimizer goes on with the settings of the state: {others}", stacklevel=2)
         self.outer.load_state_dict(copy.deepcopy(state["outer"]))
-        self._sent = Sent.of_state(state["sent"], self._anchor.flats[0].device) if state["sent"] else None
-        self._buffers.base |= {
-            name: base.clone() for name, base in state["buffers"].items() if name in self._buffers.base
-        }
-        self._buffers.put(self._buffers.base)
-        self._buffers.put_counters(state["own_buffers"])
-        self._anchor.hand_out()
-        self._start = self._anchor.start()
+        self._sent = Sent.of_state(state["sent"], self._workers.device) if state["sent"] else None
         if not mine:
             warnings.warn(
                 f"this state is worker {state['place']}'s of {state['workers']}, and this is worker {self._workers.place} of "
@@ -422,16 +398,9 @@ class LocalUpdates:
                 stacklevel=2,
             )
             return
-        if state["start"]:
-            self._start = [
-                saved.to(start).view_as(start) for saved, start in zip(state["start"], self._start, strict=True)
-            ]
-        own = state["parameters"] or self._start
-        for t, saved in zip(self._anchor.trained, own, strict=True):
-            t.values.copy_(saved.view_as(t.values))
+        self._replica.load_own(state)
         if state["parameters"]:
             self._apart = max(1, (self.step - self.warmup) % self.every)
-        self._buffers.put(state["own_buffers"])
 
     def _settings(self) -> dict[str, Any]:
         return {"every": self.every, "warmup": self.warmup, "delay": self.delay}
@@ -452,8 +421,7 @@ class LocalUpdates:
         self.exchange.forget()
         self.outer.state.clear()
         self.step, self._apart, self._sent = step, 0, None
-        self._fill()
-        self._buffers = Buffers(self.model)
+        self._replica = Replica(self.model, self._replica.anchor)
         self._changes.begin()
         self._is_new = True
 
@@ -482,20 +450,9 @@ class LocalUpdates:
     def _enter_anchor(self) -> Callable[[], None]:
         """Gives the model the anchor; the function that is returned puts back what it had."""
         self._begin()
-        if self._buffers.base:
+        if self._replica.buffers.base:
             self._report(ANCHORED, 0.0, self._problem())
-        own, buffers = [t.values.clone() for t in self._anchor.trained], self._buffers.own()
-        mean = self._buffers.mean(self._workers)
-        self._anchor.hand_out()
-        self._buffers.put(mean)
-
-        @_as_values
-        def put_back() -> None:
-            for t, values in zip(self._anchor.trained, own, strict=True):
-                t.values.copy_(values)
-            self._buffers.put({**self._buffers.base, **buffers})
-
-        return put_back
+        return _as_values(self._replica.as_anchor(self._workers))
 
     def close(self) -> None:
         """Ends local updates without another exchange; the optimizer's steps are ordinary again. A second call does nothing."""

@@ -13,6 +13,7 @@ from dist_ssn.errors import CheckpointError
 from dist_ssn.sharing.bank_set import shared_plan
 from dist_ssn.sharing.columns import COLUMNS
 from dist_ssn.sync.anchor import Anchor
+from dist_ssn.sync.replica import Replica
 
 FORMAT = 1
 KEYS = {
@@ -58,16 +59,24 @@ def on_device(value: Any, device: torch.device) -> Any:
     return [on_device(part, device) for part in value] if isinstance(value, list) else value
 
 
-def check_state(
-    state: Mapping[str, Any], model: nn.Module, anchor: Anchor, buffers: Mapping[str, Tensor], outer: Optimizer
-) -> None:
+def check_state(state: Mapping[str, Any], model: nn.Module, replica: Replica, outer: Optimizer) -> None:
     """Checks that a state belongs to this model, plan and outer optimizer, before anything of it is loaded.
-
-    `buffers` are those that are averaged, by name.
 
     Raises:
         CheckpointError: it does not, or it is not a state of local updates.
     """
+    _check_entries(state)
+    _check_model(state, model, replica)
+    if state["outer_class"] != (kind := type(outer).__name__):
+        raise CheckpointError(
+            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {kind}: give "
+            "the same outer"
+        )
+    _check_parts(state, replica.anchor, outer)
+
+
+def _check_entries(state: Mapping[str, Any]) -> None:
+    """Checks the format, and the types of all entries."""
     if not isinstance(state, Mapping) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
         raise CheckpointError(
@@ -77,12 +86,16 @@ def check_state(
         found = state.get(key, {} if key == "settings" else None)  # earlier states have none
         if not isinstance(found, kind) or isinstance(found, bool):
             raise CheckpointError(f"the state of LocalUpdates is damaged: {key} must be of type {kind.__name__}")
+
+
+def _check_model(state: Mapping[str, Any], model: nn.Module, replica: Replica) -> None:
+    """Checks the plan, and the shapes of parameters and averaged buffers."""
     if state["plan"] != plan_of(model):
         raise CheckpointError(
             f"the state of LocalUpdates is of another plan ({state['plan']}, the model's is {plan_of(model)}): share the model "
             "with the plan that it was saved with"
         )
-    mine, saved = shapes_of(anchor), state["shapes"]
+    mine, saved = shapes_of(replica.anchor), state["shapes"]
     for name in (*mine, *saved):
         if (shape := mine.get(name)) != (other := saved.get(name)) and not _was_flat(name, shape, other):
             raise CheckpointError(
@@ -91,19 +104,13 @@ def check_state(
             )
     if list(mine) != list(saved):
         raise CheckpointError("the state of LocalUpdates is of another model: its parameters have another order")
-    if state["outer_class"] != (kind := type(outer).__name__):
-        raise CheckpointError(
-            f"the state of LocalUpdates was saved with the outer optimizer {state['outer_class']}, and this one is {kind}: give "
-            "the same outer"
-        )
-    for name, buffer in buffers.items():
+    for name, buffer in replica.buffers.base.items():
         for key in ("buffers", "own_buffers"):
             if (shape := getattr(state[key].get(name, buffer), "shape", None)) != buffer.shape:
                 raise CheckpointError(
                     f"the state of LocalUpdates is of another model: the buffer {name} has the shape {_shown(shape)} there and "
                     f"{_shown(buffer.shape)} here"
                 )
-    _check_parts(state, anchor, outer)
 
 
 def _check_parts(state: Mapping[str, Any], anchor: Anchor, outer: Optimizer) -> None:

@@ -272,7 +272,7 @@ def _flipped(rank: int, n: int) -> str:
     model, optimizer, local = _pair(rank, n, every=2)
     steps(model, optimizer, rank, n, 1, 1)
     if rank == n - 1:
-        local._anchor.flats[0][3] += 1e-9
+        local._replica.anchor.flats[0][3] += 1e-9
     try:
         return raised(lambda: steps(model, optimizer, rank, n, 2, 2))
     finally:
@@ -421,7 +421,7 @@ def _counted(rank: int, n: int) -> dict[str, tuple[int, int, int]]:
                 steps(model, optimizer, rank, n, 3, 8)
             purposes = {row["purpose"] for row in meter.ledger.rows()}
             assert purposes == {"synchronization"}
-            found[codec] = (meter.totals().logical_bytes, local.exchange.packed_bytes, local._anchor.size)
+            found[codec] = (meter.totals().logical_bytes, local.exchange.packed_bytes, local._replica.anchor.size)
     return found
 
 
@@ -528,8 +528,8 @@ def test_what_travels_in_16_bits() -> None:
     share(model, 0.2, exclude=["3"], morph="offset:templates=2,gains=true,rank=2")
     banks = [module for module in model.modules() if isinstance(module, Bank)]
     with LocalUpdates(model, sgd(model)) as local:
-        names = {t.name.rpartition(".")[2]: t.plain for t in local._anchor.trained}
-        (plain,) = local._anchor.plain
+        names = {t.name.rpartition(".")[2]: t.plain for t in local._replica.anchor.trained}
+        (plain,) = local._replica.anchor.plain
     assert not any(names[name] for name in ("bank", "differences"))
     small = sum(p.numel() for bank in banks for p in (bank.coefficients, bank.gains) if p is not None)
     assert small and plain.stop - plain.start == small + 64 + 2 * 64 + 64 + 32
