@@ -9,6 +9,7 @@ Settings are those that the ladder found best for the task's own steps; each len
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from benchmarks.ladder.__main__ import one_suite
 from benchmarks.ladder.cells import AVERAGE, TASKS, Cell, cell, without
@@ -45,7 +46,7 @@ SETTINGS: dict[str, list[Setting]] = {
 SEEDS = {"lstm": (0, 1), "wrn": (0, 1), "gpt": (0,)}
 
 
-def known() -> list[Line]:
+def known() -> list[dict[str, Any]]:
     """All measured runs with a period, in the codecs of `dist_ssn.sync`, of any length but the lines of the ladder itself."""
     lines = [
         line for name in ("gains", "ladder_target", "longer") for line in lines_of(name) if "validation_loss" in line
