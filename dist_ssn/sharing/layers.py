@@ -39,6 +39,9 @@ class SharedLayer:
     _dist_ssn_base: type[nn.Module]
     _dist_ssn_names: tuple[str, ...]
 
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Does not call the base class's, which may keep a list of its subclasses, or need arguments."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the base class's `forward`; weights that it reads are generated."""
         if is_tracing():
@@ -188,6 +191,16 @@ class _SharedRNN(SharedLayer):
         """Does nothing, because generated weights are not in one cuDNN buffer."""
 
 
+class _SharedParameterList(SharedLayer):
+    """A list of weights; a slice of it is a plain list, because a `ParameterList` would make parameters of its items."""
+
+    def __getitem__(self, index: Any) -> Any:
+        items: nn.ParameterList = self  # type: ignore[assignment]
+        if isinstance(index, slice):
+            return [items[i] for i in range(*index.indices(len(items)))]
+        return super().__getitem__(index)  # type: ignore[misc]
+
+
 _ROW_COST = 8
 """Time to generate one row by itself, in rows of a whole table (on a CPU, 1/8 to 1/4 of the rows take as long as the table)."""
 
@@ -219,6 +232,8 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     mixin: type = SharedLayer
     if issubclass(base, nn.RNNBase):
         mixin = _SharedRNN
+    elif issubclass(base, nn.ParameterList):
+        mixin = _SharedParameterList
     elif base.forward is nn.Embedding.forward:
         mixin = _SharedEmbedding
     body: dict[str, Any] = {name: _weight_property(name, not runs_torchs_code(base)) for name in names}
@@ -229,6 +244,12 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # its signature is the base class's
         return super(cls, self).forward(*args, **kwargs)
 
+    @functools.wraps(base.__init__)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:  # `type(layer)(16, 4)` makes an ordinary layer
+        object.__setattr__(self, "__class__", base)
+        self.__init__(*args, **kwargs)
+
+    cls.__init__ = init
     cls.forward = _untraced(forward) if issubclass(base, nn.RNNBase) else forward
     return cls
 

@@ -548,6 +548,29 @@ def test_a_shared_layer_looks_like_its_base_class(kind: str) -> None:
         assert isinstance(found, Tensor) and found.shape == plain.get_parameter(name).shape
 
 
+def test_the_class_of_a_shared_layer_makes_ordinary_layers() -> None:
+    """As `model.head = type(model.head)(16, 3)` does for another number of classes."""
+    model: Any = share(nn.ModuleList([nn.Linear(20, 20), nn.LSTM(20, 20), nn.Embedding(20, 20)]), 0.5)
+    for layer, sizes in zip(model, [(16, 3), (16, 3), (16, 3)], strict=True):
+        made = type(layer)(*sizes)
+        assert type(made) is type(layer)._dist_ssn_base
+        assert len(made.state_dict()) == len(list(made.parameters())) > 0
+
+
+def test_a_base_class_that_keeps_a_list_of_its_subclasses_is_left_alone() -> None:
+    known: dict[str, type] = {}
+
+    class Registered(nn.Linear):
+        def __init_subclass__(cls, *, kind: str) -> None:
+            known[kind] = cls
+
+    class Layer(Registered, kind="layer"):
+        pass
+
+    share(nn.Sequential(Layer(16, 16), nn.Tanh(), Layer(16, 4)), 0.5)
+    assert known == {"layer": Layer}
+
+
 def test_equal_layers_share_one_class() -> None:
     """Compiled code is specialized by class: twelve equal blocks must not be twelve classes."""
     model = share(nn.ModuleList([nn.Linear(20, 20) for _ in range(5)]), 0.5)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from dist_ssn import materialize, share
 from dist_ssn.errors import ShareError
+from dist_ssn.sharing.bank import banks_of
 from testing.layer_kinds import relative_error, shake
 
 MODES = pytest.mark.parametrize("mode", ["on_demand", "per_step"])
@@ -109,6 +110,33 @@ def test_what_a_forward_computes_from_its_weight_is_right(mode: str) -> None:
     for name, bias in dense.named_parameters():
         if name.endswith("bias"):
             assert relative_error(model.get_parameter(name).grad, bias.grad) <= TOLERANCE
+
+
+class Listed(nn.Module):
+    """A chain of matrices of a ParameterList, which it reads by slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrices = nn.ParameterList([nn.Parameter(torch.randn(12, 12)) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for matrix in self.matrices[:-2]:
+            x = torch.tanh(x @ matrix)
+        return x @ self.matrices[-1] + x @ self.matrices[1:3][1]
+
+
+@MODES
+def test_a_slice_of_a_list_of_weights_has_the_weights(mode: str) -> None:
+    model = share(Listed().double(), 0.5, generate=mode)
+    dense, x = materialize(model), torch.randn(5, 12, dtype=torch.float64)
+    for each in (model, dense):
+        each(x).square().sum().backward()
+    assert torch.equal(model(x), dense(x))
+    bank = banks_of(model)[0].bank
+    weights = [model.get_submodule("matrices")[index] for index in range(4)]  # type: ignore[index]
+    slopes = [parameter.grad for parameter in dense.parameters()]
+    expected = torch.autograd.grad(weights, bank, slopes)[0]
+    assert relative_error(bank.grad, expected) <= TOLERANCE
 
 
 @MODES
