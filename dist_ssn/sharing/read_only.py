@@ -56,7 +56,12 @@ class GeneratedWeight(Tensor):
             return result if mine is None or foreach else _guard_views(result, mine)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute, with a warning if it is lost with this tensor."""
+        """Sets an attribute, with a warning if it is lost with this tensor; `nn.Parameter` of the weight is refused."""
+        if name == "_is_param":  # nn.Parameter sets it
+            raise ShareError(
+                f"a Parameter made of {self._dist_ssn_name} would train without the bank that generates it: use the weight itself, "
+                "or a copy, nn.Parameter(weight.detach().clone())"
+            )
         known = getattr(Tensor, name, None)  # writing to `data` and `grad` is refused where they are set
         if not hasattr(known, "__set__") and not name.startswith(OF_FRAMEWORKS):
             warnings.warn(

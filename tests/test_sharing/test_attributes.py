@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dist_ssn import parameters_of, share
+from dist_ssn.errors import ShareError
 from dist_ssn.sharing.bank import banks_of
 
 
@@ -157,3 +158,13 @@ def test_who_wants_something_else_of_a_part_is_not_judged() -> None:
         nn.utils.clip_grad_norm_(dense[2].parameters(), 1.0)
 
     assert not told(use_it)
+
+
+def test_a_parameter_made_of_a_read_weight_is_refused() -> None:
+    """It would train by itself, as `decoder.weight = nn.Parameter(encoder.weight)` does not in a dense model."""
+    model = share(net(), 0.5)
+    for weight in (model[0].weight, model[0].weight.detach(), model[0].weight[:4]):
+        with pytest.raises(ShareError, match=r"Parameter made of 0\.weight would train without the bank.*clone\(\)\)"):
+            nn.Parameter(weight)
+    copied = nn.Parameter(model[0].weight.detach().clone())
+    assert type(copied) is nn.Parameter and torch.equal(copied, model[0].weight)
