@@ -83,7 +83,7 @@ class Bank(BankArithmetic):
     def at_hand(self, index: int) -> Tensor | None:
         """The weight of slot `index`, if weights are generated once per forward; None if it is to be generated on demand."""
         per_step, bank = self.per_step, self._parameters.get("bank")
-        if per_step is None or bank is None or index not in per_step.indices:
+        if per_step is None or bank is None or bank.is_meta or index not in per_step.indices:
             return None
         if not per_step.forwards and (not per_step.made or graph_task_id() == -1):
             return None  # neither in a forward of the model nor where its backward recomputes one

@@ -272,3 +272,5 @@ class BankValues(nn.Module):
         if f"{prefix}bank" in state_dict:
             self.empty, self.at_start = self.bank.is_meta, False
         self.scales = self.scales.float()  # `assign=True` takes the dtype that the state dict has
+        if self.structure.device != self.device:  # and leaves on "meta" what the state dict has not
+            self.structure = structure_of_bank(self.group, self.seed).to(self.device)

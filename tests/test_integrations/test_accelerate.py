@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ssn import CommMeter, comm_hook, parameter_groups, share
+from dist_ssn import CommMeter, comm_hook, parameter_groups, set_generation, share
 from testing.ranks import run_ranks
 
 accelerate = pytest.importorskip("accelerate")
@@ -99,6 +99,17 @@ def test_a_saved_state_resumes_exactly(tmp_path: Path) -> None:
     parts[0].load_state(str(tmp_path))
     steps(*parts, data[3:])
     assert_equal(again, model, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["on_demand", "per_step"])
+def test_offloading_gives_the_same_outputs(mode: str) -> None:
+    """The banks are on the meta device then, but for each read."""
+    model, x = net(), batches(1)[0][0]
+    set_generation(model, mode)
+    with torch.no_grad():
+        expected = model(x)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert torch.equal(model(x), expected)
 
 
 def test_bf16() -> None:

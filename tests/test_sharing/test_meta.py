@@ -111,6 +111,7 @@ def test_a_model_goes_to_meta_and_comes_back_by_its_state_dict() -> None:
     assert torch.equal(model(X), expected)
     model.to("meta").load_state_dict(state, assign=True)
     assert torch.equal(model(X), expected)
+    assert not any(buffer.is_meta for buffer in model.buffers())  # which `to(device)` and DDP would copy
     model.to("meta").to_empty(device="cpu")
     with torch.no_grad():  # in place, as torch.distributed.checkpoint loads
         for name, value in model.state_dict().items():
