@@ -269,6 +269,11 @@ def outside_of_modes() -> AbstractContextManager[object]:
     return _no_modes()
 
 
+def makes_fake_tensors() -> bool:
+    """True under a mode whose tensors are not torch's own, as fake ones, which have no values: none of them may be kept."""
+    return type(torch.empty(0)) is not Tensor
+
+
 def without_torch_function() -> AbstractContextManager[object]:
     """Context in which `__torch_function__` of subclasses is not called; torch's notes on extending it name this class."""
     return torch._C.DisableTorchFunctionSubclass()

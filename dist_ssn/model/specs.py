@@ -227,6 +227,8 @@ def _check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             problems.append(f"{name} is lazy and has no shape yet: run one batch through the model first")
+        elif hasattr(parameter, "fake_mode"):
+            problems.append(f"{name} is a fake tensor, without values: build and share the model before, or on 'meta'")
         elif hasattr(parameter, "ds_id"):
             problems.append(
                 f"{name} is partitioned by DeepSpeed (zero.Init, or an engine made before): share the model first, outside of "

@@ -31,7 +31,7 @@ from dist_ssn.sharing.compiled import all_weights, register
 from dist_ssn.sharing.per_step import PerStep
 from dist_ssn.sharing.start_values import check_start
 from dist_ssn.sharing.weight_source import Values, autocast_dtype
-from dist_ssn.torch_private import FAST_PATH, active_ddp, builds_graph, graph_task_id, is_tracing
+from dist_ssn.torch_private import FAST_PATH, active_ddp, builds_graph, graph_task_id, is_tracing, makes_fake_tensors
 
 _ALL = -1
 """Index with which a forward generates the weights of all slots."""
@@ -93,6 +93,8 @@ class Bank(BankArithmetic):
         if weights is None:
             alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(bank, "ds_id")
             if alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+                return None
+            if makes_fake_tensors():  # they would be in the buffers for ever
                 return None
             weights = self(_ALL)
         return weights[index]

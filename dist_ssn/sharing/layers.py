@@ -244,7 +244,9 @@ def shared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # its signature is the base class's
         return super(cls, self).forward(*args, **kwargs)
 
-    @functools.wraps(base.__init__)
+    plain: Any = base
+
+    @functools.wraps(plain.__init__)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:  # `type(layer)(16, 4)` makes an ordinary layer
         object.__setattr__(self, "__class__", base)
         self.__init__(*args, **kwargs)

@@ -12,6 +12,7 @@ import torch
 import torch.ao.nn.quantized as quantized
 import torch.nn.utils.parametrizations as parametrizations
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dist_ssn
 from dist_ssn.errors import ShareError
@@ -412,6 +413,11 @@ def with_nan() -> nn.Module:
     return layer
 
 
+def fake() -> nn.Module:
+    with FakeTensorMode():
+        return nn.Linear(3, 4)
+
+
 def two_dtypes() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5).double())
 
@@ -420,6 +426,7 @@ def two_dtypes() -> nn.Module:
     ("build", "message"),
     [
         (lambda: nn.LazyLinear(4), "weight is lazy and has no shape yet: run one batch through the model first"),
+        (fake, "weight is a fake tensor, without values: build and share the model before, or on 'meta'"),
         (quantized_linear, "1 .Linear. is quantized: share the float model"),
         (scripted, "the model itself is compiled by TorchScript: share the Python model"),
         (lambda: nn.DataParallel(nn.Linear(3, 4)), "the model itself is a DataParallel: share the model first"),

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dist_ssn import share
+from dist_ssn import materialize, share
 from testing.layer_kinds import banks_of, loss_of, relative_error
 from tests.test_sharing.test_interop.nets import assert_equal, gradients, net, pure_gradients
 
@@ -147,3 +148,25 @@ def test_compiling_before_any_eager_forward_does_not_spoil_later_ones() -> None:
         model(x).sum().backward()
         assert all(p.grad is not None for p in model.parameters())
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("mode", ["on_demand", "per_step"])
+def test_fake_tensors_leave_nothing_behind(mode: str) -> None:
+    """As estimates of memory run a model; the first forward, and a later one."""
+    torch.manual_seed(0)
+    model, x = (
+        share(nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)), 0.5, generate=mode),
+        torch.randn(2, 16),
+    )
+    wanted = materialize(model)(x)
+    for _ in range(2):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(torch.empty(2, 16)).sum().backward()
+        model.zero_grad()
+        found = model(x)
+        assert type(found) is Tensor
+        torch.testing.assert_close(found, wanted)
+        found.sum().backward()
+        assert all(type(p.grad) is Tensor for p in model.parameters())
+        model.zero_grad()
