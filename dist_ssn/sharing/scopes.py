@@ -25,6 +25,10 @@ class _Origin(NamedTuple):
     dtype: torch.dtype | None
     values: Values
 
+    def has(self, view: Tensor) -> bool:
+        """True if a view of the weight is given by its shape, strides and offset: not one as complex numbers, or a conjugate."""
+        return view.dtype == (self.dtype or self.source.dtype) and not view.is_conj() and not view.is_neg()
+
 
 class _Packed(NamedTuple):
     """A view of a generated weight that is generated again in backward."""
@@ -106,7 +110,7 @@ def _hooks(
     def pack(tensor: Tensor) -> Any:
         plain = tensor.layout is torch.strided and tensor.numel()  # sparse tensors have no storage to ask for
         origin = origins.get(tensor.untyped_storage().data_ptr()) if plain else None
-        if origin is not None:
+        if origin is not None and origin.has(tensor):
             return _Packed(origin, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         if around is not None:
             return around[0](tensor)

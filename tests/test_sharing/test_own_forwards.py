@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,38 @@ def test_what_a_forward_computes_from_its_weight_is_right(mode: str) -> None:
     for name, bias in dense.named_parameters():
         if name.endswith("bias"):
             assert relative_error(model.get_parameter(name).grad, bias.grad) <= TOLERANCE
+
+
+class Spectral(nn.Module):
+    """A filter of frequencies, whose weight is stored as pairs of real numbers."""
+
+    def __init__(self, use: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pairs, self.use = nn.Parameter(torch.randn(12, 12, 2)), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(torch.complex128) @ self.use(torch.view_as_complex(self.pairs)).to(torch.complex128)
+        return torch.view_as_real(y).flatten(-2)
+
+
+@MODES
+@pytest.mark.parametrize(
+    "use",
+    [lambda w: w, lambda w: w.conj(), lambda w: w.conj().imag, lambda w: w[:, ::2].t().conj().t(), lambda w: w.imag],
+)
+def test_a_weight_that_is_read_as_complex_numbers(mode: str, use: Callable[[Tensor], Tensor]) -> None:
+    """Backward needs that view of the weight, and not the numbers as they are stored."""
+    model = share(nn.Sequential(Spectral(use)).double(), 0.5, generate=mode)
+    dense, slopes = materialize(model), []
+    for each in (model, dense):
+        x = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        each(x).square().sum().backward()
+        slopes.append(x.grad)
+    assert relative_error(slopes[0], slopes[1]) <= TOLERANCE
+    bank = banks_of(model)[0].bank
+    weight: Any = model[0].pairs  # type: ignore[index, union-attr]
+    (expected,) = torch.autograd.grad(weight, bank, dense.get_parameter("0.pairs").grad)
+    assert relative_error(bank.grad, expected) <= TOLERANCE
 
 
 class Listed(nn.Module):
