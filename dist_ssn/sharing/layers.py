@@ -205,6 +205,10 @@ _ROW_COST = 8
 """Time to generate one row by itself, in rows of a whole table (on a CPU, 1/8 to 1/4 of the rows take as long as the table)."""
 
 
+_INDICES = (torch.int32, torch.int64)
+"""Dtypes of the rows that torch looks up."""
+
+
 class _SharedEmbedding(SharedLayer):
     """An embedding; only the rows that are looked up are generated, if that is cheaper than the whole table."""
 
@@ -214,8 +218,8 @@ class _SharedEmbedding(SharedLayer):
         if is_tracing():
             return super().forward(input)
         few = input.numel() * _ROW_COST < layer.num_embeddings and not layer.scale_grad_by_freq
-        if not few:
-            return super().forward(input)
+        if not few or type(input) is not Tensor or input.dtype not in _INDICES:
+            return super().forward(input)  # torch refuses other dtypes, and looks nested tensors up
         source, index = layer.__dict__["_dist_ssn_slots"]["weight"]
         rows = input.reshape(-1).long()
         inside = ((rows >= 0) & (rows < layer.num_embeddings)).all()

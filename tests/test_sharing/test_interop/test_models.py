@@ -179,6 +179,18 @@ def test_an_index_out_of_range_is_the_dense_models_error() -> None:
             model(torch.tensor([1, bad]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.uint8, torch.int16])
+def test_rows_of_a_dtype_that_torch_refuses_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match="Expected tensor for argument #1 'indices'"):
+        share(nn.Embedding(300, 8), 0.5)(torch.ones(2, dtype=dtype))
+
+
+def test_rows_in_a_nested_tensor() -> None:
+    table = share(nn.Embedding(300, 8), 0.5)
+    rows = torch.nested.nested_tensor([torch.tensor([1, 2, 3]), torch.tensor([4])], layout=torch.jagged)
+    assert torch.equal(table(rows).values(), table(torch.tensor([1, 2, 3, 4])))
+
+
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad", "LBFGS"])
 @pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True")  # LBFGS of torch 2.8 itself does
 def test_optimizers_train_it(name: str, tokens: Tensor) -> None:
