@@ -269,9 +269,15 @@ def outside_of_modes() -> AbstractContextManager[object]:
     return _no_modes()
 
 
-def makes_fake_tensors() -> bool:
-    """True under a mode whose tensors are not torch's own, as fake ones, which have no values: none of them may be kept."""
-    return type(torch.empty(0)) is not Tensor
+_modes = _found("torch._C._len_torch_dispatch_stack")
+
+
+def dispatch_mode_is_on() -> bool:
+    """True under a mode that sees every operation, as that of fake tensors or of selective checkpointing: keep nothing made in it.
+
+    Without torch's own: true for modes whose tensors are not torch's, as fake ones.
+    """
+    return _modes() > 0 if _modes is not None else type(torch.empty(0)) is not Tensor
 
 
 def without_torch_function() -> AbstractContextManager[object]:

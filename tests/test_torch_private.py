@@ -39,6 +39,7 @@ def test_this_torch_has_them_all() -> None:
     assert torch_private.FAST_PATH and torch_private.END_OF_BACKWARD and not torch_private.MISSING
     assert len(torch_private.CONVOLUTION) == len(torch_private.NORM) == 1
     assert torch_private.outside_of_modes().__class__.__name__ != "nullcontext"
+    assert torch_private._modes is not None and not torch_private.dispatch_mode_is_on()
     assert hasattr(DistributedDataParallel, "_active_ddp_module")
     assert isinstance(torch_private._found("torch.distributed.distributed_c10d._world").pg_names, dict)
     assert importlib.util.find_spec(torch_private.FSDP_COLLECTIVES)

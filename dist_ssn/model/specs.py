@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -271,6 +272,8 @@ def _reason_to_leave(parameter: nn.Parameter, places: Sequence[_Place], frozen: 
     for _, module, local in places:
         if isinstance(module, _NORMS):
             return "normalization"
+        if isinstance(module, GraphModule):  # whose copies are made from its class
+            return "read by a traced graph itself"
         if local == "bias" or local.startswith("bias_"):
             return "bias"
         if _is_weight_norm_magnitude(module, local):

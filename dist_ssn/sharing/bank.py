@@ -31,7 +31,7 @@ from dist_ssn.sharing.compiled import all_weights, register
 from dist_ssn.sharing.per_step import PerStep
 from dist_ssn.sharing.start_values import check_start
 from dist_ssn.sharing.weight_source import Values, autocast_dtype
-from dist_ssn.torch_private import FAST_PATH, active_ddp, builds_graph, graph_task_id, is_tracing, makes_fake_tensors
+from dist_ssn.torch_private import FAST_PATH, active_ddp, builds_graph, dispatch_mode_is_on, graph_task_id, is_tracing
 
 _ALL = -1
 """Index with which a forward generates the weights of all slots."""
@@ -87,14 +87,14 @@ class Bank(BankArithmetic):
             return None
         if not per_step.forwards and (not per_step.made or graph_task_id() == -1):
             return None  # neither in a forward of the model nor where its backward recomputes one
+        if dispatch_mode_is_on():  # fake weights would be kept, and a recomputation would run other operations
+            return None
         graph = torch.is_grad_enabled() and not self.stopped
         lower = autocast_dtype(self) if torch.is_autocast_enabled(bank.device.type) else None
         weights = per_step.current(lower, graph, self._parameters, self._buffers)
         if weights is None:
             alone = self.pure or self.thresholds is not None or self.watcher is not None or hasattr(bank, "ds_id")
             if alone or is_tracing() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
-                return None
-            if makes_fake_tensors():  # they would be in the buffers for ever
                 return None
             weights = self(_ALL)
         return weights[index]

@@ -141,7 +141,7 @@ def is_lowered(layer: nn.Module) -> bool:
 def runs_torchs_code(layer: nn.Module | type[nn.Module]) -> bool:
     """True if the layer's forward is torch's own, so that it is known what reads its weights."""
     calls = (getattr(layer, name, None) for name in ("forward", "_conv_forward"))
-    return all(call is None or call.__module__.startswith("torch.") for call in calls)
+    return all(call is None or (call.__module__ or "").startswith("torch.") for call in calls)
 
 
 def current_scope() -> Scope | AtHand | None:

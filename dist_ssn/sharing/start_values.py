@@ -14,7 +14,7 @@ from torch import nn
 
 from dist_ssn.sharing.initial_values import initial_values
 from dist_ssn.sharing.trained_by import layers
-from dist_ssn.torch_private import makes_fake_tensors
+from dist_ssn.torch_private import dispatch_mode_is_on
 
 _OTHER = 1.5
 """Factor from which on a standard deviation is another one. No bank has been trained when it is compared."""
@@ -40,7 +40,7 @@ def check_start(bank: Any) -> None:
     Args:
         bank: a `Bank` whose values nobody has read, loaded or received since `reset_parameters`.
     """
-    if makes_fake_tensors():
+    if dispatch_mode_is_on():
         return
     bank.at_start = False
     if bank.steps_before != steps_taken():

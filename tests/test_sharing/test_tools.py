@@ -213,6 +213,31 @@ def test_a_traced_model_has_its_banks_and_the_same_gradients(mapping: str) -> No
         assert all(relative_error(grads[key], found[0][1][key]) <= EXACT for key in grads)
 
 
+class Root(nn.Module):
+    """Holds a weight itself, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.w = nn.Linear(8, 16), nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ self.w
+
+
+@pytest.mark.filterwarnings("ignore:.* is also kept by a", "ignore:.*LeafSpec.*")
+def test_a_model_that_was_traced_before_is_shared_but_for_what_its_graph_holds() -> None:
+    x = torch.randn(4, 8)
+    for traced in (fx.symbolic_trace(Root()), torch.export.export(Root(), (x,)).module()):
+        model = share(traced, 0.5)
+        assert [bank.group.numel for bank in banks_of(model)] == [128]
+        assert ("w", "read by a traced graph itself") in summary(model).left_out
+        wanted = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), wanted)
+        torch.testing.assert_close(materialize(model)(x), wanted)
+        wanted.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_traced_part_has_its_bank_too_or_it_is_told() -> None:
     model = share(Traced(), 0.5)
     part = fx.symbolic_trace(model.inner["layers"])

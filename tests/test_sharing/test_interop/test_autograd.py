@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from dist_ssn import freeze, materialize, share
+from dist_ssn import freeze, materialize, set_generation, share
 from dist_ssn.sharing.bank import Bank
 from testing.layer_kinds import banks_of, loss_of, pulled_back, relative_error
 from tests.test_sharing.test_interop.nets import EXACT, assert_equal, gradients, net, pure_gradients
@@ -72,6 +75,26 @@ def test_activation_checkpointing(reentrant: bool, tokens: Tensor, monkeypatch: 
             loss_of(each(tokens))
         kept.append(sum(saved))
     assert kept[1] < 0.6 * kept[0], kept
+
+
+@pytest.mark.parametrize("mode", ["on_demand", "per_step"])
+@pytest.mark.parametrize("saved", [torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.tanh])
+def test_selective_checkpointing(mode: str, saved: Any, tokens: Tensor) -> None:
+    """It counts the operations, so the recomputation must have those of the forward."""
+    policies = {True: CheckpointPolicy.MUST_SAVE, False: CheckpointPolicy.PREFER_RECOMPUTE}
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return policies[operation.overloadpacket is saved]
+
+    def run(block: nn.Module, x: Tensor) -> Tensor:
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(lambda x: block(x) * 1.5, x, use_reentrant=False, context_fn=contexts)
+
+    plain, model = net(run=lambda block, x: block(x) * 1.5), net(run=run)
+    set_generation(model, mode)
+    for each in (plain, model):
+        loss_of(each(tokens)).backward()
+    assert_equal(gradients(model), gradients(plain))
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
