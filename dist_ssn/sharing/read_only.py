@@ -25,6 +25,11 @@ class GeneratedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():  # it traces these lines, and cannot read names
+            if func in _WRITERS and isinstance(args[0], GeneratedWeight):
+                raise ShareError(no_write(args[0]._dist_ssn_name, args[0]._dist_ssn_inside))
+            with without_torch_function():
+                return func(*args, **(kwargs or {}))
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         written: Any = kwargs.get("out")
         foreach = name.startswith("_foreach_")
@@ -99,6 +104,14 @@ _OF_THIS_TENSOR = {"register_hook", "register_post_accumulate_grad_hook", "retai
 OF_FRAMEWORKS = ("_dist_ssn", "_dynamo", "_is_hf_initialized")
 """Beginnings of attributes by which a program keeps notes of its own."""
 _HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
+_WRITERS = frozenset(
+    getattr(Tensor, name)
+    for name in {*dir(Tensor)} - _HARMLESS
+    if name == "__setitem__"
+    or (name.endswith("_") and not name.endswith("__"))
+    or (name.startswith("__i") and name[3:-2] in _IN_PLACE)
+)
+"""Methods that write to their tensor."""
 
 
 def guarded(weight: Tensor, name: str, inside: bool = False) -> Tensor:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_ssn import materialize, share
+from dist_ssn.errors import ShareError
 from testing.layer_kinds import banks_of, loss_of, relative_error
 from tests.test_sharing.test_interop.nets import assert_equal, gradients, net, pure_gradients
 
@@ -147,6 +149,25 @@ def test_compiling_before_any_eager_forward_does_not_spoil_later_ones() -> None:
         assert relative_error(program.module()(x), model(x)) <= 1e-5
         model(x).sum().backward()
         assert all(p.grad is not None for p in model.parameters())
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile asks for it
+def test_a_compiled_function_takes_a_weight() -> None:
+    """As a fused loss takes the head's; one graph for weights of one shape, and a write is refused there, too."""
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    penalty = torch.compile(lambda weight: (weight.t() @ torch.ones(16)).square().sum(), backend=graphs)
+    model: Any = share(nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))), 0.5)
+    wanted = torch.stack([layer.weight.sum(0).square().sum() for layer in model]).sum()
+    found = torch.stack([penalty(layer.weight) for layer in model]).sum()
+    torch.testing.assert_close(found, wanted)
+    slopes = [torch.autograd.grad(total, banks_of(model)[0].bank)[0] for total in (found, wanted)]
+    assert relative_error(*slopes) <= 1e-5
+    assert graphs.frame_count == 1
+    double = torch.compile(lambda weight: weight.mul_(2), backend="eager")
+    with torch.no_grad(), pytest.raises(ShareError, match=r"0\.weight is generated .* would be lost"):
+        double(model[0].weight)
     torch._dynamo.reset()
 
 
