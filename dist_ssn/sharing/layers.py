@@ -70,9 +70,6 @@ class SharedLayer:
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Registers a parameter; raises `ShareError` for a generated one, and for what pruning or a norm makes of it."""
         _check_write(self, name)
-        if hasattr(param, "device_mesh"):
-            reason = "tensor parallelism shards stored weights: take DDP or FSDP2, or parallelize"
-            raise ShareError(_no_tool(self, self._dist_ssn_names[0], reason))
         weight, end = name.rpartition("_")[::2]
         if weight in self._dist_ssn_names and end in _MADE_OF_A_WEIGHT:
             parameters: dict[str, Any] = self._parameters  # type: ignore[attr-defined]

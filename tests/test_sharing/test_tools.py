@@ -11,15 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
 from torch import Tensor, fx, nn
 from torch.ao import quantization
 from torch.ao.quantization import quantize_fx
-from torch.distributed import HashStore
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.utils import fuse_conv_bn_eval, parametrizations, parametrize
 
 from dist_ssn import materialize, parameter_groups, share, summary
@@ -286,14 +282,6 @@ def written_by_numpy(model: Any) -> None:
     model[3].weight.detach().numpy()[:] = 0
 
 
-def parallelized(model: Any) -> None:
-    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        parallelize_module(model, init_device_mesh("cpu", (1,)), {"3": ColwiseParallel()})
-    finally:
-        dist.destroy_process_group()
-
-
 TOOLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "quantize_dynamic": (
         quantized,
@@ -319,7 +307,6 @@ TOOLS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: parametrize.register_parametrization(m[3], "weight", nn.Identity()),
         r"3\.weight .*before share\(\).*materialize",
     ),
-    "tensor parallelism": (parallelized, r"3\.weight .*take DDP or FSDP2, or parallelize materialize\(model\)"),
     "jit.script": (torch.jit.script, r"0\.weight .* script materialize\(model\)"),
     "jit.trace": (lambda m: torch.jit.trace(m, torch.randn(2, 2, 8, 8)), r"0\.weight .* trace materialize\(model\)"),
     "jit.trace of the pure path": (traced_by_the_pure_path, r"0\.weight .* trace materialize\(model\)"),
