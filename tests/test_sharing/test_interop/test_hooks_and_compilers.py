@@ -134,7 +134,10 @@ def test_recurrent_layers_are_in_a_graph_that_takes_them(mode: str) -> None:
         found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)[0]
     torch.testing.assert_close(found, wanted)
     torch._dynamo.reset()
-    exported = torch.export.export(model, (x,), strict=True).module()
+    strict = getattr(
+        torch._dynamo.config, "install_free_tensors_for_export", False
+    )  # 2.8 copies layers apart from their banks
+    exported = torch.export.export(model, (x,), strict=strict).module()
     torch.testing.assert_close(exported(x)[0], wanted)
     torch._dynamo.reset()
 
@@ -165,6 +168,7 @@ def test_a_compiled_function_takes_a_weight() -> None:
     slopes = [torch.autograd.grad(total, banks_of(model)[0].bank)[0] for total in (found, wanted)]
     assert relative_error(*slopes) <= 1e-5
     assert graphs.frame_count == 1
+    assert model[0].weight._base._base is None  # compilers go from base to base
     double = torch.compile(lambda weight: weight.mul_(2), backend="eager")
     with torch.no_grad(), pytest.raises(ShareError, match=r"0\.weight is generated .* would be lost"):
         double(model[0].weight)
