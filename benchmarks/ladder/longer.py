@@ -35,6 +35,7 @@ SETTINGS: dict[str, list[Setting]] = {
         (SMALL, 0.2, LONG, "int4", AVERAGE, (2, 4, 8)),
         (BANK, 0.2, SHORT, "sparse", AVERAGE, (2, 4)),
         (DENSE, 0.4, SHORT, "sparse", NESTEROV, (2, 4)),
+        (SMALL, 0.2, SHORT, "sparse", AVERAGE, (2, 4)),
     ],
     "gpt": [
         (BANK, 6e-3, SHORT, "int4", NESTEROV, (2, 4)),
