@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from dist_ssn.cluster import Cluster
@@ -13,6 +14,8 @@ from dist_ssn.sync.losses import BANK, DENSE, SMALL, Task, reference
 from dist_ssn.train.recipe.schema import Recipe
 
 MOST_ROWS = 8
+_NUMBERS = ("kB", "step\nms", "delayed\nms", "loss", "dense\nkB", "dense\nms", "dense\nloss", "small\nloss")
+"""Columns of figures: of the row, then of the dense model with the same rungs, and of one as small as the bank."""
 
 
 def own_rungs(recipe: Recipe) -> Rungs:
@@ -93,15 +96,15 @@ def ladder_table(rows: Sequence[dict[str, Any]], every_row: Sequence[dict[str, A
         every_row: all rows, for the twins.
         cluster: named in the title.
     """
-    table = Table(title=f"Rounds on {cluster.name}: sent and step predicted, loss measured elsewhere")
-    for name in ("budget", "every", "codec", "kB", "step ms", "with delay", "loss", "dense: kB", "step ms", "loss"):
-        table.add_column(name, justify="left" if name in ("budget", "codec") else "right")
-    table.add_column("as small: loss", justify="right")
+    title = f"Rounds on {cluster.name}: sent and step predicted, loss measured elsewhere"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)  # 80 columns
+    for name in ("budget", "every", "codec", *_NUMBERS):
+        table.add_column(name, justify="right" if name in _NUMBERS or name == "every" else "left", overflow="fold")
     for row in rows:
         late, dense = _twin(every_row, row, delay=1), _twin(every_row, row, budget=None)
         budget = row["budget"]
         name = "dense" if budget is None else f"{budget:.0%}" if isinstance(budget, float) else str(budget)
-        name += ", this recipe" if row["own"] else ""
+        name += " ←" if row["own"] else ""
         every = f"{row['every']}" + (", nodes" if row["islands"] else "")
         beside = ("", "", "") if budget is None or dense is None else (_kb(dense), _ms(dense), _times(dense, ""))
         own = (_kb(row), _ms(row), _ms(late) if late else "", _times(row, ""))
@@ -126,13 +129,14 @@ def _ms(row: dict[str, Any]) -> str:
 
 def _times(row: dict[str, Any], of: str) -> str:
     loss = row[f"loss_over_dense{of}"]
-    return "?" if loss is None else f"× {loss:.3f}"
+    return "?" if loss is None else f"{loss:.3f}"
 
 
 def limits(model: str) -> str:
     """Limits of the losses, as a sentence."""
     return (
-        "kB are what a process sends in a step, on average. Losses are over that of the dense model with gradients on every step, "
-        f"after as many steps, measured in {reference(model).described}: one small model, a hint for another. ? was not measured; "
-        "nor was any delay. Beside each row: the dense model with the same rungs, and one as small as the bank."
+        "← is this recipe. kB are what a process sends in a step, on average. Losses are over that of the dense model with "
+        "gradients on every step, after as many steps, measured in "
+        f"{reference(model).described}: one small model, a hint for another. ? was not measured; nor was any delay. "
+        "Beside each row: the dense model with the same rungs, and one as small as the bank."
     )

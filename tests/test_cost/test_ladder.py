@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_ssn
@@ -17,7 +19,7 @@ from dist_ssn.cluster import Link, load_cluster
 from dist_ssn.comm import CommMeter
 from dist_ssn.cost.fabric import Fabric
 from dist_ssn.cost.ladder import Cost, Rungs, cost_of, ladder_of
-from dist_ssn.cost.ladder_table import best_of, rows_of
+from dist_ssn.cost.ladder_table import best_of, ladder_table, rows_of
 from dist_ssn.cost.measured import Side
 from dist_ssn.cost.rates import Rates, measure_rates
 from dist_ssn.cost.timeline import measure_timeline
@@ -136,6 +138,18 @@ def _hooked(rank: int, world_size: int, budget: float | None) -> tuple[int, floa
 def test_a_hook_sends_the_predicted_bytes(budget: float | None) -> None:
     for found, predicted in run_ranks(_hooked, 2, budget):
         assert found == predicted > 0
+
+
+def test_the_table_shows_every_figure_in_80_columns() -> None:
+    both = dataclasses.replace(measured(1.0, 1.1), rates=FREE)
+    cluster = load_cluster("ethernet-1g")
+    rows = rows_of(ladder_of(both, fabric(2, 2), Rungs("7%", 16, "int4", islands=True)), "gpt")
+    rows = [{**row, "bytes_per_step_ring": 5_055_000.0, "ms_per_step": 1151.7} for row in best_of(rows)]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(ladder_table(rows, rows, cluster))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text and text.count("5,055.0") >= len(rows) and text.count("1,151.7") >= len(rows)
 
 
 def test_all_combinations_and_the_best_of_them() -> None:
