@@ -184,7 +184,13 @@ def changed_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     # A recipe of an older version lacks keys, and was trained as their defaults say.
     default, old, new = (dict(_flat(recipe)) for recipe in (json.loads(Recipe().to_json()), before, now))
     old = default | old
-    return [f"{key} was {old.get(key)} and is {value}" for key, value in new.items() if old.get(key) != value]
+    changed = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
+    return [f"{key} was {_written(was)} and is {_written(value)}" for key, (was, value) in changed.items()]
+
+
+def _written(value: Any) -> str:
+    """A value as a recipe has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _flat(recipe: dict[str, Any]) -> Iterator[tuple[str, Any]]:

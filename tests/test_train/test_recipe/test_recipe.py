@@ -21,7 +21,7 @@ from dist_ssn.train.optim import OPTIMIZERS, SCHEDULES
 from dist_ssn.train.recipe.check import validate
 from dist_ssn.train.recipe.keys import bundled_recipes, recipe_keys, recipe_schema
 from dist_ssn.train.recipe.read import load_recipe, parse_recipe, recipe_from_json, recipe_to_yaml
-from dist_ssn.train.recipe.schema import Recipe
+from dist_ssn.train.recipe.schema import Recipe, changed_settings
 from dist_ssn.train.recipe.sections import ENGINE_OPTIONS, DataConfig, OptimizerConfig, ScheduleConfig, ShareConfig
 from testing.write_schemas import text_of
 
@@ -425,3 +425,8 @@ def test_a_recipe_as_yaml_reads_back(text: str) -> None:
         path = Path(folder) / "x.yaml"
         path.write_text(recipe_to_yaml(recipe), encoding="utf-8")
         assert load_recipe(path) == recipe
+
+
+def test_changed_settings_are_written_as_in_a_recipe() -> None:
+    before, now = ({"clip_norm": None, "model": "gpt"}, {"clip_norm": 0.5, "model": "lstm"})
+    assert changed_settings(before, now) == ["clip_norm was null and is 0.5", "model was gpt and is lstm"]
