@@ -40,7 +40,7 @@ SETTINGS: dict[str, list[Setting]] = {
     "gpt": [
         (BANK, 6e-3, SHORT, "int4", NESTEROV, (2, 4)),
         (BANK, 6e-3, SHORT, "sparse", NESTEROV, (4,)),
-        (BANK, 6e-3, 2 * SHORT, "sparse", NESTEROV, (4,)),
+        (BANK, 6e-3, 2 * SHORT, "sparse", NESTEROV, (4, 5)),
         (DENSE, 6e-3, SHORT, "int4", NESTEROV, (2,)),
         (SMALL, 6e-3, SHORT, "int4", NESTEROV, (4,)),
     ],
