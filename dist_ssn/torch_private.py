@@ -280,6 +280,10 @@ def dispatch_mode_is_on() -> bool:
     return _modes() > 0 if _modes is not None else type(torch.empty(0)) is not Tensor
 
 
+BASE_OF: Any = _found("torch.Tensor._base.__get__")
+"""Reads what a tensor is a view of. A guarded base would be a view, too, and who goes from base to base would never end."""
+
+
 def without_torch_function() -> AbstractContextManager[object]:
     """Context in which `__torch_function__` of subclasses is not called; torch's notes on extending it name this class."""
     return torch._C.DisableTorchFunctionSubclass()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_ssn.errors import ShareError
-from dist_ssn.torch_private import without_torch_function
+from dist_ssn.torch_private import BASE_OF, without_torch_function
 
 
 class GeneratedWeight(Tensor):
@@ -58,7 +58,7 @@ class GeneratedWeight(Tensor):
             result = func(*args, **kwargs)
             if isinstance(result, np.ndarray):
                 result.flags.writeable = False  # it may share the weight's memory
-            return result if mine is None or foreach or func == _BASE else _guard_views(result, mine)
+            return result if mine is None or foreach or func == BASE_OF else _guard_views(result, mine)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute, with a warning if it is lost with this tensor; `nn.Parameter` of the weight is refused."""
@@ -104,8 +104,6 @@ _OF_THIS_TENSOR = {"register_hook", "register_post_accumulate_grad_hook", "retai
 OF_FRAMEWORKS = ("_dist_ssn", "_dynamo", "_is_hf_initialized")
 """Beginnings of attributes by which a program keeps notes of its own."""
 _HARMLESS = {"requires_grad_", "retain_grad", "rename_"}
-_BASE: Any = Tensor._base.__get__  # type: ignore[union-attr]
-"""Reads what a tensor is a view of: a guarded one would be a view, too, and who goes from base to base would never end."""
 _WRITERS = frozenset(
     getattr(Tensor, name)
     for name in {*dir(Tensor)} - _HARMLESS
