@@ -42,7 +42,9 @@ SETTINGS: dict[str, list[Setting]] = {
         (BANK, 6e-3, SHORT, "sparse", NESTEROV, (4,)),
         (BANK, 6e-3, 2 * SHORT, "sparse", NESTEROV, (4, 5)),
         (DENSE, 6e-3, SHORT, "int4", NESTEROV, (2,)),
+        (DENSE, 6e-3, 2 * SHORT, "sparse", NESTEROV, (4,)),
         (SMALL, 6e-3, SHORT, "int4", NESTEROV, (4,)),
+        (SMALL, 6e-3, SHORT, "sparse", NESTEROV, (4,)),
     ],
 }
 SEEDS = {"lstm": (0, 1), "wrn": (0, 1), "gpt": (0,)}
