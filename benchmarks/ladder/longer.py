@@ -43,6 +43,7 @@ SETTINGS: dict[str, list[Setting]] = {
         (BANK, 6e-3, 2 * SHORT, "sparse", NESTEROV, (4, 5)),
         (DENSE, 6e-3, SHORT, "int4", NESTEROV, (2,)),
         (DENSE, 6e-3, 2 * SHORT, "sparse", NESTEROV, (4,)),
+        (DENSE, 6e-3, 4 * SHORT, "sparse", NESTEROV, (4,)),
         (SMALL, 6e-3, SHORT, "int4", NESTEROV, (4,)),
         (SMALL, 6e-3, SHORT, "sparse", NESTEROV, (4,)),
     ],
