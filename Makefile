@@ -27,10 +27,10 @@ $(READY): pyproject.toml scripts/setup.sh
 train: $(READY) ## train a shared model beside its dense twins, and compare them (about 5 minutes on 2 cores)
 	$(PY) -m benchmarks.quality.quickstart $(ARGS)
 
-test: $(READY) ## run all tests (at most 10 minutes on 2 cores)
+test: $(READY) ## run all tests (at most 12 minutes on 2 quiet cores)
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-quick: $(READY) ## run the tests that start no process (at most 90 seconds on 2 cores)
+test-quick: $(READY) ## run the tests that start no process (2 minutes on 2 quiet cores)
 	$(PY) -m pytest -n 2 --dist worksteal tests -m "not distributed and not processes and not slow" $(ARGS)
 
 # Beside the environment, because torchvision's default wheel does not fit a CPU build of torch, and transformers would import it.
