@@ -281,7 +281,7 @@ def dispatch_mode_is_on() -> bool:
 
 
 BASE_OF: Any = _found("torch.Tensor._base.__get__")
-"""Reads what a tensor is a view of. A guarded base would be a view, too, and who goes from base to base would never end."""
+"""Reads what a tensor is a view of. A guarded base would be a view, too, so that a walk from base to base would not end."""
 
 
 def without_torch_function() -> AbstractContextManager[object]:

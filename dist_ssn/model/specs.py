@@ -138,11 +138,7 @@ def find_specs(
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = _parameters(modules)
     names = modules.keys() | {place.name for places in parameters.values() for place in places}
-    globs = [
-        selector
-        for selector in selectors - names  # what is a name is no glob, such as "heads.task[0]"
-        if isinstance(selector, str) and any(sign in selector for sign in "*?[")
-    ]
+    globs = _globs(selectors - names)  # what is a name is no glob, such as "heads.task[0]"
     weights: list[LayerSpec] = []
     left_out: list[tuple[str, str]] = []
     kinds: dict[tuple[torch.dtype, torch.device], str] = {}
@@ -171,6 +167,10 @@ def find_specs(
     _raise(model, [*_bad_weights(weights, kinds, left_out, idle)])
     known = weights if frozen else _settled(_residual(weights), model)
     return Specs(tuple(known), own, tuple(left_out))
+
+
+def _globs(selectors: Iterable[Selector]) -> list[str]:
+    return [one for one in selectors if isinstance(one, str) and any(sign in one for sign in "*?[")]
 
 
 def _reason_in_values(

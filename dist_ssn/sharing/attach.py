@@ -89,13 +89,7 @@ def share(
     """
     if (plan is None) == (budget is None):
         raise ShareError("share() needs either a budget, share(model, 0.1), or a plan, share(model, plan=plan)")
-    if not isinstance(keep, bool):
-        raise ShareError(f"keep must be True or False, got {keep!r}")
-    names = [train] if isinstance(train, str) else list(train) if isinstance(train, Iterable) else [train]
-    if not all(isinstance(name, str) for name in names):
-        raise ShareError(f"train must be a name or a glob of parameters, or a list of them, got {train!r:.60}")
-    if names and not keep:
-        raise ShareError("train= goes with keep=True: without it everything is trained")
+    names = _names_to_train(keep, train)
     given, model = model, inside_compiled(model)
     _require_plain(model)
     if plan is None:
@@ -125,6 +119,22 @@ def share(
     set_generation(model, generate)
     guard_saving(model)
     return given
+
+
+def _names_to_train(keep: object, train: object) -> list[str]:
+    """The names and globs of `train`.
+
+    Raises:
+        ShareError: `keep` or `train` is something else, or they do not go together.
+    """
+    if not isinstance(keep, bool):
+        raise ShareError(f"keep must be True or False, got {keep!r}")
+    names: list[Any] = [train] if isinstance(train, str) else list(train) if isinstance(train, Iterable) else [train]
+    if not all(isinstance(name, str) for name in names):
+        raise ShareError(f"train must be a name or a glob of parameters, or a list of them, got {train!r:.60}")
+    if names and not keep:
+        raise ShareError("train= goes with keep=True: without it everything is trained")
+    return names
 
 
 def _require_kept_values(model: nn.Module, specs: Specs) -> None:

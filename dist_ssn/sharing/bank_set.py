@@ -116,7 +116,7 @@ class BankSet(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], strict: bool, *lists: list[str]
     ) -> None:
-        """Loads the plan; warns of whole banks without one, as who keeps "what has the same shape" of a state dict has them."""
+        """Loads the plan; warns of banks without one, which is what a filter by shapes may leave of a state dict."""
         key = f"{prefix}_extra_state"
         if key not in state_dict and any(f"{prefix}{group.name}.scales" in state_dict for group in self.plan.groups):
             warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -51,7 +51,7 @@ from dist_ssn.sync.settings import (
 )
 from dist_ssn.sync.start import came_too_late, forms_of, send_from_first, workers_of
 from dist_ssn.sync.state import FORMAT, changed, check_state, on_device, outer_settings, plan_of, shapes_of
-from dist_ssn.sync.trained import check_model, require_own_steps, trained_parameters, unwrapped
+from dist_ssn.sync.trained import Trained, check_model, require_own_steps, trained_parameters, unwrapped
 from dist_ssn.sync.transport import Transport
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -157,13 +157,7 @@ class LocalUpdates:
             self.outer = outer_optimizer(outer, anchor.flats, outer_rate, outer_momentum)
             """The outer optimizer. Its learning rate may be changed between rounds, in the same way on all workers."""
             kept = kept_fingerprints(self.model)
-            facts = [
-                (every, warmup, delay, outlier, self.exchange.codec.name, self.exchange.route, self.outer),
-                [(t.name, t.values.shape, t.values.dtype, t.plain) for t in trained],
-                forms_of(self.model),
-                plan_of(self.model),
-                kept,
-            ]
+            facts = self._facts(trained, kept)
         except Exception as error:  # of this process; `require_same` raises it
             failure = error
         with torch.no_grad(), purpose("initialization"):
@@ -175,14 +169,29 @@ class LocalUpdates:
         self._is_new = True
         """True as long as values that are set are those that all go on from."""
         self._is_anchored = self._is_closed = False
-        self._hooks = [
+        self._hooks = self._watch(model)
+        held.add(self.optimizer)
+
+    def _facts(self, trained: Sequence[Trained], kept: object) -> list[object]:
+        """What all workers must begin with alike, in the order of `reports.FACTS`."""
+        settings = (self.every, self.warmup, self.delay, self.outlier)
+        return [
+            (*settings, self.exchange.codec.name, self.exchange.route, self.outer),
+            [(t.name, t.values.shape, t.values.dtype, t.plain) for t in trained],
+            forms_of(self.model),
+            plan_of(self.model),
+            kept,
+        ]
+
+    def _watch(self, called: nn.Module) -> list[Any]:
+        """The hooks by which steps, forwards and loads are seen; `called` is the model as it was given, wrapped or not."""
+        return [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
-            watch_forwards(self.model, model, self._begin),
-            *watch_loads(self.model, anchor.trained, self._before_load),
+            watch_forwards(self.model, called, self._begin),
+            *watch_loads(self.model, self._replica.anchor.trained, self._before_load),
             watch_steps(self._changes),
         ]
-        held.add(self.optimizer)
 
     def _begin(self) -> None:
         """Takes the values before the first forward for those that all go on from; the next report compares them.

@@ -1,4 +1,7 @@
-"""`Replica`: a worker's parameters and buffers, beside the values that all workers hold in common."""
+"""`Replica`: a worker's parameters and buffers, beside the values that all workers hold in common.
+
+Letter: S = elements of all trained parameters of this process.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class Replica:
         self.start = self.anchor.start()
 
     def change(self) -> Tensor:
-        """What this worker has changed since it went on, float32 [S]; see `Anchor.change`."""
+        """`start` less the current parameters, float32 [S]; see `Anchor.change`."""
         return self.anchor.change(self.start)
 
     def go_on(self, late: Tensor | None = None) -> None:
@@ -62,7 +65,7 @@ class Replica:
         return put_back
 
     def state_dict(self, *, own_start: bool) -> dict[str, Any]:
-        """What all hold in common, and this worker's progress in a round that is not over.
+        """The values in common, and this worker's progress in a round that is not over.
 
         Args:
             own_start: this worker went on from other values than the anchor's.
@@ -77,7 +80,7 @@ class Replica:
         }
 
     def load_common(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what all workers held in common when a state was saved."""
+        """Goes on from the values in common of a state, which `check_state` has checked."""
         for flat, saved in zip(self.anchor.flats, state["anchor"], strict=True):
             flat.copy_(saved)
         common = {name: base.clone() for name, base in state["buffers"].items() if name in self.buffers.base}
