@@ -172,33 +172,16 @@ def longer() -> str:
         above = {steps: above_dense(runs, dense) for steps, runs in by_steps.items()}
         steps = shortest(above)
         runs = sorted(by_steps[steps], key=lambda run: run["seed"])
-        texts = [
-            NAMES[task],
-            model_name(kind, budget),
-            str(every),
-            CODECS[codec],
-            f"{steps:,}",
-            f"{steps / TASKS[task]['steps']:.1f}",
-        ]
-        texts += [f"{runs[0]['bytes'] / 1e6:.3g}"]
-        texts += [f"{dense[0][key] / runs[0][key]:,.0f}" for key in ("bytes", "ring_bytes")]
-        texts += [
-            mean([run["validation_loss"] for run in runs]),
-            f"{above[steps]:+.1%}",
-            "yes" if above[steps] <= 0 else "no",
-        ]
-        rows.append((list(NAMES).index(task), runs[0]["bytes"], texts))
-    headings = (
-        "model",
-        "every",
-        "codec",
-        "steps",
-        "times the steps",
-        "MB handed over",
-        "times fewer",
-        "fewer by bytes sent",
+        run, length = runs[0], steps / TASKS[task]["steps"]
+        setting = (NAMES[task], model_name(kind, budget), str(every), CODECS[codec], f"{steps:,}", f"{length:.1f}")
+        fewer = (f"{dense[0][key] / run[key]:,.0f}" for key in ("bytes", "ring_bytes"))
+        loss = (mean([run["validation_loss"] for run in runs]), f"{above[steps]:+.1%}")
+        texts = [*setting, megabytes(run["bytes"]), *fewer, *loss, "yes" if above[steps] <= 0 else "no"]
+        rows.append((list(NAMES).index(task), run["bytes"], texts))
+    headings = ("", "model", "every", "codec", "steps", "times the steps", "MB handed over", "times fewer")
+    return grid(
+        (*headings, "fewer by bytes sent", "loss", "from dense", "reached"), [texts for *_, texts in sorted(rows)]
     )
-    return grid(("", *headings, "loss", "from dense", "there"), [texts for *_, texts in sorted(rows)])
 
 
 def _over_run(values: Sequence[float]) -> str:
