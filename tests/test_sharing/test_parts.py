@@ -639,7 +639,7 @@ def test_the_mean_of_state_dicts_loads() -> None:
 
 
 def test_banks_whose_plan_was_dropped_are_told() -> None:
-    """Who loads "what has the same shape" drops the plan where its text is longer; parameters alone have no plan, and pass."""
+    """A filter by shapes drops a plan whose text has another length. Parameters alone never have a plan, and pass."""
     saved, target = shared(seed=1).state_dict(), shared(seed=12_345)
     own = target.state_dict()
     same_shape = {name: value for name, value in saved.items() if value.shape == own[name].shape}

@@ -134,9 +134,8 @@ def test_recurrent_layers_are_in_a_graph_that_takes_them(mode: str) -> None:
         found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)[0]
     torch.testing.assert_close(found, wanted)
     torch._dynamo.reset()
-    strict = getattr(
-        torch._dynamo.config, "install_free_tensors_for_export", False
-    )  # 2.8 copies layers apart from their banks
+    # A strict export of torch 2.8 copies layers without their banks.
+    strict = getattr(torch._dynamo.config, "install_free_tensors_for_export", False)
     exported = torch.export.export(model, (x,), strict=strict).module()
     torch.testing.assert_close(exported(x)[0], wanted)
     torch._dynamo.reset()
